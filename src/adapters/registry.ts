@@ -1,0 +1,71 @@
+// Contract of the adapter registry: which names exist, which generation each points at, and who uses a generation now.
+// Implemented over SQLite in sql-registry.ts.
+
+import type { AdapterManifest, Generation } from './adapter.ts';
+
+export interface AdapterRecord {
+  readonly name: string;
+  readonly generation: Generation;
+  readonly manifest: AdapterManifest;
+  /** Generations this name pointed at before, newest first; the first is what rollback returns to. */
+  readonly previous: readonly Generation[];
+  /** Unix seconds of the last change. */
+  readonly updatedS: number;
+  /** Bytes of the packed file. */
+  readonly bytes: number;
+}
+
+/** The right to use one generation. Its blob is not deleted while a lease is open. `release` is idempotent. */
+export interface Lease extends Disposable {
+  readonly name: string;
+  readonly generation: Generation;
+  readonly manifest: AdapterManifest;
+  release(): void;
+}
+
+export interface Registry {
+  list(): readonly AdapterRecord[];
+  /** null when the name is unknown. */
+  find(name: string): AdapterRecord | null;
+  /** Leases what `name` points at now, or the fixed generation of `name@sha256:…`. Throws ADAPTER_NOT_FOUND. */
+  lease(reference: string): Lease;
+  leases(generation: Generation): number;
+  /** Points a new name at a stored generation. Throws ADAPTER_EXISTS. */
+  create(name: string, generation: Generation): AdapterRecord;
+  /** Atomic compare-and-swap; `expected` null accepts any. Throws ADAPTER_NOT_FOUND or GENERATION_MISMATCH. */
+  swap(name: string, generation: Generation, expected: Generation | null): AdapterRecord;
+  /** Back to the previous generation. Throws ADAPTER_NOT_FOUND, or GENERATION_MISMATCH when there is none. */
+  rollback(name: string): AdapterRecord;
+  /** Removes the name. Running sequences keep their generation; the blob goes at its last lease. */
+  remove(name: string, expected: Generation | null): void;
+  /** A packed file that is in the blob store becomes known. Idempotent. */
+  store(generation: Generation, manifest: AdapterManifest, bytes: number): void;
+  close(): void;
+}
+
+/** Turns an outside file into a stored generation, off the main thread: validate, rank-order, pack, store. */
+export interface Importer {
+  /** A PEFT directory (adapter_config.json + adapter_model.safetensors). Throws INVALID_ADAPTER, BASE_MISMATCH,
+   *  DISK_FULL. Registers the generation with the registry; names are the caller's business. */
+  importPeft(directory: string, options?: ImportOptions): Promise<ImportedAdapter>;
+  /** The PEFT files of the prefix of uniform rank `rank`, as they would be served. Throws ADAPTER_NOT_FOUND. */
+  exportPeft(generation: Generation, rank: number): Promise<PeftFiles>;
+  close(): Promise<void>;
+}
+
+export interface ImportOptions {
+  /** Accept an adapter whose config names another base model; shapes must match all the same. */
+  readonly acceptBaseName?: string;
+}
+
+export interface ImportedAdapter {
+  readonly generation: Generation;
+  readonly manifest: AdapterManifest;
+  readonly bytes: number;
+  readonly warnings: readonly string[];
+}
+
+export interface PeftFiles {
+  readonly config: string; // adapter_config.json
+  readonly weights: Uint8Array; // adapter_model.safetensors
+}

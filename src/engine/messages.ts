@@ -1,0 +1,144 @@
+// What crosses between the gateway and the engine process: the closed union of messages and the request and event types
+// that both sides share. Plain data only (structured clone); no tensors, no functions.
+
+import type { Generation } from '../adapters/adapter.ts';
+import type { DecoderConfig } from '../model/decoder-config.ts';
+
+export interface Sampling {
+  /** 0 = greedy. */
+  readonly temperature: number;
+  readonly topP: number; // (0, 1], 1 = off
+  readonly topK: number; // 0 = off
+  readonly minP: number; // [0, 1], 0 = off
+  /** Draw i of a sequence depends on (seed, i) only, so that a resumed sequence continues as it would have. */
+  readonly seed: number; // uint32
+  readonly presencePenalty: number;
+  readonly frequencyPenalty: number;
+  readonly repetitionPenalty: number; // 1 = off
+  readonly logitBias: ReadonlyArray<readonly [token: number, bias: number]>;
+}
+
+export interface AdapterUse {
+  readonly generation: Generation;
+  /** Active ranks, 0…rankMax. Rank 0 is the base model's answer. */
+  readonly rank: number;
+}
+
+export interface GenerateRequest {
+  /** Unique while the request lives. */
+  readonly id: string;
+  readonly tokens: Int32Array;
+  readonly tokensMax: number; // new tokens, ≥ 1
+  readonly sampling: Sampling;
+  readonly stop: readonly string[];
+  /** Alternatives to report per token, 0…20; null = no log-probabilities at all. */
+  readonly topLogprobs: number | null;
+  readonly adapter: AdapterUse | null;
+  /** Part of the prefix-cache identity: tenants never share cells. */
+  readonly tenant: string;
+}
+
+export interface TokenLogprob {
+  readonly token: number;
+  /** The token's own bytes as base64 would lose nothing: text may be half a character. */
+  readonly bytes: Uint8Array;
+  readonly logprob: number;
+}
+
+export interface GeneratedToken extends TokenLogprob {
+  /** NaN logprob and no alternatives when the request did not ask. */
+  readonly top: readonly TokenLogprob[];
+}
+
+export type FinishReason = 'stop' | 'length';
+
+export type EngineEvent =
+  /** Once, when the sequence gets its cells: the wait before it, and the prompt tokens that needed no compute. */
+  | { readonly kind: 'start'; readonly queueMs: number; readonly cachedTokens: number }
+  /** After a step that produced tokens. `text` is what may be shown now: it lags while a character is incomplete or a
+   *  stop string could still match, and the texts of all pieces concatenate to the whole answer. */
+  | { readonly kind: 'piece'; readonly text: string; readonly tokens: readonly GeneratedToken[] }
+  | {
+      readonly kind: 'end';
+      readonly reason: FinishReason;
+      /** The stop string that ended it, when one did. */
+      readonly stopString: string | null;
+      readonly completionTokens: number;
+      readonly ttftMs: number;
+      readonly totalMs: number;
+    };
+
+/** One engine step as the latency model sees it. */
+export interface StepReport {
+  readonly ms: number;
+  /** Rows that decoded one token. */
+  readonly decodeRows: number;
+  /** Prompt tokens processed. */
+  readonly prefillTokens: number;
+  /** Σ active rank over decode rows, and over prefill tokens. */
+  readonly decodeRanks: number;
+  readonly prefillRanks: number;
+  /** Σ cells attended over all rows. */
+  readonly kvCells: number;
+}
+
+export interface ResidentAdapter {
+  readonly generation: Generation;
+  readonly rank: number;
+  readonly bytes: number;
+  /** Sequences that use it now. */
+  readonly uses: number;
+}
+
+export interface EngineStats {
+  readonly running: number;
+  readonly waiting: number;
+  readonly kvCellsUsed: number;
+  readonly kvCellsMax: number;
+  readonly residents: readonly ResidentAdapter[];
+  readonly adapterSlotsMax: number;
+  readonly steps: number;
+  readonly tokensGenerated: number;
+  readonly prefixTokensQueried: number;
+  readonly prefixTokensHit: number;
+}
+
+/** What the gateway must know of the base model, sent once when the engine is ready. */
+export interface BaseInfo {
+  readonly config: DecoderConfig;
+  /** SHA-256 of the model file, hex. */
+  readonly hash: string;
+  /** Longest prompt + answer that the engine accepts, in tokens. */
+  readonly contextMax: number;
+  readonly endTokens: readonly number[];
+  /** e.g. `ggml 0.21.0, cpu zen4, 2 threads, faithful (bf16)`: for doctor, logs and system_fingerprint. */
+  readonly backend: string;
+}
+
+export type ToEngine =
+  | { readonly kind: 'submit'; readonly request: GenerateRequest }
+  | { readonly kind: 'cancel'; readonly id: string }
+  /** Make a generation resident (reads `{blobDir}/…` itself); answered by `loaded` or `load-failed`. */
+  | { readonly kind: 'load'; readonly generation: Generation; readonly ticket: number }
+  /** Forget a generation as soon as no sequence uses it. */
+  | { readonly kind: 'unload'; readonly generation: Generation }
+  | { readonly kind: 'shutdown' };
+
+export type FromEngine =
+  | { readonly kind: 'ready'; readonly base: BaseInfo }
+  | { readonly kind: 'refused'; readonly code: string; readonly message: string } // cannot start at all
+  | { readonly kind: 'events'; readonly batch: ReadonlyArray<{ id: string; event: EngineEvent }> }
+  | {
+      readonly kind: 'failed';
+      readonly id: string;
+      readonly code: string;
+      readonly message: string;
+    }
+  | { readonly kind: 'loaded'; readonly ticket: number }
+  | {
+      readonly kind: 'load-failed';
+      readonly ticket: number;
+      readonly code: string;
+      readonly message: string;
+    }
+  | { readonly kind: 'step'; readonly report: StepReport; readonly stats: EngineStats };

@@ -1,0 +1,69 @@
+// The contract of routing: plain data in, a Plan out, no clock and no I/O. The reason is part of the plan: it is what
+// the caller reads in x-rank-reason.
+
+import type { Generation } from '../adapters/adapter.ts';
+
+/** A request's latency budget after parsing (budget.ts); every field in milliseconds, finite and > 0. */
+export interface Budget {
+  readonly totalMs: number | null;
+  readonly ttftMs: number | null;
+  readonly perTokenMs: number | null;
+  /** Refuse (DEADLINE_TOO_SHORT) instead of serving late when even the smallest allowed rank does not fit. */
+  readonly strict: boolean;
+  /** Rank fixed by the caller: the budget then only informs. */
+  readonly rank: number | null;
+  readonly rankMin: number;
+  readonly tier: string | null;
+}
+
+/** What is known of the work to be done and of the machine, at the moment of the decision. */
+export interface RouteInput {
+  readonly budget: Budget;
+  readonly promptTokens: number;
+  readonly tokensMax: number;
+  readonly adapter: {
+    readonly name: string;
+    readonly generation: Generation;
+    readonly rankMax: number;
+    /** Share of energy kept at uniform rank k (index k-1), non-decreasing. */
+    readonly rankCurve: readonly number[];
+  } | null;
+  readonly load: {
+    readonly decodeRows: number;
+    readonly decodeRanks: number;
+    readonly waiting: number;
+    readonly waitingPromptTokens: number;
+    readonly kvCells: number;
+  };
+}
+
+export type PlanReason =
+  | 'base' // no adapter was named
+  | 'full' // no budget: every rank
+  | 'fits' // the largest rank whose prediction fits, and it is all of them
+  | 'reduced' // the largest rank that fits is smaller than the adapter
+  | 'fixed' // the caller fixed the rank
+  | 'infeasible'; // not even the smallest allowed rank fits; served at it (or refused when strict)
+
+export interface Plan {
+  readonly rank: number;
+  readonly rankMax: number;
+  readonly reason: PlanReason;
+  /** Predicted total time at that rank; null while the latency model has seen nothing. */
+  readonly predictedMs: number | null;
+  readonly predictedTtftMs: number | null;
+  /** The deadline's estimated margin is mean + 2σ (design.md section 8). */
+  readonly sigmaMs: number | null;
+}
+
+export interface Prediction {
+  readonly ttftMs: number;
+  readonly perTokenMs: number;
+  readonly totalMs: number;
+  readonly sigmaMs: number;
+}
+
+/** Predicts one request at one rank under the given load; null while nothing was learned. */
+export type Predict = (input: RouteInput, rank: number) => Prediction | null;
+
+export type RankPolicy = (input: RouteInput, predict: Predict) => Plan;
