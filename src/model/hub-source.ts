@@ -1,0 +1,162 @@
+// A model file from the Hugging Face hub: `hf:org/repo/path/file.gguf`. Resumes by Range into a .part file named by the
+// content's hash, so that parts of two revisions never mix; checked against the hub's LFS SHA-256 before it is published.
+
+import { createWriteStream } from 'node:fs';
+import { mkdir, open, rm, stat } from 'node:fs/promises';
+import { basename, join } from 'node:path';
+import { Readable, Transform } from 'node:stream';
+import { pipeline } from 'node:stream/promises';
+import { type FileDownloadInfoOutput, fileDownloadInfo, HubApiError } from '@huggingface/hub';
+import { GatewayError } from '../errors.ts';
+import { renameDurably, sha256OfFile } from './file-hash.ts';
+
+export interface HubFile {
+  readonly repo: string; // org/name
+  readonly path: string;
+  readonly revision?: string;
+}
+
+export interface HubOptions {
+  readonly dir: string;
+  readonly bytesMax: number;
+  readonly hubUrl?: string;
+  readonly token?: string;
+  readonly onProgress?: (progress: { label: string; done: number; total: number }) => void;
+  readonly signal?: AbortSignal;
+}
+
+// Each segment starts with a letter or digit: no `..`, no empty part, nothing that URL parsing would fold.
+const hubPattern =
+  /^hf:([A-Za-z0-9][\w.-]{0,95}\/[A-Za-z0-9][\w.-]{0,95})\/((?:[A-Za-z0-9][\w.-]{0,127}\/){0,4}[A-Za-z0-9][\w.-]{0,127}\.gguf)$/;
+
+export function parseHubSource(source: string): HubFile {
+  const match = hubPattern.exec(source);
+  if (match === null) {
+    throw new GatewayError('INVALID_REQUEST', `model: want hf:org/repo/file.gguf, got ${source}`);
+  }
+  return { repo: match[1]!, path: match[2]! };
+}
+
+function hubFailure(error: unknown, file: HubFile): GatewayError {
+  const status = error instanceof HubApiError ? `answered ${error.statusCode}` : 'is not reachable';
+  return new GatewayError('NO_CAPACITY', `the hub ${status} for hf:${file.repo}/${file.path}`, {
+    cause: error,
+  });
+}
+
+async function describe(file: HubFile, options: HubOptions): Promise<FileDownloadInfoOutput> {
+  const info = await fileDownloadInfo({
+    repo: { type: 'model', name: file.repo },
+    path: file.path,
+    revision: file.revision ?? 'main',
+    ...(options.hubUrl === undefined ? {} : { hubUrl: options.hubUrl }),
+    ...(options.token === undefined ? {} : { accessToken: options.token }),
+    fetch: (url, init) => fetch(url, { ...init, signal: options.signal ?? null }),
+  }).catch((error: unknown) => {
+    if (options.signal?.aborted) throw error;
+    throw hubFailure(error, file);
+  });
+  if (info === null) {
+    throw new GatewayError('INVALID_REQUEST', `the hub has no hf:${file.repo}/${file.path}`);
+  }
+  return info;
+}
+
+/** Bytes of the part that are already here; a part longer than the file is of no use. */
+async function partBytes(path: string, total: number): Promise<number> {
+  const bytes = (await stat(path).catch(() => null))?.size ?? 0;
+  if (bytes <= total) return bytes;
+  await rm(path, { force: true });
+  return 0;
+}
+
+async function appendRest(
+  part: string,
+  file: HubFile,
+  info: FileDownloadInfoOutput,
+  options: HubOptions,
+): Promise<void> {
+  let done = await partBytes(part, info.size);
+  if (done === info.size) return;
+  const headers: Record<string, string> = { range: `bytes=${done}-` };
+  // fetch drops this header when the hub redirects to its object store.
+  if (options.token !== undefined) headers.authorization = `Bearer ${options.token}`;
+  const signal = options.signal ?? null;
+  const response = await fetch(info.url, { headers, signal }).catch((error: unknown) => {
+    if (options.signal?.aborted) throw error;
+    throw hubFailure(error, file);
+  });
+  if (!response.ok || response.body === null) {
+    await response.body?.cancel();
+    throw new GatewayError('NO_CAPACITY', `the hub answered ${response.status} for ${file.path}`);
+  }
+  // A server that ignores Range sends the whole file with 200: start over rather than append it to the part.
+  const range = response.headers.get('content-range') ?? '';
+  const resumed = response.status === 206 && range.startsWith(`bytes ${done}-`);
+  if (!resumed) done = 0;
+  const count = new Transform({
+    transform(chunk: Buffer, _encoding, next): void {
+      done += chunk.length;
+      if (done > info.size) {
+        next(new GatewayError('INVALID_MODEL_FILE', `${file.path}: longer than the hub said`));
+        return;
+      }
+      options.onProgress?.({ label: basename(file.path), done, total: info.size });
+      next(null, chunk);
+    },
+  });
+  const sink = createWriteStream(part, { flags: resumed ? 'a' : 'w' });
+  const body = Readable.fromWeb(response.body as Parameters<typeof Readable.fromWeb>[0]);
+  await pipeline(body, count, sink, options.signal === undefined ? {} : { signal: options.signal });
+}
+
+/** Downloads what is missing and returns the verified file. A connection that breaks leaves the part for the next call. */
+export async function fetchHubFile(
+  file: HubFile,
+  options: HubOptions,
+): Promise<{ path: string; sha256: string }> {
+  const info = await describe(file, options);
+  const sha256 = /^"?([0-9a-f]{64})"?$/.exec(info.etag)?.[1];
+  if (sha256 === undefined) {
+    throw new GatewayError(
+      'UNSUPPORTED',
+      `${file.path}: the hub states no SHA-256 for it (not an LFS file), so it cannot be checked`,
+    );
+  }
+  if (info.size > options.bytesMax) {
+    throw new GatewayError('INVALID_MODEL_FILE', `${file.path}: ${info.size} bytes is too large`);
+  }
+  await mkdir(options.dir, { recursive: true });
+  const path = join(options.dir, `${sha256.slice(0, 12)}-${basename(file.path)}`);
+  const present = await stat(path).catch(() => null);
+  if (present?.size === info.size) return { path, sha256 };
+  const part = join(options.dir, `${sha256}.part`);
+  await appendRest(part, file, info, options).catch((error: unknown) => {
+    if (error instanceof GatewayError || options.signal?.aborted) throw error;
+    throw hubFailure(error, file);
+  });
+  const have = await partBytes(part, info.size);
+  if (have < info.size) {
+    throw new GatewayError(
+      'NO_CAPACITY',
+      `${file.path}: the hub sent ${have} of ${info.size} bytes; start again to resume`,
+    );
+  }
+  const found = await sha256OfFile(part, options.signal);
+  if (found !== sha256) {
+    // Kept, it would fail again at every start.
+    await rm(part, { force: true });
+    throw new GatewayError(
+      'INVALID_MODEL_FILE',
+      `${file.path}: SHA-256 is ${found}, the hub says ${sha256}`,
+    );
+  }
+  const handle = await open(part, 'r+');
+  try {
+    await handle.sync();
+  } finally {
+    await handle.close();
+  }
+  await renameDurably(part, path);
+  return { path, sha256 };
+}
