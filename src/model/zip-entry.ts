@@ -2,7 +2,7 @@
 // The wanted name is matched whole and the caller says where the bytes go: nothing in the archive names a path. Stored
 // and deflated entries; not covered: zip64, encryption, archives in parts. CRC-32 and size must match the directory.
 
-import { createReadStream } from 'node:fs';
+import { createReadStream, createWriteStream } from 'node:fs';
 import { type FileHandle, open } from 'node:fs/promises';
 import { Transform } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
@@ -125,11 +125,11 @@ function createCheck(name: string, entry: ZipEntry, onBytes: ExtractOptions['onB
   });
 }
 
-/** Writes entry `name` of the archive to `target`. Leaves `target` behind, incomplete, when it throws. */
+/** Writes entry `name` of the archive to `targetPath` and syncs it. Leaves an incomplete file behind when it throws. */
 export async function extractZipEntry(
   archivePath: string,
   name: string,
-  target: FileHandle,
+  targetPath: string,
   options: ExtractOptions,
 ): Promise<void> {
   const file = await open(archivePath, 'r');
@@ -144,7 +144,7 @@ export async function extractZipEntry(
     await file.close();
   }
   const source = createReadStream(archivePath, { start, end: start + entry.packedBytes - 1 });
-  const sink = target.createWriteStream({ autoClose: false });
+  const sink = createWriteStream(targetPath, { flush: true });
   const check = createCheck(name, entry, options.onBytes);
   const end = options.signal === undefined ? {} : { signal: options.signal };
   try {
