@@ -1,0 +1,237 @@
+// Finds and loads ggml's shared objects (npm package @node-llama-cpp/<platform>, pinned: the C API is the contract) and
+// names every C function that we call, once. Nothing else touches koffi's prototypes. Pointers are bigints (koffi 3).
+// ggml aborts the *process* on a wrong shape: callers check shapes first (check.ts).
+
+import { existsSync, readdirSync } from 'node:fs';
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import koffi, { type LibraryHandle, type TypeObject } from 'koffi';
+import { GatewayError } from '../../errors.ts';
+import type { DType } from '../kernels.ts';
+
+export type Pointer = bigint;
+
+/** The package version whose ggml this file was written against. */
+const packageVersion = '3.21.1';
+const ggmlVersion = '0.23.0';
+
+/** `struct ggml_tensor` of ggml 0.23 on a 64-bit machine: byte offsets of the fields that programs patch between runs.
+ *  selfTest checks them against the library's own answers before anything relies on them. */
+export const tensorLayout = { ne: 16, nb: 48, src: 152, data: 248 } as const;
+
+export const ggmlType: Readonly<Record<DType, number>> = {
+  f32: 0,
+  f16: 1,
+  q4_0: 2,
+  q4_1: 3,
+  q5_0: 6,
+  q5_1: 7,
+  q8_0: 8,
+  q4_k: 12,
+  q5_k: 13,
+  q6_k: 14,
+  i32: 26,
+  i64: 27,
+  bf16: 30,
+};
+
+const p = 'void *';
+const initParams = koffi.struct({ mem_size: 'size_t', mem_buffer: p, no_alloc: 'bool' });
+
+/** name → [library, result, arguments]. `base` is libggml-base (tensors, graphs, buffers), `core` is libggml (backends). */
+const prototypes = {
+  ggml_version: ['base', 'str', []],
+  ggml_tensor_overhead: ['base', 'size_t', []],
+  ggml_graph_overhead_custom: ['base', 'size_t', ['size_t', 'bool']],
+  ggml_init: ['base', p, [initParams]],
+  ggml_free: ['base', 'void', [p]],
+  ggml_nbytes: ['base', 'size_t', [p]],
+  ggml_get_data: ['base', p, [p]],
+  ggml_new_tensor_4d: ['base', p, [p, 'int', 'int64_t', 'int64_t', 'int64_t', 'int64_t']],
+  ggml_new_graph_custom: ['base', p, [p, 'size_t', 'bool']],
+  ggml_build_forward_expand: ['base', 'void', [p, p]],
+  ggml_graph_n_nodes: ['base', 'int', [p]],
+  ggml_set_input: ['base', 'void', [p]],
+  ggml_set_output: ['base', 'void', [p]],
+  ggml_get_rows: ['base', p, [p, p, p]],
+  ggml_set_rows: ['base', p, [p, p, p, p]],
+  ggml_rms_norm: ['base', p, [p, p, 'float']],
+  ggml_add: ['base', p, [p, p, p]],
+  ggml_mul: ['base', p, [p, p, p]],
+  ggml_mul_mat: ['base', p, [p, p, p]],
+  ggml_mul_mat_id: ['base', p, [p, p, p, p]],
+  ggml_swiglu_split: ['base', p, [p, p, p]],
+  ggml_reshape_4d: ['base', p, [p, p, 'int64_t', 'int64_t', 'int64_t', 'int64_t']],
+  ggml_cont: ['base', p, [p, p]],
+  ggml_view_2d: ['base', p, [p, p, 'int64_t', 'int64_t', 'size_t', 'size_t']],
+  ggml_view_3d: ['base', p, [p, p, 'int64_t', 'int64_t', 'int64_t', 'size_t', 'size_t', 'size_t']],
+  ggml_rope_ext: ['base', p, [p, p, p, p, ...Array(3).fill('int'), ...Array(6).fill('float')]],
+  ggml_flash_attn_ext: ['base', p, [p, p, p, p, p, 'float', 'float', 'float']],
+  ggml_backend_get_default_buffer_type: ['base', p, [p]],
+  ggml_backend_buft_alloc_buffer: ['base', p, [p, 'size_t']],
+  ggml_backend_buft_get_alloc_size: ['base', 'size_t', [p, p]],
+  ggml_backend_buffer_get_base: ['base', p, [p]],
+  ggml_backend_buffer_set_usage: ['base', 'void', [p, 'int']],
+  ggml_backend_buffer_clear: ['base', 'void', [p, 'uint8_t']],
+  ggml_backend_buffer_free: ['base', 'void', [p]],
+  ggml_backend_tensor_alloc: ['base', 'int', [p, p, p]],
+  ggml_backend_tensor_set: ['base', 'void', [p, p, 'size_t', 'size_t']],
+  ggml_backend_tensor_get: ['base', 'void', [p, p, 'size_t', 'size_t']],
+  ggml_backend_graph_compute: ['base', 'int', [p, p]],
+  ggml_backend_free: ['base', 'void', [p]],
+  ggml_backend_get_device: ['base', p, [p]],
+  ggml_backend_dev_backend_reg: ['base', p, [p]],
+  ggml_backend_dev_description: ['base', 'str', [p]],
+  ggml_backend_reg_get_proc_address: ['base', p, [p, 'str']],
+  ggml_gallocr_new: ['base', p, [p]],
+  ggml_gallocr_free: ['base', 'void', [p]],
+  ggml_gallocr_alloc_graph: ['base', 'bool', [p, p]],
+  ggml_gallocr_get_buffer_size: ['base', 'size_t', [p, 'int']],
+  ggml_threadpool_params_init: ['base', 'void', [p, 'int']],
+  ggml_backend_load_all_from_path: ['core', 'void', ['str']],
+  ggml_backend_init_by_type: ['core', p, ['int', p]],
+  ggml_backend_reg_count: ['core', 'size_t', []],
+} as const satisfies Record<string, readonly ['base' | 'core', string, readonly unknown[]]>;
+
+type FunctionName = keyof typeof prototypes;
+// koffi's functions take numbers, bigints, buffers and structs alike; each call site's shapes are checked in TypeScript.
+type ForeignFunction = (...values: unknown[]) => unknown;
+
+export interface GgmlLibrary {
+  readonly version: string;
+  readonly directory: string;
+  /** Calls a function that returns a pointer; a null result is a GatewayError, never a later crash. */
+  pointer(name: FunctionName, ...values: unknown[]): Pointer;
+  number(name: FunctionName, ...values: unknown[]): number;
+  text(name: FunctionName, ...values: unknown[]): string;
+  call(name: FunctionName, ...values: unknown[]): void;
+}
+
+function platformPackage(): string {
+  const names: Record<string, string> = {
+    'linux-x64': 'linux-x64',
+    'linux-arm64': 'linux-arm64',
+    'darwin-arm64': 'mac-arm64-metal',
+    'darwin-x64': 'mac-x64',
+    'win32-x64': 'win-x64',
+  };
+  const key = `${process.platform}-${process.arch}`;
+  const name = names[key];
+  if (name === undefined) {
+    throw new GatewayError('UNSUPPORTED', `ggml: no prebuilt library is published for ${key}`);
+  }
+  return name;
+}
+
+/** The folder with the shared objects, from the installed npm package. */
+export function findLibraryDirectory(): string {
+  const name = platformPackage();
+  const wanted = `@node-llama-cpp/${name}`;
+  try {
+    const entry = createRequire(import.meta.url).resolve(wanted);
+    const directory = join(dirname(entry), '..', 'bins', name);
+    if (existsSync(directory)) return directory;
+  } catch (cause) {
+    throw new GatewayError('UNSUPPORTED', `ggml: install ${wanted}@${packageVersion} (npm i)`, {
+      cause,
+    });
+  }
+  throw new GatewayError(
+    'UNSUPPORTED',
+    `ggml: ${wanted} has no bins/${name}; reinstall ${packageVersion}`,
+  );
+}
+
+function loadObject(directory: string, pattern: RegExp): LibraryHandle {
+  const file = readdirSync(directory).find((name) => pattern.test(name));
+  if (file === undefined) {
+    throw new GatewayError('UNSUPPORTED', `ggml: no file like ${pattern} in the library folder`);
+  }
+  return koffi.load(join(directory, file));
+}
+
+function bind(directory: string): GgmlLibrary {
+  const objects = {
+    base: loadObject(directory, /^(lib)?ggml-base(\.[^-]*)?\.(so|dylib|dll)$/),
+    core: loadObject(directory, /^(lib)?ggml(\.v[\d.]+)?\.(so|dylib|dll)$/),
+  };
+  const functions = new Map<string, ForeignFunction>();
+  for (const [name, [object, result, parameters]] of Object.entries(prototypes)) {
+    try {
+      functions.set(name, objects[object].func(name, result, [...parameters] as TypeObject[]));
+    } catch (cause) {
+      throw new GatewayError(
+        'UNSUPPORTED',
+        `ggml: the library has no ${name}; version ${packageVersion} of the npm package is wanted`,
+        { cause },
+      );
+    }
+  }
+  const invoke = (name: FunctionName, values: unknown[]): unknown =>
+    functions.get(name)!(...values);
+  const library: GgmlLibrary = {
+    version: invoke('ggml_version', []) as string,
+    directory,
+    pointer(name, ...values) {
+      const result = invoke(name, values) as Pointer | null;
+      if (result === null || result === 0n) {
+        throw new GatewayError('ENGINE_FAILED', `ggml: ${name} returned nothing (out of memory?)`);
+      }
+      return result;
+    },
+    number: (name, ...values) => Number(invoke(name, values)),
+    text: (name, ...values) => invoke(name, values) as string,
+    call(name, ...values) {
+      invoke(name, values);
+    },
+  };
+  return library;
+}
+
+/** The struct offsets that programs patch, checked against the library itself; a moved field would corrupt memory. */
+function selfTest(library: GgmlLibrary): void {
+  const bytes = 1 << 16;
+  const memory = koffi.alloc('uint8_t', bytes) as Pointer;
+  const context = library.pointer('ggml_init', {
+    mem_size: bytes,
+    mem_buffer: memory,
+    no_alloc: false,
+  });
+  const tensor = library.pointer('ggml_new_tensor_4d', context, ggmlType.f32, 7, 5, 3, 2);
+  const other = library.pointer('ggml_new_tensor_4d', context, ggmlType.f32, 7, 4, 3, 2);
+  const product = library.pointer('ggml_mul_mat', context, tensor, other);
+  const view = new DataView(koffi.view(memory, bytes));
+  const field = (owner: Pointer, offset: number): number =>
+    Number(view.getBigUint64(Number(owner - memory) + offset, true));
+  const wanted = [7, 5, 3, 2];
+  const ok =
+    wanted.every((size, i) => field(tensor, tensorLayout.ne + 8 * i) === size) &&
+    [4, 28, 140, 420].every((stride, i) => field(tensor, tensorLayout.nb + 8 * i) === stride) &&
+    field(tensor, tensorLayout.data) === Number(library.pointer('ggml_get_data', tensor)) &&
+    field(product, tensorLayout.src) === Number(tensor) &&
+    field(product, tensorLayout.src + 8) === Number(other) &&
+    field(product, tensorLayout.data) === Number(library.pointer('ggml_get_data', product));
+  library.call('ggml_free', context);
+  koffi.free(memory);
+  if (!ok) {
+    throw new GatewayError(
+      'UNSUPPORTED',
+      `ggml ${library.version}: tensors are laid out otherwise than in ${ggmlVersion}; install @node-llama-cpp ${packageVersion}`,
+    );
+  }
+}
+
+let loaded: GgmlLibrary | undefined;
+
+/** Loads the library once per process: ggml's backend registry is process-wide. Throws UNSUPPORTED with what to install. */
+export function loadLibrary(directory: string = findLibraryDirectory()): GgmlLibrary {
+  if (loaded !== undefined) return loaded;
+  const library = bind(directory);
+  selfTest(library);
+  library.call('ggml_backend_load_all_from_path', directory);
+  if (library.number('ggml_backend_reg_count') === 0) {
+    throw new GatewayError('UNSUPPORTED', 'ggml: none of the CPU variants runs on this machine');
+  }
+  loaded = library;
+  return library;
+}

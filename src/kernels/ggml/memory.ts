@@ -1,0 +1,186 @@
+// Native memory and who frees it: the device (backend + thread pool), arenas of tensor structs, and buffers of tensor
+// data. Everything is freed by its own dispose, in the order program → buffers → device; nothing is freed by GC.
+
+import koffi from 'koffi';
+import { GatewayError } from '../../errors.ts';
+import { byteLength } from '../check.ts';
+import type { DType, StoredTensor, Tensor } from '../kernels.ts';
+import type { GgmlLibrary, Pointer } from './library.ts';
+
+const deviceTypeCpu = 0; // enum ggml_backend_dev_type
+const usageWeights = 1; // enum ggml_backend_buffer_usage
+
+/** A CPU device with its own persistent thread pool: ggml otherwise makes and joins threads at every graph. */
+export class Device implements Disposable {
+  readonly backend: Pointer;
+  readonly bufferType: Pointer;
+  readonly description: string;
+  readonly #library: GgmlLibrary;
+  readonly #pool: Pointer;
+  readonly #registry: Pointer;
+
+  constructor(library: GgmlLibrary, threads: number) {
+    this.#library = library;
+    this.backend = library.pointer('ggml_backend_init_by_type', deviceTypeCpu, null);
+    this.bufferType = library.pointer('ggml_backend_get_default_buffer_type', this.backend);
+    const device = library.pointer('ggml_backend_get_device', this.backend);
+    this.description = library.text('ggml_backend_dev_description', device);
+    this.#registry = library.pointer('ggml_backend_dev_backend_reg', device);
+    // struct ggml_threadpool_params is about 540 bytes (a cpumask of 512); init writes it whole.
+    const parameters = Buffer.alloc(1024);
+    library.call('ggml_threadpool_params_init', parameters, threads);
+    this.#pool = this.#invoke('ggml_threadpool_new', 'void *', ['void *'], [parameters]) as Pointer;
+    if (!this.#pool)
+      throw new GatewayError('ENGINE_FAILED', `ggml: no thread pool of ${threads} threads`);
+    this.#invoke(
+      'ggml_backend_cpu_set_threadpool',
+      'void',
+      ['void *', 'void *'],
+      [this.backend, this.#pool],
+    );
+    this.#invoke('ggml_backend_set_n_threads', 'void', ['void *', 'int'], [this.backend, threads]);
+  }
+
+  /** CPU-only functions live in the variant that the loader picked: ggml hands them out by name. */
+  #invoke(name: string, result: string, parameters: string[], values: unknown[]): unknown {
+    const address = this.#library.pointer(
+      'ggml_backend_reg_get_proc_address',
+      this.#registry,
+      name,
+    );
+    return koffi.call(address, koffi.proto(result, parameters), ...values);
+  }
+
+  [Symbol.dispose](): void {
+    this.#library.call('ggml_backend_free', this.backend);
+    this.#invoke('ggml_threadpool_free', 'void', ['void *'], [this.#pool]);
+  }
+}
+
+/** A context whose tensor structs lie in memory that TypeScript can patch: the replay of a program moves the views of
+ *  its attention by writing their fields. Owns the memory; every tensor made in it dies with it. */
+export class Arena implements Disposable {
+  readonly context: Pointer;
+  readonly #library: GgmlLibrary;
+  readonly #memory: Pointer;
+  readonly #words: Uint32Array;
+
+  constructor(library: GgmlLibrary, tensors: number, graphNodes: number) {
+    this.#library = library;
+    const overhead = library.number('ggml_tensor_overhead');
+    const graph =
+      graphNodes > 0 ? library.number('ggml_graph_overhead_custom', graphNodes, false) : 0;
+    const bytes = tensors * overhead + graph + 4096;
+    this.#memory = koffi.alloc('uint8_t', bytes) as Pointer;
+    this.#words = new Uint32Array(koffi.view(this.#memory, bytes - (bytes % 4)));
+    this.context = library.pointer('ggml_init', {
+      mem_size: bytes,
+      mem_buffer: this.#memory,
+      no_alloc: true,
+    });
+  }
+
+  /** Index of a tensor's first 32-bit word, for `patch`. */
+  locate(tensor: Pointer): number {
+    return Number(tensor - this.#memory) >>> 2;
+  }
+
+  /** Writes a 64-bit field of a struct as two words: addresses and sizes stay below 2^53. */
+  patch(word: number, offset: number, value: number): void {
+    const index = word + (offset >>> 2);
+    this.#words[index] = value >>> 0;
+    this.#words[index + 1] = Math.floor(value / 0x1_0000_0000);
+  }
+
+  [Symbol.dispose](): void {
+    this.#library.call('ggml_free', this.context);
+    koffi.free(this.#memory);
+  }
+}
+
+/** Data of one stored tensor, zeroed. Owns its buffer. */
+export class TensorBuffer implements Disposable {
+  readonly address: Pointer;
+  readonly #library: GgmlLibrary;
+  readonly #buffer: Pointer;
+
+  constructor(library: GgmlLibrary, device: Device, tensor: Pointer) {
+    this.#library = library;
+    const bytes = library.number('ggml_backend_buft_get_alloc_size', device.bufferType, tensor);
+    this.#buffer = library.pointer('ggml_backend_buft_alloc_buffer', device.bufferType, bytes);
+    library.call('ggml_backend_buffer_set_usage', this.#buffer, usageWeights);
+    library.call('ggml_backend_buffer_clear', this.#buffer, 0);
+    this.address = library.pointer('ggml_backend_buffer_get_base', this.#buffer);
+    this.adopt(tensor);
+  }
+
+  /** Makes another tensor lie at the start of this buffer, which stays the owner. */
+  adopt(tensor: Pointer): void {
+    if (
+      this.#library.number('ggml_backend_tensor_alloc', this.#buffer, tensor, this.address) !== 0
+    ) {
+      throw new GatewayError('ENGINE_FAILED', 'ggml: a tensor could not be placed in its buffer');
+    }
+  }
+
+  [Symbol.dispose](): void {
+    this.#library.call('ggml_backend_buffer_free', this.#buffer);
+  }
+}
+
+export class GgmlTensor implements StoredTensor {
+  readonly dtype: DType;
+  readonly shape: readonly number[];
+  readonly bytes: number;
+  readonly pointer: Pointer;
+  /** Address of the data. */
+  readonly address: number;
+
+  constructor(dtype: DType, shape: readonly number[], pointer: Pointer, address: number) {
+    this.dtype = dtype;
+    this.shape = shape;
+    this.bytes = byteLength(dtype, shape);
+    this.pointer = pointer;
+    this.address = address;
+  }
+}
+
+/** The sizes in ggml's order: innermost first, four of them. */
+export function toNe(shape: readonly number[]): [number, number, number, number] {
+  const inner = [...shape].reverse();
+  return [inner[0] ?? 1, inner[1] ?? 1, inner[2] ?? 1, inner[3] ?? 1];
+}
+
+export function ours(tensor: Tensor): GgmlTensor {
+  if (tensor instanceof GgmlTensor) return tensor;
+  throw new GatewayError('SHAPE_MISMATCH', 'ggml: the tensor belongs to another backend');
+}
+
+/** One buffer for the intermediate values of every program, as large as the largest needs: only one runs at a time.
+ *  Growing it moves it, so `version` tells programs recorded before to record themselves again. */
+export class Scratch implements Disposable {
+  version = 0;
+  readonly #library: GgmlLibrary;
+  readonly #allocator: Pointer;
+  #bytes = 0;
+
+  constructor(library: GgmlLibrary, device: Device) {
+    this.#library = library;
+    this.#allocator = library.pointer('ggml_gallocr_new', device.bufferType);
+  }
+
+  place(graph: Pointer): void {
+    if (this.#library.number('ggml_gallocr_alloc_graph', this.#allocator, graph) !== 1) {
+      throw new GatewayError('ENGINE_FAILED', 'ggml: no memory for a program');
+    }
+    const bytes = this.#library.number('ggml_gallocr_get_buffer_size', this.#allocator, 0);
+    if (bytes !== this.#bytes) {
+      this.#bytes = bytes;
+      this.version++;
+    }
+  }
+
+  [Symbol.dispose](): void {
+    this.#library.call('ggml_gallocr_free', this.#allocator);
+  }
+}

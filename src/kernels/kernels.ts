@@ -1,0 +1,140 @@
+// The kernels contract: stored tensors, and programs recorded once per shape and replayed with new inputs. The model is
+// written once over Ops and knows no backend. Shapes are outermost first: [T, N] is T rows of N contiguous numbers.
+//
+// Ownership: a backend owns every tensor it stores and every program it compiles; disposing the backend frees them all.
+// A program borrows the stored tensors that it was recorded over. One caller at a time: nothing here is thread-safe.
+// Errors: SHAPE_MISMATCH from every op and every call, thrown before native code sees the shapes (ggml aborts the
+// process on a wrong one), UNSUPPORTED for a type that the backend lacks.
+//
+// Not here yet: gradients, softmax, topK, argmax (the steps that need them add them with their conformance cases).
+
+/** Types of linear weights as GGUF files store them. */
+export type WeightType =
+  | 'f32'
+  | 'f16'
+  | 'bf16'
+  | 'q4_0'
+  | 'q4_1'
+  | 'q5_0'
+  | 'q5_1'
+  | 'q8_0'
+  | 'q4_k'
+  | 'q5_k'
+  | 'q6_k';
+export type DType = WeightType | 'i32' | 'i64';
+
+/** A value: stored in the backend, or computed inside a program. */
+export interface Tensor {
+  readonly dtype: DType;
+  readonly shape: readonly number[];
+}
+
+/** A tensor that outlives programs: a weight, a cache, an adapter page pool. Zero when new. */
+export interface StoredTensor extends Tensor {
+  readonly bytes: number;
+}
+
+/** Rows of a program that belong to one sequence, and the run of cells that they attend to. */
+export interface AttentionSegment {
+  /** First row of the program's T rows, and how many. */
+  readonly rowStart: number;
+  readonly rowCount: number;
+  /** The sequence's cells are [cellBase, cellBase + cells); the last row sees all of them, row i of the segment sees
+   *  cells - rowCount + i + 1 (causal). */
+  readonly cellBase: number;
+  readonly cells: number;
+}
+
+export interface RopeOptions {
+  /** Channels rotated per head, even; the rest pass through. */
+  readonly size: number;
+  readonly base: number;
+  readonly style: 'norm' | 'neox';
+}
+
+export interface Ops {
+  /** A value given at each run; `write` it before `run`. */
+  input(name: string, dtype: 'f32' | 'i32' | 'i64', shape: readonly number[]): Tensor;
+  /** `y[T,E] = table[ids[T]]`; table [V,E] of any weight type. */
+  embed(table: Tensor, ids: Tensor): Tensor;
+  /** `y = x / sqrt(mean(x²) + eps) ⊙ weight` over the last axis; x [T,E], weight [E] f32. */
+  rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor;
+  /** `y[T,N] = x[T,K] · w[N,K]ᵀ`; w of any weight type, x and y f32. */
+  linear(x: Tensor, w: Tensor): Tensor;
+  /** Elementwise, equal shapes, f32. */
+  add(a: Tensor, b: Tensor): Tensor;
+  mul(a: Tensor, b: Tensor): Tensor;
+  /** `silu(gate) ⊙ up`, equal shapes. */
+  swiglu(gate: Tensor, up: Tensor): Tensor;
+  /** Rotary position embedding of x [T,H,D] at positions [T] i32. */
+  rope(x: Tensor, positions: Tensor, options: RopeOptions): Tensor;
+  /** Same numbers, another shape. */
+  reshape(x: Tensor, shape: readonly number[]): Tensor;
+  /** `cache[cells[i]] = x[i]`: x [T,C] f32, cells [T] i64, cache [cells,C] f16 or f32, stored. Ordered before every later op. */
+  writeCells(cache: Tensor, x: Tensor, cells: Tensor): void;
+  /** Grouped-query attention of q [T,H,D] over the run of cells of each row's segment: `y[T,H·D]`. k, v stored
+   *  [cells,Hkv·D]. The segments are given at each run; rows in no segment are undefined. Scale 1/sqrt(D). */
+  attend(q: Tensor, k: Tensor, v: Tensor): Tensor;
+  /** `h[T,P,8] = a[pages[t,p]] · x[t]`: a stored [pages,8,K], x [T,K], pages [T,P] i32 (page 0 is zero). */
+  shrink(x: Tensor, a: Tensor, pages: Tensor): Tensor;
+  /** `y[T,N] + Σ_p b[pages[t,p]] · h[t,p]`: b stored [pages,N,8], h [T,P,8]. Returns a new tensor. */
+  expand(y: Tensor, h: Tensor, b: Tensor, pages: Tensor): Tensor;
+  /** `y[i] = x[rows[i]]`: x [T,N] f32, rows [R] i32. */
+  gatherRows(x: Tensor, rows: Tensor): Tensor;
+}
+
+export interface ProgramShape {
+  /** Most segments of attention in one run; 0 when the program has no attend. */
+  readonly segments: number;
+}
+
+export interface Program extends Disposable {
+  /** Copies `data` into an input: the whole of it, in the input's layout and type. It stays until it is written again. */
+  write(name: string, data: Float32Array | Int32Array | BigInt64Array): void;
+  /** Computes the outputs. Segments must not overlap in rows and must lie in the caches. */
+  run(segments: readonly AttentionSegment[]): void;
+  /** Copies `out.length` numbers of an output, from flat index `start`. Valid until any program of the backend runs. */
+  read(name: string, start: number, out: Float32Array | Int32Array): void;
+}
+
+export interface Kernels extends Disposable {
+  readonly name: string;
+  /** One line for doctor and logs: library, version, device, threads. */
+  readonly description: string;
+  store(dtype: DType, shape: readonly number[]): StoredTensor;
+  /** Bytes in the type's own layout (GGUF's for quantised types). */
+  write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void;
+  read(tensor: StoredTensor, out: Uint8Array, byteOffset: number): void;
+  /** Moves bytes inside one stored tensor; the ranges do not overlap. */
+  copyWithin(tensor: StoredTensor, range: ByteMove): void;
+  /** Records a program. `build` returns its named outputs; it is pure and may be called more than once. */
+  compile(build: (ops: Ops) => Readonly<Record<string, Tensor>>, shape: ProgramShape): Program;
+}
+
+export interface ByteMove {
+  readonly from: number;
+  readonly to: number;
+  readonly bytes: number;
+}
+
+/** Ranks per adapter page as shrink and expand see them. */
+export const ranksPerPage = 8;
+
+/** Block length in numbers and block size in bytes of each type. */
+export const dtypeLayout: Readonly<
+  Record<DType, { readonly block: number; readonly bytes: number }>
+> = {
+  f32: { block: 1, bytes: 4 },
+  f16: { block: 1, bytes: 2 },
+  bf16: { block: 1, bytes: 2 },
+  q4_0: { block: 32, bytes: 18 },
+  q4_1: { block: 32, bytes: 20 },
+  q5_0: { block: 32, bytes: 22 },
+  q5_1: { block: 32, bytes: 24 },
+  q8_0: { block: 32, bytes: 34 },
+  q4_k: { block: 256, bytes: 144 },
+  q5_k: { block: 256, bytes: 176 },
+  q6_k: { block: 256, bytes: 210 },
+  i32: { block: 1, bytes: 4 },
+  i64: { block: 1, bytes: 8 },
+};

@@ -1,0 +1,109 @@
+// Ops that only check: a first pass over a program's closure that throws on any wrong shape, counts what a backend must
+// reserve, and finds the limit of every index input, all before native code is touched.
+
+import * as check from './check.ts';
+import type { DType, Ops, RopeOptions, Tensor } from './kernels.ts';
+
+export interface InputPlan {
+  readonly dtype: 'f32' | 'i32' | 'i64';
+  readonly shape: readonly number[];
+  /** Values must lie in [0, indexLimit); Infinity for plain numbers. */
+  indexLimit: number;
+}
+
+export class SymbolicOps implements Ops {
+  readonly inputs: Map<string, InputPlan> = new Map();
+  /** Upper bound on native tensor structs, views included. */
+  tensorCount = 0;
+  readonly #segments: number;
+  readonly #plans: Map<Tensor, InputPlan> = new Map();
+
+  constructor(segments: number) {
+    this.#segments = segments;
+  }
+
+  #result(dtype: DType, shape: readonly number[], tensors = 2): Tensor {
+    check.checkShape('result', dtype, shape);
+    this.tensorCount += tensors;
+    return { dtype, shape };
+  }
+
+  #limit(indices: Tensor, limit: number): void {
+    const plan = this.#plans.get(indices);
+    if (plan === undefined) throw check.mismatch('indices', 'must be a program input');
+    plan.indexLimit = Math.min(plan.indexLimit, limit);
+  }
+
+  input(name: string, dtype: 'f32' | 'i32' | 'i64', shape: readonly number[]): Tensor {
+    if (this.inputs.has(name)) throw check.mismatch('input', `${name} is declared twice`);
+    const tensor = this.#result(dtype, shape);
+    const plan: InputPlan = { dtype, shape, indexLimit: Number.POSITIVE_INFINITY };
+    this.inputs.set(name, plan);
+    this.#plans.set(tensor, plan);
+    return tensor;
+  }
+
+  embed(table: Tensor, ids: Tensor): Tensor {
+    const shape = check.checkEmbed(table, ids);
+    this.#limit(ids, table.shape[0]!);
+    return this.#result('f32', shape);
+  }
+
+  rmsNorm(x: Tensor, weight: Tensor, _eps: number): Tensor {
+    return this.#result('f32', check.checkNorm(x, weight));
+  }
+
+  linear(x: Tensor, w: Tensor): Tensor {
+    return this.#result('f32', check.checkLinear(x, w));
+  }
+
+  add(a: Tensor, b: Tensor): Tensor {
+    return this.#result('f32', check.checkSame('add', a, b));
+  }
+
+  mul(a: Tensor, b: Tensor): Tensor {
+    return this.#result('f32', check.checkSame('mul', a, b));
+  }
+
+  swiglu(gate: Tensor, up: Tensor): Tensor {
+    return this.#result('f32', check.checkSame('swiglu', gate, up));
+  }
+
+  rope(x: Tensor, positions: Tensor, options: RopeOptions): Tensor {
+    return this.#result('f32', check.checkRope(x, positions, options));
+  }
+
+  reshape(x: Tensor, shape: readonly number[]): Tensor {
+    return this.#result(x.dtype, check.checkReshape(x, shape));
+  }
+
+  writeCells(cache: Tensor, x: Tensor, cells: Tensor): void {
+    check.checkWriteCells(cache, x, cells);
+    this.#limit(cells, cache.shape[0]!);
+    this.tensorCount += 2;
+  }
+
+  attend(q: Tensor, k: Tensor, v: Tensor): Tensor {
+    if (this.#segments < 1)
+      throw check.mismatch('attend', 'the program was compiled for no segments');
+    return this.#result('f32', check.checkAttend(q, k, v), 6 + 6 * this.#segments);
+  }
+
+  shrink(x: Tensor, a: Tensor, pages: Tensor): Tensor {
+    const shape = check.checkShrink(x, a, pages);
+    this.#limit(pages, a.shape[0]!);
+    return this.#result('f32', shape, 3);
+  }
+
+  expand(y: Tensor, h: Tensor, b: Tensor, pages: Tensor): Tensor {
+    const shape = check.checkExpand(y, h, b, pages);
+    this.#limit(pages, b.shape[0]!);
+    return this.#result('f32', shape, 2 + 2 * pages.shape[1]!);
+  }
+
+  gatherRows(x: Tensor, rows: Tensor): Tensor {
+    const shape = check.checkGather(x, rows);
+    this.#limit(rows, x.shape[0]!);
+    return this.#result('f32', shape);
+  }
+}
