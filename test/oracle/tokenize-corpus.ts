@@ -8,7 +8,7 @@ const code = [
   'fn main() { let x = vec![1u8; 10]; println!("{x:?}"); }',
   '<div class="a b">\n    <p>&nbsp;&lt;3</p>\n</div>',
   '{"a":[1,2.5e-10,null,true],"b":"\\u00e9"}',
-  'for i in $(seq 1 10); do echo "${i}"; done | tee -a log.txt',
+  'for i in $(seq 1 10); do echo "$i"; done | tee -a log.txt',
   '        if (x) {\n                y();\n        }\n\n\n\n    }',
 ];
 
