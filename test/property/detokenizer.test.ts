@@ -18,8 +18,8 @@ const tokens = fc.array(
 );
 
 describe('streamed text', () => {
-  it('concatenates to the text of all bytes decoded at once', () => {
-    fc.assert(
+  it('concatenates to the text of all bytes decoded at once', async () => {
+    await fc.assert(
       fc.property(tokens, (parts) => {
         const detokenizer = createDetokenizer((token) => parts[token]!);
         const streamed =
@@ -31,13 +31,13 @@ describe('streamed text', () => {
     );
   });
 
-  it('stops where a search in the whole text stops, shows what is before it and holds nothing back for long', () => {
+  it('stops where a search in the whole text stops, shows what is before it and holds nothing back for long', async () => {
     const letters = fc.string({
       unit: fc.constantFrom('a', 'b', '😀'),
       minLength: 1,
       maxLength: 4,
     });
-    fc.assert(
+    await fc.assert(
       fc.property(
         fc.array(letters, { maxLength: 4 }),
         fc.array(fc.string({ unit: fc.constantFrom('a', 'b', '😀'), maxLength: 5 }), {
