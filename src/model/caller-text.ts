@@ -1,0 +1,141 @@
+// Strings of a caller on their way into a chat template: bounded, plain data, and marked where they spell a special
+// token or could become one half of it. A mark is a private-use character that occurs nowhere else in the chat.
+
+import { GatewayError } from '../errors.ts';
+
+export type PlainValue =
+  | string
+  | number
+  | boolean
+  | null
+  | readonly PlainValue[]
+  | { readonly [key: string]: PlainValue };
+
+/** What is left of the limits while values are taken in. */
+export interface Budget {
+  nodes: number;
+  characters: number;
+  depth: number;
+}
+
+/** The value as plain data of its own, charged to the budget. Throws INVALID_REQUEST. */
+export function takePlain(value: unknown, budget: Budget): PlainValue {
+  budget.nodes -= 1;
+  if (budget.nodes < 0 || budget.depth < 0) fail('they are too many or too deeply nested');
+  if (typeof value === 'string') {
+    budget.characters -= value.length;
+    if (budget.characters < 0) fail('they are too long');
+    return value;
+  }
+  if (value === null || typeof value === 'boolean') return value;
+  if (typeof value === 'number' && Number.isFinite(value)) return value;
+  if (typeof value !== 'object') fail(`a ${typeof value} is no JSON value`);
+  budget.depth -= 1;
+  const taken = Array.isArray(value)
+    ? value.map((item) => takePlain(item, budget))
+    : Object.fromEntries(
+        Object.entries(value as object).map(([key, item]) => [
+          takePlain(key, budget),
+          takePlain(item, budget),
+        ]),
+      );
+  budget.depth += 1;
+  return taken;
+}
+
+function fail(reason: string): never {
+  throw new GatewayError('INVALID_REQUEST', `template arguments: ${reason}`, {
+    param: 'chat_template_kwargs',
+  });
+}
+
+/** The value with `change` applied to every string in it, names too: a template may print those. */
+export function mapStrings(value: PlainValue, change: (text: string) => string): PlainValue {
+  if (typeof value === 'string') return change(value);
+  if (typeof value !== 'object' || value === null) return value;
+  if (isList(value)) return value.map((item) => mapStrings(item, change));
+  return Object.fromEntries(
+    Object.entries(value).map(([key, item]) => [change(key), mapStrings(item, change)]),
+  );
+}
+
+// Array.isArray does not narrow a readonly array out of a union.
+const isList = (value: object): value is readonly PlainValue[] => Array.isArray(value);
+
+const privateUse: readonly (readonly [first: number, last: number])[] = [
+  [0xe000, 0xf8ff],
+  [0xf0000, 0xffffd],
+  [0x100000, 0x10fffd],
+];
+
+/** A private-use character that is in none of the texts. */
+export function unusedMark(texts: Iterable<string>): string {
+  const used = new Set<string>();
+  for (const text of texts) for (const [mark] of text.matchAll(/\p{Co}/gu)) used.add(mark);
+  for (const [first, last] of privateUse) {
+    for (let point = first; point <= last; point += 1) {
+      const mark = String.fromCodePoint(point);
+      if (!used.has(mark)) return mark;
+    }
+  }
+  throw new GatewayError('INVALID_REQUEST', 'the chat uses every private-use character', {
+    param: 'messages',
+  });
+}
+
+/** Puts `mark` into a caller's text so that no special token is left in it, alone or together with the text that a
+ *  template puts before or after it. Letter case is ignored, for templates that change it. */
+export type Guard = (text: string, mark: string) => string;
+
+export function createGuard(specials: readonly string[]): Guard {
+  const short = specials.find((special) => [...special].length < 2);
+  if (short !== undefined) {
+    // Nothing fits inside one character, so text with it could not be told from the template's.
+    throw new GatewayError('UNSUPPORTED', `the special token '${short}' is a single character`);
+  }
+  if (specials.length === 0) return (text) => text;
+  const lower = specials.map((special) => special.toLowerCase());
+  const beginnings = new Set(lower.flatMap(properPrefixes));
+  const endings = new Set(lower.flatMap(properSuffixes));
+  const longest = lower.reduce((most, special) => Math.max(most, special.length), 0);
+  // Looks ahead instead of consuming: special tokens that overlap are all found.
+  const anySpecial = new RegExp(`(?=${specials.map(escapeExpression).join('|')}).`, 'gisu');
+
+  return (text, mark) => {
+    const marked = text.replace(anySpecial, (first) => first + mark);
+    // Templates trim: the edges that count are those with and without the white space around the text.
+    const head = marked.length - marked.trimStart().length;
+    const tail = marked.trimEnd().length;
+    let result = marked;
+    if (endsIn(beginnings, marked, longest)) result += mark;
+    if (tail < marked.length && endsIn(beginnings, marked.slice(0, tail), longest)) {
+      result = marked.slice(0, tail) + mark + result.slice(tail);
+    }
+    if (head > 0 && startsIn(endings, marked.slice(head), longest)) {
+      result = result.slice(0, head) + mark + result.slice(head);
+    }
+    return startsIn(endings, marked, longest) ? mark + result : result;
+  };
+}
+
+const escapeExpression = (text: string): string => text.replace(/[\\^$.*+?()[\]{}|/-]/g, '\\$&');
+
+const properPrefixes = (text: string): string[] =>
+  Array.from({ length: text.length - 1 }, (_, at) => text.slice(0, at + 1));
+
+const properSuffixes = (text: string): string[] =>
+  Array.from({ length: text.length - 1 }, (_, at) => text.slice(at + 1));
+
+function endsIn(set: ReadonlySet<string>, text: string, longest: number): boolean {
+  for (let length = 1; length < Math.min(longest, text.length + 1); length += 1) {
+    if (set.has(text.slice(text.length - length).toLowerCase())) return true;
+  }
+  return false;
+}
+
+function startsIn(set: ReadonlySet<string>, text: string, longest: number): boolean {
+  for (let length = 1; length < Math.min(longest, text.length + 1); length += 1) {
+    if (set.has(text.slice(0, length).toLowerCase())) return true;
+  }
+  return false;
+}
