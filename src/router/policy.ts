@@ -60,7 +60,10 @@ export interface Prediction {
   readonly ttftMs: number;
   readonly perTokenMs: number;
   readonly totalMs: number;
+  /** Deviations of the three above: of the total, of the first token, of the time per token. */
   readonly sigmaMs: number;
+  readonly ttftSigmaMs: number;
+  readonly perTokenSigmaMs: number;
 }
 
 /** Predicts one request at one rank under the given load; null while nothing was learned. */

@@ -1,0 +1,174 @@
+// Predicts when a request would get its first and its last token at a given rank, from the learned step time
+// (step-time.ts), the learned answer lengths (answer-length.ts) and the load of the moment. Its own mean error is learned
+// from finished answers. Memory is bounded; the state is saved as JSON and belongs to one base model on one machine.
+
+import { z } from 'zod';
+import type { StepReport } from '../engine/messages.ts';
+import { AnswerLengths, savedCurves } from './answer-length.ts';
+import type { Prediction, RouteInput } from './policy.ts';
+import { StepTime, type StepWork, savedStepTime } from './step-time.ts';
+
+const adaptersMax = 4096; // ~1.5 MB of answer-length curves
+/** Steps before a prediction is worth more than none. */
+const stepsMin = 8;
+const errorGain = 0.05;
+const errorStart = 0.25; // relative deviation of a whole answer's time before any was seen (guess)
+const errorClip = 1;
+
+export interface ModelIdentity {
+  readonly baseHash: string;
+  /** BaseInfo.backend: library, CPU variant, weights mode. */
+  readonly backend: string;
+  readonly threads: number;
+}
+
+export interface LatencyModelOptions {
+  readonly identity: ModelIdentity;
+  /** Most prompt tokens that the engine processes in one step. */
+  readonly prefillTokensMax: number;
+}
+
+export interface FinishedAnswer {
+  /** null for the base model. */
+  readonly adapter: string | null;
+  readonly tokensMax: number;
+  readonly completionTokens: number;
+  readonly ttftMs: number;
+  readonly totalMs: number;
+}
+
+const savedModel = z.strictObject({
+  format: z.literal('rankgate-latency/1'),
+  identity: z.strictObject({ baseHash: z.string(), backend: z.string(), threads: z.number() }),
+  stepTime: savedStepTime,
+  lengths: savedCurves,
+  ttftError: z.number().nonnegative(),
+  tokenError: z.number().nonnegative(),
+});
+
+export class LatencyModel {
+  readonly #options: LatencyModelOptions;
+  readonly #stepTime: StepTime = new StepTime();
+  readonly #lengths: AnswerLengths = new AnswerLengths(adaptersMax);
+  // Mean squared relative errors of finished answers: of the wait for the first token, and of the pace after it.
+  #ttftError: number = errorStart ** 2;
+  #tokenError: number = errorStart ** 2;
+
+  constructor(options: LatencyModelOptions) {
+    this.#options = options;
+  }
+
+  observe(report: StepReport): void {
+    this.#stepTime.observe(report);
+  }
+
+  /** `predicted` is what predict() said when the answer was planned, null when it could not say. */
+  settle(answer: FinishedAnswer, predicted: Prediction | null): void {
+    const { completionTokens, tokensMax, ttftMs, totalMs } = answer;
+    if (!(completionTokens >= 1) || !(totalMs >= ttftMs) || !(ttftMs >= 0)) return;
+    this.#lengths.learn(answer.adapter ?? '', completionTokens, completionTokens >= tokensMax);
+    if (predicted === null) return;
+    this.#ttftError = blend(this.#ttftError, ttftMs, predicted.ttftMs);
+    if (completionTokens < 2) return;
+    const pace = (totalMs - ttftMs) / (completionTokens - 1);
+    this.#tokenError = blend(this.#tokenError, pace, predicted.perTokenMs);
+  }
+
+  predict(input: RouteInput, rank: number): Prediction | null {
+    if (this.#stepTime.steps < stepsMin) return null;
+    const first = this.#firstToken(input, rank);
+    const pace = this.#pace(input, rank);
+    const length = this.#lengths.expect(input.adapter?.name ?? '', input.tokensMax);
+    const later = Math.max(0, length.mean - 1);
+    const sigmas = [
+      first.ms * Math.sqrt(this.#ttftError),
+      first.doubtMs,
+      // The pace's error is the same for all tokens of an answer, so it adds up with them and not with their root.
+      later * pace.ms * Math.sqrt(this.#tokenError),
+      later * pace.doubtMs,
+      Math.sqrt(later) * pace.ms * this.#stepTime.relativeSigma,
+      length.deviation * pace.ms,
+    ];
+    return {
+      ttftMs: first.ms,
+      perTokenMs: pace.ms,
+      totalMs: first.ms + later * pace.ms,
+      sigmaMs: Math.hypot(...sigmas),
+      ttftSigmaMs: Math.hypot(first.ms * Math.sqrt(this.#ttftError), first.doubtMs),
+      perTokenSigmaMs: Math.hypot(pace.ms * Math.sqrt(this.#tokenError), pace.doubtMs),
+    };
+  }
+
+  /** Everything that waits is prefilled first, in steps of at most prefillTokensMax that also decode the running rows. */
+  #firstToken(input: RouteInput, rank: number): { ms: number; doubtMs: number } {
+    const { load, promptTokens } = input;
+    const { decodeRows, kvCells, waitingPromptTokens } = load;
+    const tokens = promptTokens + waitingPromptTokens;
+    const steps = Math.max(1, Math.ceil(tokens / this.#options.prefillTokensMax));
+    // The ranks of those that wait are not known: they are taken to be like those that run.
+    const rankMean = decodeRows === 0 ? 0 : load.decodeRanks / decodeRows;
+    const work: StepWork = [
+      steps,
+      steps * decodeRows,
+      tokens,
+      steps * load.decodeRanks,
+      promptTokens * rank + waitingPromptTokens * rankMean,
+      steps * kvCells + tokens,
+    ];
+    return this.#stepTime.estimate(work);
+  }
+
+  /** A decode step once this row and all that wait before it have joined. */
+  #pace(input: RouteInput, rank: number): { ms: number; doubtMs: number } {
+    const { load, promptTokens, tokensMax } = input;
+    const { decodeRows, decodeRanks, waiting, waitingPromptTokens } = load;
+    const rankMean = decodeRows === 0 ? 0 : decodeRanks / decodeRows;
+    return this.#stepTime.estimate([
+      1,
+      decodeRows + waiting + 1,
+      0,
+      decodeRanks + waiting * rankMean + rank,
+      0,
+      load.kvCells + waitingPromptTokens + promptTokens + tokensMax / 2,
+    ]);
+  }
+
+  save(): string {
+    const state: z.infer<typeof savedModel> = {
+      format: 'rankgate-latency/1',
+      identity: { ...this.#options.identity },
+      stepTime: this.#stepTime.save(),
+      lengths: this.#lengths.save(),
+      ttftError: this.#ttftError,
+      tokenError: this.#tokenError,
+    };
+    return JSON.stringify(state);
+  }
+
+  /** False, and nothing changed, when the text is damaged or belongs to another base, backend or thread count. */
+  restore(text: string): boolean {
+    let json: unknown;
+    try {
+      json = JSON.parse(text);
+    } catch {
+      return false;
+    }
+    const { success, data } = savedModel.safeParse(json);
+    if (!success) return false;
+    const { baseHash, backend, threads } = this.#options.identity;
+    const { identity } = data;
+    if (identity.baseHash !== baseHash || identity.backend !== backend) return false;
+    if (identity.threads !== threads) return false;
+    this.#stepTime.restore(data.stepTime);
+    this.#lengths.restore(data.lengths);
+    this.#ttftError = data.ttftError;
+    this.#tokenError = data.tokenError;
+    return true;
+  }
+}
+
+/** A failed machine or a paused client makes one error huge; clipped, it counts as "off by as much as it said". */
+function blend(mean: number, actual: number, predicted: number): number {
+  const error = Math.abs(actual - predicted) / Math.max(predicted, Number.EPSILON);
+  return mean + errorGain * (Math.min(errorClip, error) ** 2 - mean);
+}
