@@ -7,7 +7,7 @@ import { z } from 'zod';
 
 const bucketCount = 18; // bucket b holds lengths [2^b, 2^(b+1)); 2^18 tokens is beyond any context here
 const keep = 0.98; // guess: an answer counts half after 34 more
-const priorAnswers = 2; // guess: endless answers assumed per bucket before any is seen; fades with evidence
+const priorAnswers = 0.5; // guess: endless answers assumed per bucket before any is seen; fades with evidence
 
 export interface AnswerLength {
   readonly mean: number; // tokens

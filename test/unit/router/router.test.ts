@@ -1,0 +1,253 @@
+import { describe, expect, it } from 'vitest';
+import type { StepReport } from '../../../src/engine/messages.ts';
+import type { LatencyModelOptions } from '../../../src/router/latency-model.ts';
+import type { Budget, Plan, RouteInput } from '../../../src/router/policy.ts';
+import { createRouter, type Router } from '../../../src/router/router.ts';
+import { createRng, type Rng } from '../../support/random.ts';
+
+const options: LatencyModelOptions = {
+  identity: { baseHash: 'b'.repeat(64), backend: 'test 1', threads: 2 },
+  prefillTokensMax: 64,
+};
+const idle = { decodeRows: 0, decodeRanks: 0, waiting: 0, waitingPromptTokens: 0, kvCells: 0 };
+const open: Budget = {
+  totalMs: null,
+  ttftMs: null,
+  perTokenMs: null,
+  strict: false,
+  rank: null,
+  rankMin: 0,
+  tier: null,
+};
+const adapter: RouteInput['adapter'] = {
+  name: 'support',
+  generation: `sha256:${'0'.repeat(64)}`,
+  rankMax: 16,
+  rankCurve: Array.from({ length: 16 }, (_, i) => (i + 1) / 16),
+};
+
+function stepMs(report: StepReport): number {
+  return (
+    8 +
+    report.decodeRows +
+    2 * report.prefillTokens +
+    0.25 * report.decodeRanks +
+    0.02 * report.prefillRanks +
+    0.001 * report.kvCells
+  );
+}
+
+interface Simulated {
+  readonly ttftMs: number;
+  readonly totalMs: number;
+}
+
+/** Runs one request beside `others` decoding rows, as an engine would, and feeds every step to the router. */
+function simulate(router: Router, rng: Rng, job: Job): Simulated {
+  const { promptTokens, tokens, rank, others } = job;
+  let ms = 0;
+  let ttftMs = 0;
+  let cells = 0;
+  const run = (report: StepReport): void => {
+    const took = stepMs(report) * (1 + 0.03 * rng.normal());
+    ms += took;
+    router.observe({ ...report, ms: took });
+  };
+  for (let done = 0; done < promptTokens; done += 64) {
+    const chunk = Math.min(64, promptTokens - done);
+    cells += chunk;
+    run({
+      ms: 0,
+      decodeRows: others,
+      prefillTokens: chunk,
+      decodeRanks: others * 8,
+      prefillRanks: chunk * rank,
+      kvCells: others * 100 + cells,
+    });
+  }
+  ttftMs = ms;
+  for (let i = 1; i < tokens; i++) {
+    cells++;
+    run({
+      ms: 0,
+      decodeRows: others + 1,
+      prefillTokens: 0,
+      decodeRanks: others * 8 + rank,
+      prefillRanks: 0,
+      kvCells: others * 100 + cells,
+    });
+  }
+  return { ttftMs, totalMs: ms };
+}
+
+interface Job {
+  readonly promptTokens: number;
+  readonly tokens: number;
+  readonly rank: number;
+  readonly others: number;
+}
+
+function inputOf(job: Omit<Job, 'rank'>, budget: Partial<Budget> = {}): RouteInput {
+  const { others, promptTokens, tokens } = job;
+  return {
+    budget: { ...open, ...budget },
+    promptTokens,
+    tokensMax: tokens,
+    adapter,
+    load: { ...idle, decodeRows: others, decodeRanks: others * 8, kvCells: others * 100 },
+  };
+}
+
+function randomJob(rng: Rng): Omit<Job, 'rank'> {
+  return { promptTokens: 1 + rng.below(200), tokens: 2 + rng.below(60), others: rng.below(8) };
+}
+
+function settle(router: Router, input: RouteInput, plan: Plan, seen: Simulated): void {
+  router.settle({
+    adapter: input.adapter?.name ?? null,
+    plan,
+    tokensMax: input.tokensMax,
+    completionTokens: input.tokensMax,
+    ...seen,
+  });
+}
+
+function train(router: Router, rng: Rng, answers: number): void {
+  for (let i = 0; i < answers; i++) {
+    const job = randomJob(rng);
+    const input = inputOf(job, { rank: [0, 1, 2, 4, 8, 16][rng.below(6)]! });
+    const plan = router.route(input);
+    settle(router, input, plan, simulate(router, rng, { ...job, rank: plan.rank }));
+  }
+}
+
+describe('the router', () => {
+  it('says nothing before it has seen steps', () => {
+    expect(createRouter(options).route(inputOf({ promptTokens: 5, tokens: 5, others: 0 }))).toEqual(
+      {
+        rank: 16,
+        rankMax: 16,
+        reason: 'full',
+        predictedMs: null,
+        predictedTtftMs: null,
+        sigmaMs: null,
+      },
+    );
+  });
+
+  it('predicts whole answers and first tokens of a simulated engine within 10 % on average', () => {
+    const rng = createRng(1);
+    const router = createRouter(options);
+    train(router, rng, 60);
+    let totalError = 0;
+    let ttftError = 0;
+    for (let i = 0; i < 100; i++) {
+      const job = randomJob(rng);
+      const plan = router.route(inputOf(job));
+      const seen = simulate(createRouter(options), rng, { ...job, rank: plan.rank });
+      totalError += Math.abs(plan.predictedMs! - seen.totalMs) / seen.totalMs;
+      ttftError += Math.abs(plan.predictedTtftMs! - seen.ttftMs) / seen.ttftMs;
+    }
+    expect(totalError / 100).toBeLessThan(0.1);
+    expect(ttftError / 100).toBeLessThan(0.1);
+  });
+
+  it('keeps at least 97 of 100 feasible budgets, and uses them', () => {
+    const rng = createRng(2);
+    const router = createRouter(options);
+    train(router, rng, 100);
+    const counts = { met: 0, feasible: 0, ranks: 0, best: 0 };
+    for (let i = 0; i < 300; i++) {
+      const job = randomJob(rng);
+      const exact = (rank: number): number =>
+        simulate(createRouter(options), { ...rng, normal: () => 0 }, { ...job, rank }).totalMs;
+      const totalMs = exact(0) + rng.next() * 1.5 * (exact(16) - exact(0));
+      const input = inputOf(job, { totalMs });
+      const plan = router.route(input);
+      const seen = simulate(router, rng, { ...job, rank: plan.rank });
+      settle(router, input, plan, seen);
+      if (plan.reason === 'infeasible') continue;
+      counts.feasible++;
+      if (seen.totalMs <= totalMs) counts.met++;
+      counts.ranks += plan.rank;
+      counts.best += [16, 8, 4, 2, 1, 0].find((rank) => exact(rank) <= totalMs) ?? 0;
+    }
+    expect(counts.feasible).toBeGreaterThan(150);
+    expect(counts.met / counts.feasible).toBeGreaterThan(0.97);
+    // Against an oracle that knows the times without noise: caution costs some rank, not most of it.
+    expect(counts.ranks / counts.best).toBeGreaterThan(0.5);
+  });
+
+  it('lowers the rank when the machine is loaded, and gives all when the budget is loose', () => {
+    const rng = createRng(3);
+    const router = createRouter(options);
+    train(router, rng, 100);
+    const job = { promptTokens: 40, tokens: 40 };
+    const quiet = router.route(inputOf({ ...job, others: 0 }, { totalMs: 950 }));
+    const busy = router.route(inputOf({ ...job, others: 3 }, { totalMs: 950 }));
+    expect(quiet).toMatchObject({ rank: 16, reason: 'fits' });
+    expect(busy.rank).toBeLessThan(16);
+    expect(busy.reason).toBe('reduced');
+    expect(router.route(inputOf({ ...job, others: 7 }, { totalMs: 60_000 })).rank).toBe(16);
+  });
+
+  it('refuses a strict budget that cannot be met, and says when to come back only if waiting helps', () => {
+    const rng = createRng(4);
+    const router = createRouter(options);
+    train(router, rng, 100);
+    const job = { promptTokens: 40, tokens: 40, others: 2 };
+    expect(() => router.route(inputOf(job, { totalMs: 5, strict: true }))).toThrow(
+      expect.objectContaining({ code: 'DEADLINE_TOO_SHORT', retryAfterS: undefined }),
+    );
+    const loaded = inputOf(job, { totalMs: 1500, strict: true });
+    const behind = { ...loaded, load: { ...loaded.load, waiting: 4, waitingPromptTokens: 5000 } };
+    expect(() => router.route(behind)).toThrow(
+      expect.objectContaining({ code: 'DEADLINE_TOO_SHORT', retryAfterS: expect.any(Number) }),
+    );
+    expect(router.route({ ...behind, budget: { ...behind.budget, strict: false } })).toMatchObject({
+      rank: 0,
+      reason: 'infeasible',
+    });
+  });
+
+  it('continues after a restart, on the same base, backend and thread count only', () => {
+    const rng = createRng(5);
+    const router = createRouter(options);
+    train(router, rng, 30);
+    const saved = router.save();
+    const input = inputOf({ promptTokens: 40, tokens: 40, others: 2 }, { totalMs: 700 });
+    const same = createRouter(options);
+    expect(same.restore(saved)).toBe(true);
+    expect(same.route(input)).toEqual(router.route(input));
+    for (const change of [{ baseHash: 'c' }, { backend: 'test 2' }, { threads: 3 }]) {
+      const other = createRouter({ ...options, identity: { ...options.identity, ...change } });
+      expect(other.restore(saved)).toBe(false);
+      expect(other.route(input).predictedMs).toBeNull();
+    }
+    for (const damaged of [
+      '',
+      '{}',
+      saved.slice(0, -2),
+      saved.replace(/"steps":\d+/, '"steps":-1'),
+    ]) {
+      expect(createRouter(options).restore(damaged)).toBe(false);
+    }
+  });
+
+  it('is not wrecked by outcomes that are none', () => {
+    const rng = createRng(6);
+    const router = createRouter(options);
+    train(router, rng, 30);
+    const input = inputOf({ promptTokens: 40, tokens: 40, others: 2 });
+    const plan = router.route(input);
+    const before = router.save();
+    for (const seen of [
+      { ttftMs: Number.NaN, totalMs: 1 },
+      { ttftMs: 2, totalMs: 1 },
+      { ttftMs: -1, totalMs: 1 },
+    ]) {
+      settle(router, input, plan, seen);
+    }
+    expect(router.save()).toBe(before);
+  });
+});
