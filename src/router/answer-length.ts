@@ -14,13 +14,14 @@ export interface AnswerLength {
   readonly deviation: number;
 }
 
-interface Curve {
+export interface Curve {
   /** Answers that reached the bucket, and those of them that stopped inside it. */
   readonly reached: number[];
   readonly stopped: number[];
 }
 
-export const savedCurves = z
+export type SavedCurves = Array<[name: string, curve: Curve]>;
+export const savedCurves: z.ZodType<SavedCurves> = z
   .array(
     z.tuple([
       z.string().max(256),
@@ -31,7 +32,6 @@ export const savedCurves = z
     ]),
   )
   .max(10_000);
-export type SavedCurves = z.infer<typeof savedCurves>;
 
 const bucketOf = (tokens: number): number =>
   Math.min(bucketCount - 1, Math.floor(Math.log2(Math.max(1, tokens))));

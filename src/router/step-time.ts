@@ -25,13 +25,18 @@ const varianceGain = 0.02;
 const warmupSteps = 8;
 const msMin = 0.05;
 
-export const savedStepTime = z.strictObject({
+export interface SavedStepTime {
+  readonly steps: number;
+  readonly weights: readonly number[];
+  readonly covariance: readonly number[];
+  readonly variance: number;
+}
+export const savedStepTime: z.ZodType<SavedStepTime> = z.strictObject({
   steps: z.number().int().nonnegative(),
   weights: z.array(z.number().nonnegative()).length(n),
   covariance: z.array(z.number()).length(n * n),
   variance: z.number().nonnegative(),
 });
-export type SavedStepTime = z.infer<typeof savedStepTime>;
 
 export interface StepEstimate {
   readonly ms: number;

