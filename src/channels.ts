@@ -1,0 +1,76 @@
+// The only instrumentation that core code does: plain objects published on node:diagnostics_channel. Who listens
+// (metrics, later an OpenTelemetry exporter) is not the publisher's business. Payloads carry no prompt text and no keys.
+
+import { channel, subscribe, unsubscribe } from 'node:diagnostics_channel';
+
+/** How one answer was planned and what became of it. Milliseconds are the gateway's, from the arrival of the request. */
+export interface InferenceReport {
+  /** The adapter's name, null for the base model. */
+  readonly adapter: string | null;
+  readonly generation: string | null;
+  readonly rank: number;
+  readonly rankMax: number;
+  readonly reason: string;
+  /** Predicted total time from the moment of the plan; null while nothing was learned. */
+  readonly predictedMs: number | null;
+  /** What that prediction is to be compared with; null when the answer is not complete. */
+  readonly plannedToEndMs: number | null;
+  /** null when no budget was given or the answer is not complete. */
+  readonly budgetMet: boolean | null;
+  readonly promptTokens: number;
+  readonly completionTokens: number;
+  readonly cachedTokens: number;
+  readonly queueMs: number | null;
+  readonly ttftMs: number | null;
+  readonly totalMs: number | null;
+  /** One per finished sequence. */
+  readonly finishReasons: readonly string[];
+}
+
+/** One HTTP request, after its last byte was handed over or its client has gone. */
+export interface RequestEnd {
+  readonly requestId: string;
+  readonly method: string;
+  /** The route's pattern, never the raw path. */
+  readonly route: string;
+  /** 499 when the client went away. A stream that failed half-way keeps its 200 and has a code. */
+  readonly status: number;
+  readonly code: string | null;
+  readonly stream: boolean;
+  readonly tenant: string | null;
+  readonly durationMs: number;
+  readonly inference: InferenceReport | null;
+}
+
+/** The engine process died and was started again. */
+export interface EngineRestart {
+  readonly reason: 'exit' | 'hang';
+  /** Requests that were re-admitted. */
+  readonly resumed: number;
+}
+
+export interface Events {
+  readonly 'request-end': RequestEnd;
+  readonly 'engine-restart': EngineRestart;
+}
+
+const channels = {
+  'request-end': channel('rankgate:request-end'),
+  'engine-restart': channel('rankgate:engine-restart'),
+} as const;
+
+export function publish<K extends keyof Events>(event: K, payload: Events[K]): void {
+  channels[event].publish(payload);
+}
+
+/** Returns the function that stops it. */
+export function onEvent<K extends keyof Events>(
+  event: K,
+  listener: (payload: Events[K]) => void,
+): () => void {
+  // A channel carries what `publish` above put there: nobody else knows its payload type.
+  const receive = (message: unknown): void => listener(message as Events[K]);
+  const { name } = channels[event];
+  subscribe(name, receive);
+  return () => void unsubscribe(name, receive);
+}

@@ -1,0 +1,247 @@
+// The adapter calls: add from a directory inside the configured root, list, show, swap by compare-and-swap, roll back,
+// remove, export a prefix as PEFT. Names are registry keys; the only path a client can give is jailed (faults.md B36, B37).
+
+import { realpath } from 'node:fs/promises';
+import { isAbsolute, resolve, sep } from 'node:path';
+import type { Context } from 'hono';
+import { type Generation, isAdapterName, isGeneration } from '../adapters/adapter.ts';
+import type { AdapterRecord, ImportedAdapter } from '../adapters/registry.ts';
+import { GatewayError } from '../errors.ts';
+import type { ServerDeps } from './deps.ts';
+import type { Env, Route } from './env.ts';
+import { readJson } from './limits.ts';
+import { invalidRequest } from './problem.ts';
+import { addAdapterSchema, parseBody, swapSchema } from './schemas.ts';
+import { packTar } from './tar.ts';
+
+export function adapterRoutes(deps: ServerDeps): readonly Route[] {
+  const { registry } = deps;
+  const admin = (method: Route['method'], path: string, handle: Route['handle']): Route => ({
+    method,
+    path: `/v1/adapters${path}`,
+    access: 'admin',
+    handle,
+  });
+  return [
+    admin('POST', '', (c) => addAdapter(c, deps)),
+    admin('GET', '', (c) =>
+      c.json({
+        object: 'list',
+        data: registry.list().map((record) => describeAdapter(record, deps)),
+      }),
+    ),
+    admin('GET', '/:name', (c) => c.json(describeAdapter(recordOf(c, deps), deps))),
+    admin('PUT', '/:name', (c) => swapAdapter(c, deps)),
+    admin('POST', '/:name/rollback', (c) => {
+      const before = recordOf(c, deps);
+      const after = registry.rollback(before.name);
+      unloadUnused(before.generation, deps);
+      return c.json(describeAdapter(after, deps));
+    }),
+    admin('DELETE', '/:name', (c) => {
+      const before = recordOf(c, deps);
+      removeAdapter(before, expectedOf(c), deps);
+      return c.json({ id: before.name, object: 'adapter', deleted: true });
+    }),
+    admin('GET', '/:name/export', (c) => exportAdapter(c, deps)),
+  ];
+}
+
+async function addAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+  const body = parseBody(addAdapterSchema, await readJson(c.req.raw, deps.config.bodyBytesMax));
+  const isReplace = body.replace === true;
+  if (body.if_generation !== undefined && !isReplace) {
+    throw invalidRequest('if_generation needs replace: true', 'if_generation');
+  }
+  const { record, imported, isNew } = await publishAdapter(deps, {
+    name: body.name,
+    source: body.source,
+    sourceParam: 'source',
+    isReplace,
+    expected: asGeneration(body.if_generation),
+    ...(body.accept_base_name === undefined ? {} : { acceptBaseName: body.accept_base_name }),
+  });
+  return c.json(
+    { ...describeAdapter(record, deps), warnings: imported.warnings },
+    isNew ? 201 : 200,
+  );
+}
+
+export interface Publication {
+  readonly name: string;
+  readonly source: string;
+  /** The field that errors about the source name. */
+  readonly sourceParam: string;
+  readonly isReplace: boolean;
+  readonly expected: Generation | null;
+  readonly acceptBaseName?: string;
+}
+
+/** Imports and points the name at the result. A failure leaves the name as it was. */
+export async function publishAdapter(
+  deps: ServerDeps,
+  publication: Publication,
+): Promise<{ record: AdapterRecord; imported: ImportedAdapter; isNew: boolean }> {
+  const { registry, importer, config } = deps;
+  const { name, acceptBaseName } = publication;
+  if (!isAdapterName(name)) {
+    throw invalidRequest(
+      'an adapter name is 1 to 64 of a-z 0-9 . _ - and starts with a letter or digit',
+      publication.sourceParam === 'source' ? 'name' : 'lora_name',
+    );
+  }
+  const existing = registry.find(name);
+  if (name === config.modelName || (existing !== null && !publication.isReplace)) {
+    throw new GatewayError('ADAPTER_EXISTS', `the name '${name}' is taken`, { param: 'name' });
+  }
+  const directory = await jailedDirectory(publication, config.adaptersRoot);
+  const imported = await importer.importPeft(
+    directory,
+    acceptBaseName === undefined ? {} : { acceptBaseName },
+  );
+  // Read again: the import took seconds, and create and swap are where a race is decided.
+  const before = registry.find(name);
+  if (before === null) {
+    if (publication.expected !== null) {
+      throw new GatewayError('GENERATION_MISMATCH', `'${name}' does not exist`, { param: 'name' });
+    }
+    return { record: registry.create(name, imported.generation), imported, isNew: true };
+  }
+  if (!publication.isReplace) {
+    throw new GatewayError('ADAPTER_EXISTS', `the name '${name}' is taken`, { param: 'name' });
+  }
+  const record = registry.swap(name, imported.generation, publication.expected);
+  unloadUnused(before.generation, deps);
+  return { record, imported, isNew: false };
+}
+
+/** The real path of a source inside the root. What lies outside is refused alike whether it exists or not. */
+async function jailedDirectory(publication: Publication, root: string | null): Promise<string> {
+  const { source, sourceParam: param } = publication;
+  if (root === null) {
+    throw new GatewayError('FORBIDDEN', 'no adapters root is configured', { param });
+  }
+  if (source.includes('\0')) throw invalidRequest('a path holds no NUL', param);
+  if (!isAbsolute(source) && /^[a-z][a-z0-9+.-]*:/i.test(source)) {
+    throw new GatewayError('UNSUPPORTED', 'only directories on this machine are supported', {
+      param,
+    });
+  }
+  const outside = new GatewayError('FORBIDDEN', 'the source is outside the adapters root', {
+    param,
+  });
+  const realRoot = await realpath(root);
+  const isInside = (path: string, jail: string): boolean => path.startsWith(jail + sep);
+  const lexical = resolve(root, source);
+  if (!isInside(lexical, resolve(root)) && !isInside(lexical, realRoot)) throw outside;
+  let real: string;
+  try {
+    real = await realpath(lexical);
+  } catch (error) {
+    const message = 'there is no adapter directory at the source';
+    throw new GatewayError('INVALID_ADAPTER', message, { param, cause: error });
+  }
+  if (!isInside(real, realRoot)) throw outside;
+  return real;
+}
+
+async function swapAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+  const before = recordOf(c, deps);
+  const body = parseBody(swapSchema, await readJson(c.req.raw, deps.config.bodyBytesMax));
+  const generation = asGeneration(body.generation);
+  if (generation === null) throw invalidRequest('generation: not a generation', 'generation');
+  const record = deps.registry.swap(before.name, generation, expectedOf(c));
+  unloadUnused(before.generation, deps);
+  return c.json(describeAdapter(record, deps));
+}
+
+export function removeAdapter(
+  record: AdapterRecord,
+  expected: Generation | null,
+  deps: ServerDeps,
+): void {
+  deps.registry.remove(record.name, expected);
+  unloadUnused(record.generation, deps);
+}
+
+async function exportAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+  const record = recordOf(c, deps);
+  const { rankMax } = record.manifest;
+  const unknown = Object.keys(c.req.query()).find((key) => key !== 'rank');
+  if (unknown !== undefined) throw invalidRequest('the only parameter is rank');
+  const asked = c.req.query('rank') ?? String(rankMax);
+  const rank = /^[1-9]\d{0,3}$/.test(asked) ? Number(asked) : Number.NaN;
+  if (!(rank <= rankMax)) throw invalidRequest(`rank: an integer from 1 to ${rankMax}`, 'rank');
+  // Leased: the blob must outlast a swap or a removal that comes in between.
+  using lease = deps.registry.lease(record.name);
+  const files = await deps.importer.exportPeft(lease.generation, rank);
+  const folder = `${record.name}-r${rank}`;
+  const archive = packTar(
+    [
+      { name: `${folder}/adapter_config.json`, bytes: Buffer.from(files.config) },
+      { name: `${folder}/adapter_model.safetensors`, bytes: files.weights },
+    ],
+    record.updatedS,
+  );
+  c.header('content-type', 'application/x-tar');
+  c.header('content-disposition', `attachment; filename="${folder}.tar"`);
+  c.header('x-adapter-generation', lease.generation);
+  return c.body(archive);
+}
+
+function recordOf(c: Context<Env>, { registry }: ServerDeps): AdapterRecord {
+  const name = c.req.param('name') ?? '';
+  const record = isAdapterName(name) ? registry.find(name) : null;
+  if (record === null) throw new GatewayError('ADAPTER_NOT_FOUND', 'there is no such adapter');
+  return record;
+}
+
+/** If-Match, with or without an entity tag's quotes. */
+function expectedOf(c: Context<Env>): Generation | null {
+  const header = c.req.header('if-match');
+  if (header === undefined || header === '*') return null;
+  const generation = asGeneration(header.replace(/^"(.*)"$/, '$1'));
+  if (generation === null) throw invalidRequest('if-match: one generation is wanted', 'if-match');
+  return generation;
+}
+
+function asGeneration(text: string | undefined): Generation | null {
+  return text !== undefined && isGeneration(text) ? text : null;
+}
+
+/** The engine forgets a generation that no name points at; sequences that run with it keep it to their end. */
+function unloadUnused(generation: Generation, { registry, engine }: ServerDeps): void {
+  if (registry.list().every((record) => record.generation !== generation)) {
+    engine.unload(generation);
+  }
+}
+
+function describeAdapter(record: AdapterRecord, { registry, engine }: ServerDeps): object {
+  const { manifest } = record;
+  const resident = engine.stats().residents.find((one) => one.generation === record.generation);
+  return {
+    object: 'adapter',
+    name: record.name,
+    generation: record.generation,
+    previous: record.previous,
+    kind: manifest.kind,
+    rank_max: manifest.rankMax,
+    rank_curve: manifest.rankCurve,
+    modules: manifest.modules.length,
+    bytes: record.bytes,
+    updated: record.updatedS,
+    leases: registry.leases(record.generation),
+    residency:
+      resident === undefined
+        ? { tier: 'disk' }
+        : { tier: 'slot', rank: resident.rank, bytes: resident.bytes, uses: resident.uses },
+    source: {
+      format: manifest.source.format,
+      rank: manifest.source.rank,
+      alpha: manifest.source.alpha,
+      rslora: manifest.source.rslora,
+      target_modules: manifest.source.targetModules,
+      base_name: manifest.source.baseName,
+    },
+  };
+}

@@ -1,0 +1,84 @@
+// What the HTTP surface needs from the composition root. Time, timers and randomness come from here, so that tests own
+// them; nothing in this folder reads the environment, a global clock or Math.random.
+
+import type { Importer, Registry } from '../adapters/registry.ts';
+import type { Engine } from '../engine/engine.ts';
+import type { TextService } from '../engine/text.ts';
+import type { BudgetSource } from '../router/budget.ts';
+import type { Budget, Plan, RouteInput } from '../router/policy.ts';
+import type { Outcome } from '../router/router.ts';
+import type { ApiKey } from './auth.ts';
+import type { InFlight } from './in-flight.ts';
+
+export interface Clock {
+  /** Monotonic, the time base of performance.now(). */
+  nowMs(): number;
+  /** Wall clock, Unix milliseconds. */
+  unixMs(): number;
+  /** Calls back once after `ms`; the returned function cancels it. */
+  after(ms: number, callback: () => void): () => void;
+}
+
+export interface Random {
+  /** Unguessable, unique, [A-Za-z0-9-]. */
+  id(): string;
+  /** uint32, for requests that bring no seed. */
+  seed(): number;
+}
+
+/** Set by whoever drains the process; read by every request. */
+export interface Lifecycle {
+  readonly isDraining: boolean;
+  /** Aborts when the grace is over: every answer that still runs is cancelled. */
+  readonly cutOff: AbortSignal;
+}
+
+export interface ServerConfig {
+  /** The base model's name at the API. */
+  readonly modelName: string;
+  readonly tiers: readonly string[];
+  /** Unix seconds at which the process started: `created` of the base model's card. */
+  readonly startedS: number;
+  /** Empty: nothing is asked of inference, and admin routes answer this machine only. */
+  readonly apiKeys: readonly ApiKey[];
+  /** Serve /metrics without a key although keys are configured (a scraper inside the cluster). */
+  readonly metricsPublic: boolean;
+  /** Host names that a keyless gateway answers to besides localhost and IP literals (DNS rebinding, faults.md B84). */
+  readonly hostsAllowed: readonly string[];
+  readonly bodyBytesMax: number;
+  /** New tokens when a request names no limit; cut to what the context leaves. */
+  readonly chatTokensDefault: number;
+  readonly completionTokensDefault: number;
+  /** Silence on a stream after which a comment is sent. */
+  readonly pingMs: number;
+  /** A client that takes nothing for this long is treated as gone. */
+  readonly stallMsMax: number;
+  /** Age of the last token above which /readyz makes one before it says ready. */
+  readonly tokenAgeMsMax: number;
+  /** Directory that adapters may be loaded from; null: none. */
+  readonly adaptersRoot: string | null;
+  /** vLLM's load_lora_adapter and unload_lora_adapter. */
+  readonly runtimeLoraUpdating: boolean;
+}
+
+export interface ServerDeps {
+  readonly engine: Engine;
+  readonly text: TextService;
+  readonly registry: Registry;
+  readonly importer: Importer;
+  /** Throws INVALID_BUDGET. */
+  readonly budget: (source: BudgetSource) => Budget;
+  /** Pure: the policy bound to the latency model. Throws DEADLINE_TOO_SHORT when the budget is strict. */
+  readonly route: (input: RouteInput) => Plan;
+  /** Told of complete answers only; the times are from the plan, as its prediction was. */
+  readonly settle: (outcome: Outcome) => void;
+  readonly inFlight: InFlight;
+  readonly config: ServerConfig;
+  readonly clock: Clock;
+  readonly random: Random;
+  readonly lifecycle: Lifecycle;
+  /** The Prometheus page. */
+  readonly metrics: () => string;
+  /** One JSON line without its newline. */
+  readonly log: (line: string) => void;
+}

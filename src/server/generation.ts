@@ -1,0 +1,143 @@
+// From a parsed body to a started answer: what /v1/chat/completions and /v1/completions have in common. Cheap refusals
+// come first; the adapter is leased before the prompt is encoded, so that a swap in between cannot change the answer.
+
+import type { Context } from 'hono';
+import type { Sampling } from '../engine/messages.ts';
+import { GatewayError } from '../errors.ts';
+import { Answer, cancelledIfAborted } from './answer.ts';
+import type { ServerDeps } from './deps.ts';
+import type { Env } from './env.ts';
+import { resolveModel, type Target } from './model-reference.ts';
+import { invalidRequest } from './problem.ts';
+import type { GenerationBody } from './schemas.ts';
+
+/** n × prompts: what one request may put into the queue (faults.md B45). */
+const sequencesMax = 16;
+
+export interface Ask {
+  readonly body: GenerationBody;
+  readonly idPrefix: string;
+  readonly topLogprobs: number | null;
+  /** As the body had it; null when it had none. */
+  readonly tokensMax: number | null;
+  readonly tokensDefault: number;
+  readonly promptCount: number;
+  readonly encode: () => Promise<readonly Int32Array[]>;
+}
+
+/** The answer is started; the caller must `end` it. */
+export async function openAnswer(c: Context<Env>, deps: ServerDeps, ask: Ask): Promise<Answer> {
+  const { body } = ask;
+  if (deps.lifecycle.isDraining) {
+    throw new GatewayError('NO_CAPACITY', 'the server is shutting down', { retryAfterS: 5 });
+  }
+  if (ask.promptCount * (body.n ?? 1) > sequencesMax) {
+    throw invalidRequest(`n times the number of prompts is more than ${sequencesMax}`, 'n');
+  }
+  if (body.stream_options !== undefined && body.stream !== true) {
+    throw invalidRequest('stream_options is for streams only', 'stream_options');
+  }
+  const sampling = samplingOf(body, deps);
+  const target = resolveModel(body.model, deps.config, deps.registry);
+  let answer: Answer | null = null;
+  try {
+    answer = await planAnswer(c, deps, { ...ask, target, sampling });
+    await answer.start(deps.config.pingMs);
+    return answer;
+  } catch (error) {
+    answer?.end();
+    target.lease?.release(); // idempotent: an answer that was made has released it
+    throw error;
+  }
+}
+
+interface ResolvedAsk extends Ask {
+  readonly target: Target;
+  readonly sampling: Sampling;
+}
+
+async function planAnswer(c: Context<Env>, deps: ServerDeps, ask: ResolvedAsk): Promise<Answer> {
+  const { body, target } = ask;
+  const signal = c.req.raw.signal;
+  const budget = deps.budget({
+    latency: body.latency,
+    header: (name) => c.req.header(name) ?? null,
+    tier: tierOf(body, target),
+  });
+  const prompts = await ask.encode();
+  cancelledIfAborted(signal);
+  const tokensMax = tokensMaxOf(prompts, ask, deps.engine.base.contextMax);
+  const record = c.get('record');
+  const answer = new Answer(
+    deps,
+    {
+      id: `${ask.idPrefix}${deps.random.id()}`,
+      tenant: c.get('caller').tenant,
+      receivedMs: record.receivedMs,
+      target,
+      prompts,
+      n: body.n ?? 1,
+      tokensMax,
+      sampling: ask.sampling,
+      stop: typeof body.stop === 'string' ? [body.stop] : (body.stop ?? []),
+      topLogprobs: ask.topLogprobs,
+      budget,
+    },
+    signal,
+  );
+  record.report = () => answer.report();
+  return answer;
+}
+
+function tierOf(body: GenerationBody, target: Target): string | null {
+  const named = body.service_tier;
+  // OpenAI's words for "whatever is usual here".
+  const tier = named === undefined || named === 'auto' || named === 'default' ? null : named;
+  if (tier !== null && target.tier !== null && tier !== target.tier) {
+    throw invalidRequest(
+      `service_tier '${tier}' contradicts the model's suffix ':${target.tier}'`,
+      'service_tier',
+    );
+  }
+  return tier ?? target.tier;
+}
+
+function tokensMaxOf(prompts: readonly Int32Array[], ask: Ask, contextMax: number): number {
+  const longest = Math.max(...prompts.map((prompt) => prompt.length));
+  if (prompts.some((prompt) => prompt.length === 0)) {
+    throw invalidRequest('the prompt has no tokens', 'prompt');
+  }
+  const room = contextMax - longest;
+  if (room < 1 || (ask.tokensMax ?? 1) > room) {
+    throw new GatewayError(
+      'CONTEXT_LENGTH_EXCEEDED',
+      `this model's context is ${contextMax} tokens; the prompt has ${longest} and ` +
+        `${ask.tokensMax ?? 'at least 1'} more were asked for`,
+      { param: ask.idPrefix === 'chatcmpl-' ? 'messages' : 'prompt' },
+    );
+  }
+  return ask.tokensMax ?? Math.min(ask.tokensDefault, room);
+}
+
+function samplingOf(body: GenerationBody, deps: ServerDeps): Sampling {
+  const { vocabSize } = deps.engine.base.config;
+  const logitBias = Object.entries(body.logit_bias ?? {}).map(
+    ([token, bias]) => [Number(token), bias] as const,
+  );
+  for (const [token] of logitBias) {
+    if (token >= vocabSize) {
+      throw invalidRequest(`token ${token} is not one of the ${vocabSize} tokens`, 'logit_bias');
+    }
+  }
+  return {
+    temperature: body.temperature ?? 1,
+    topP: body.top_p ?? 1,
+    topK: Math.max(0, body.top_k ?? 0),
+    minP: body.min_p ?? 0,
+    seed: (body.seed ?? deps.random.seed()) >>> 0,
+    presencePenalty: body.presence_penalty ?? 0,
+    frequencyPenalty: body.frequency_penalty ?? 0,
+    repetitionPenalty: body.repetition_penalty ?? 1,
+    logitBias,
+  };
+}

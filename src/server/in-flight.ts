@@ -1,0 +1,61 @@
+// Every sequence that this process has given to the engine and that has not ended: what the router is told about load.
+// Counted here, where plans are made, so that a decision sees the requests that were admitted a microsecond before it.
+
+import type { Generation } from '../adapters/adapter.ts';
+import type { RouteInput } from '../router/policy.ts';
+
+export interface FlyingSequence {
+  readonly promptTokens: number;
+  readonly rank: number;
+  readonly generation: Generation | null;
+  isStarted: boolean;
+}
+
+export class InFlight {
+  readonly #sequences = new Set<FlyingSequence>();
+
+  add(sequence: FlyingSequence): void {
+    this.#sequences.add(sequence);
+  }
+
+  remove(sequence: FlyingSequence): void {
+    this.#sequences.delete(sequence);
+  }
+
+  get count(): number {
+    return this.#sequences.size;
+  }
+
+  /** `siblings` are sequences of the same request: they will wait and prefill beside the one that is planned. */
+  load(
+    kvCells: number,
+    siblings: { readonly count: number; readonly promptTokens: number },
+  ): RouteInput['load'] {
+    let [decodeRows, decodeRanks, waiting, waitingPromptTokens] = [0, 0, 0, 0];
+    for (const sequence of this.#sequences) {
+      if (sequence.isStarted) {
+        decodeRows += 1;
+        decodeRanks += sequence.rank;
+      } else {
+        waiting += 1;
+        waitingPromptTokens += sequence.promptTokens;
+      }
+    }
+    return {
+      decodeRows,
+      decodeRanks,
+      waiting: waiting + siblings.count,
+      waitingPromptTokens: waitingPromptTokens + siblings.promptTokens,
+      kvCells,
+    };
+  }
+
+  /** Generations that sequences wait for. */
+  waitingGenerations(): ReadonlySet<Generation> {
+    const generations = new Set<Generation>();
+    for (const { isStarted, generation } of this.#sequences) {
+      if (!isStarted && generation !== null) generations.add(generation);
+    }
+    return generations;
+  }
+}

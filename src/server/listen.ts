@@ -1,0 +1,112 @@
+// The app on a socket: @hono/node-server with every limit and timeout of Node's HTTP server set by name (faults.md
+// section 5 has the defaults, measured), and the drain: stop accepting, let streams end within a grace, then cut.
+
+import type { Server } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { createAdaptorServer } from '@hono/node-server';
+import type { App } from './app.ts';
+import type { Lifecycle } from './deps.ts';
+
+export interface ListenOptions {
+  readonly host: string;
+  /** 0 takes a free one. */
+  readonly port: number;
+  readonly connectionsMax: number;
+  readonly keepAliveMs: number;
+}
+
+export interface Listening {
+  readonly port: number;
+  /** Resolves when the last connection is closed, at the latest a moment after the grace. Idempotent. */
+  close(graceMs: number): Promise<void>;
+}
+
+export interface SettableLifecycle extends Lifecycle {
+  startDraining(): void;
+  /** Cancels every answer that still runs. */
+  cut(): void;
+}
+
+export function createLifecycle(): SettableLifecycle {
+  const controller = new AbortController();
+  let isDraining = false;
+  return {
+    get isDraining() {
+      return isDraining;
+    },
+    cutOff: controller.signal,
+    startDraining() {
+      isDraining = true;
+    },
+    cut() {
+      controller.abort();
+    },
+  };
+}
+
+/** Rejects when the address cannot be had. */
+export async function listen(
+  app: App,
+  lifecycle: SettableLifecycle,
+  options: ListenOptions,
+): Promise<Listening> {
+  const server = createAdaptorServer({
+    fetch: app.hono.fetch,
+    // The process keeps Node's own Request and Response.
+    overrideGlobalObjects: false,
+    // A missing Host is refused by Node already; this is for HTTP/1.0, where it may be absent.
+    hostname: 'localhost',
+    serverOptions: {
+      maxHeaderSize: 16 * 1024,
+      headersTimeout: 20_000,
+      // Bodies here are at most a few MiB; a slower sender is not one of ours.
+      requestTimeout: 60_000,
+      connectionsCheckingInterval: 5_000,
+      keepAliveTimeout: options.keepAliveMs,
+      requireHostHeader: true,
+      insecureHTTPParser: false,
+      joinDuplicateHeaders: false,
+      noDelay: true, // one token is one small write
+    },
+  }) as Server;
+  server.maxHeadersCount = 100;
+  server.maxRequestsPerSocket = 10_000;
+  server.maxConnections = options.connectionsMax;
+  // Silence in both directions. Longer than any whole answer takes: until its end a non-stream answer sends nothing.
+  server.setTimeout(30 * 60_000);
+  await new Promise<void>((resolve, reject) => {
+    server.once('error', reject);
+    server.listen({ host: options.host, port: options.port }, () => {
+      server.off('error', reject);
+      resolve();
+    });
+  });
+  return { port: (server.address() as AddressInfo).port, close: closer(server, lifecycle) };
+}
+
+/** After `cut`, answers need a moment to write their last error and close. */
+const cutMs = 500;
+
+function closer(server: Server, lifecycle: SettableLifecycle): (graceMs: number) => Promise<void> {
+  let closing: Promise<void> | null = null;
+  // A connection that becomes idle while draining would be kept for keepAliveTimeout: close() looks only once.
+  server.on('request', (_request, response) => {
+    response.once('close', () => {
+      if (lifecycle.isDraining) setImmediate(() => server.closeIdleConnections());
+    });
+  });
+  return function close(graceMs) {
+    closing ??= new Promise<void>((resolve) => {
+      lifecycle.startDraining();
+      const cutting = setTimeout(() => lifecycle.cut(), graceMs);
+      const closingAll = setTimeout(() => server.closeAllConnections(), graceMs + cutMs);
+      server.close(() => {
+        clearTimeout(cutting);
+        clearTimeout(closingAll);
+        resolve();
+      });
+      server.closeIdleConnections();
+    });
+    return closing;
+  };
+}

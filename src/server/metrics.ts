@@ -1,0 +1,172 @@
+// The numbers behind /metrics. vLLM's names where a scheduler reads them (Gateway API Inference Extension, KEDA), ours for
+// the rest. No label holds a prompt, a key or a tenant. `vllm:lora_requests_info` tells what is resident, as the
+// extension's protocol means it (vLLM's own shows what is in flight), and is always stamped with the present time.
+
+import { monitorEventLoopDelay } from 'node:perf_hooks';
+import type { Generation } from '../adapters/adapter.ts';
+import type { Registry } from '../adapters/registry.ts';
+import { onEvent, type RequestEnd } from '../channels.ts';
+import type { Engine } from '../engine/engine.ts';
+import type { Clock } from './deps.ts';
+import type { InFlight } from './in-flight.ts';
+import { type Labels, Page } from './prometheus.ts';
+
+export interface MetricsSource {
+  readonly engine: Engine;
+  readonly registry: Registry;
+  readonly inFlight: InFlight;
+  readonly clock: Clock;
+  readonly modelName: string;
+}
+
+export interface Metrics {
+  render(): string;
+  close(): void;
+}
+
+// Bounds of the OpenTelemetry GenAI conventions for the same quantities, in seconds.
+const ttftBounds = [
+  0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10,
+];
+const perTokenBounds = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5];
+const durationBounds = [
+  0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
+];
+const rankBounds = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256];
+/** |actual − predicted| / predicted. */
+const errorBounds = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5];
+
+/** Listens on the channels until `close`. */
+export function createMetrics(source: MetricsSource): Metrics {
+  const page = new Page();
+  const loopDelay = monitorEventLoopDelay({ resolution: 10 });
+  loopDelay.enable();
+  addEngineState(page, source);
+  page.gauge('rankgate_event_loop_delay_seconds', 'Delay of the event loop since the start.', () =>
+    [0.5, 0.99, 1].map((quantile) => [
+      { quantile: String(quantile) },
+      loopDelay.percentile(quantile * 100) / 1e9,
+    ]),
+  );
+  const stopRequests = onEvent(
+    'request-end',
+    countRequests(page, { model_name: source.modelName }),
+  );
+  const restarts = page.counter('rankgate_engine_restarts_total', 'Deaths of the engine process.');
+  const stopRestarts = onEvent('engine-restart', ({ reason }) => restarts.add(1, { reason }));
+  return {
+    render: () => page.render(),
+    close() {
+      stopRequests();
+      stopRestarts();
+      loopDelay.disable();
+    },
+  };
+}
+
+function addEngineState(page: Page, source: MetricsSource): void {
+  const { engine, modelName } = source;
+  const labels = { model_name: modelName };
+  const gauge = (name: string, help: string, read: () => number): void =>
+    page.gauge(name, help, () => [[labels, read()]]);
+  gauge('vllm:num_requests_running', 'Sequences that own cells.', () => engine.stats().running);
+  gauge('vllm:num_requests_waiting', 'Sequences in the queue.', () => engine.stats().waiting);
+  gauge('vllm:kv_cache_usage_perc', 'Share of the cells in use, 0 to 1.', () => {
+    const { kvCellsUsed, kvCellsMax } = engine.stats();
+    return kvCellsMax === 0 ? 0 : kvCellsUsed / kvCellsMax;
+  });
+  page.gauge('vllm:lora_requests_info', 'Resident adapters; the value is the time.', () => {
+    const { residents, adapterSlotsMax } = engine.stats();
+    const resident = new Set(residents.map((one) => one.generation));
+    const waiting = [...source.inFlight.waitingGenerations()].filter((one) => !resident.has(one));
+    const series: Labels = {
+      max_lora: String(adapterSlotsMax),
+      running_lora_adapters: namesOf([...resident], source.registry),
+      waiting_lora_adapters: namesOf(waiting, source.registry),
+    };
+    return [[series, source.clock.unixMs() / 1000]];
+  });
+  page.gauge('rankgate_adapters', 'Adapters by where their weights are.', () => {
+    const resident = new Set(engine.stats().residents.map((one) => one.generation));
+    const records = source.registry.list();
+    const inSlots = records.filter((record) => resident.has(record.generation)).length;
+    return [
+      [{ tier: 'slot' }, inSlots],
+      [{ tier: 'disk' }, records.length - inSlots],
+    ];
+  });
+  const total = (name: string, help: string, read: () => number): void =>
+    page.total(name, help, read, labels);
+  total(
+    'vllm:prefix_cache_queries_total',
+    'Prompt tokens looked up in the prefix cache.',
+    () => engine.stats().prefixTokensQueried,
+  );
+  total(
+    'vllm:prefix_cache_hits_total',
+    'Prompt tokens found there.',
+    () => engine.stats().prefixTokensHit,
+  );
+}
+
+/** Names, not generations: what a scheduler matches with the `model` of a request. CSV; names hold no comma. */
+function namesOf(generations: readonly Generation[], registry: Registry): string {
+  const wanted = new Set(generations);
+  return registry
+    .list()
+    .filter((record) => wanted.has(record.generation))
+    .map((record) => record.name)
+    .sort()
+    .join(',');
+}
+
+function countRequests(page: Page, labels: Labels): (end: RequestEnd) => void {
+  const requests = page.counter('rankgate_requests_total', 'HTTP requests by route and status.');
+  const success = page.counter('vllm:request_success_total', 'Finished sequences.');
+  const promptTokens = page.counter('vllm:prompt_tokens_total', 'Prompt tokens of answers.');
+  const newTokens = page.counter('vllm:generation_tokens_total', 'Tokens generated for answers.');
+  const histogram = (name: string, help: string, bounds: readonly number[]) =>
+    page.histogram(name, help, bounds, labels);
+  const ttft = histogram('vllm:time_to_first_token_seconds', 'From arrival.', ttftBounds);
+  const perToken = histogram(
+    'vllm:time_per_output_token_seconds',
+    'After the first.',
+    perTokenBounds,
+  );
+  const duration = histogram('vllm:e2e_request_latency_seconds', 'From arrival.', durationBounds);
+  const queue = histogram('vllm:request_queue_time_seconds', 'Wait for cells.', durationBounds);
+  const rank = histogram('rankgate_rank_chosen', 'Active ranks of adapter requests.', rankBounds);
+  const reasons = page.counter('rankgate_plans_total', 'Plans by reason.');
+  const budgets = page.counter('rankgate_budget_total', 'Complete answers that had a budget.');
+  const error = histogram(
+    'rankgate_prediction_error_ratio',
+    '|actual/predicted − 1|.',
+    errorBounds,
+  );
+  return function count({ route, status, inference }) {
+    requests.add(1, { route, status: String(status) });
+    if (inference === null) return;
+    reasons.add(1, { reason: inference.reason });
+    if (inference.adapter !== null) rank.observe(inference.rank);
+    for (const reason of inference.finishReasons) {
+      success.add(1, { ...labels, finished_reason: reason });
+    }
+    newTokens.add(inference.completionTokens, labels);
+    if (inference.queueMs !== null) {
+      queue.observe(inference.queueMs / 1000);
+      promptTokens.add(inference.promptTokens, labels);
+    }
+    const { ttftMs, totalMs, plannedToEndMs, predictedMs, completionTokens } = inference;
+    if (plannedToEndMs === null || ttftMs === null || totalMs === null) return; // not complete
+    ttft.observe(ttftMs / 1000);
+    duration.observe(totalMs / 1000);
+    const sequences = inference.finishReasons.length;
+    const later = completionTokens / sequences - 1; // tokens after the first, per sequence
+    if (later > 0) perToken.observe((totalMs - ttftMs) / later / 1000);
+    if (inference.budgetMet !== null) {
+      budgets.add(1, { outcome: inference.budgetMet ? 'met' : 'missed' });
+    }
+    if (predictedMs !== null && predictedMs > 0)
+      error.observe(Math.abs(plannedToEndMs / predictedMs - 1));
+  };
+}

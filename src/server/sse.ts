@@ -1,0 +1,87 @@
+// Server-sent events by pull: the next frame is made only when the socket wants one, which is all the backpressure there
+// is. Hono's streamSSE is not used: it swallows write errors and shows `error.message` (faults.md section 5).
+// A failure is a `data: {"error": …}` frame and the end of the body, without the [DONE] that only a whole answer gets.
+
+import { GatewayError } from '../errors.ts';
+import type { Clock } from './deps.ts';
+import { problemOf } from './problem.ts';
+
+export interface EventSource {
+  /** Payloads of `data:` lines, without newlines. */
+  readonly frames: AsyncGenerator<string, void, void>;
+  readonly clock: Clock;
+  readonly pingMs: number;
+  readonly stallMsMax: number;
+  /** Makes `frames` settle soon. */
+  readonly abort: () => void;
+  /** Called exactly once; null after the last frame was handed over. */
+  readonly onEnd: (failure: unknown) => void;
+}
+
+const encoder = new TextEncoder();
+
+export function eventStream(source: EventSource): ReadableStream<Uint8Array> {
+  const { frames, clock } = source;
+  let pending: Promise<IteratorResult<string, void>> | null = null;
+  let cancelStall = (): void => {};
+  let isEnded = false;
+  const end = (failure: unknown): void => {
+    cancelStall();
+    if (isEnded) return;
+    isEnded = true;
+    source.onEnd(failure);
+  };
+  const leave = (reason: string): void => {
+    source.abort();
+    pending?.catch(() => {});
+    frames.return().catch(() => {});
+    end(new GatewayError('CANCELLED', reason));
+  };
+  const armStall = (): void => {
+    cancelStall = clock.after(source.stallMsMax, () => leave('the client stopped reading'));
+  };
+  armStall();
+  return new ReadableStream<Uint8Array>(
+    {
+      async pull(controller): Promise<void> {
+        cancelStall();
+        try {
+          pending ??= frames.next();
+          const next = await nextOrPing(pending, source);
+          if (next === 'ping') {
+            controller.enqueue(encoder.encode(': ping\n\n'));
+          } else if (next.done === true) {
+            end(null);
+            controller.close();
+            return;
+          } else {
+            pending = null;
+            controller.enqueue(encoder.encode(`data: ${next.value}\n\n`));
+          }
+          armStall();
+        } catch (error) {
+          end(error);
+          const { error: body } = problemOf(error);
+          controller.enqueue(encoder.encode(`data: ${JSON.stringify({ error: body })}\n\n`));
+          controller.close();
+        }
+      },
+      cancel(): void {
+        leave('the client went away');
+      },
+    },
+    { highWaterMark: 0 },
+  );
+}
+
+async function nextOrPing<T>(next: Promise<T>, source: EventSource): Promise<T | 'ping'> {
+  let cancel = (): void => {};
+  const ping = new Promise<'ping'>((resolve) => {
+    cancel = source.clock.after(source.pingMs, () => resolve('ping'));
+  });
+  try {
+    return await Promise.race([next, ping]);
+  } finally {
+    cancel();
+  }
+}

@@ -1,0 +1,74 @@
+// vLLM's runtime adapter calls, so that its ecosystem's clients work unchanged: same fields, same plain-text answers. Off
+// unless the configuration turns them on, as in vLLM; the path jail and the admin key apply to them like to /v1/adapters.
+
+import type { Context } from 'hono';
+import { isAdapterName } from '../adapters/adapter.ts';
+import { GatewayError } from '../errors.ts';
+import { publishAdapter, removeAdapter } from './adapters.ts';
+import type { ServerDeps } from './deps.ts';
+import type { Env, Route } from './env.ts';
+import { readJson } from './limits.ts';
+import { HttpError, invalidRequest } from './problem.ts';
+import { loadLoraSchema, parseBody, unloadLoraSchema } from './schemas.ts';
+
+export function vllmRoutes(deps: ServerDeps): readonly Route[] {
+  return [
+    {
+      method: 'POST',
+      path: '/v1/load_lora_adapter',
+      access: 'admin',
+      handle: (c) => loadLora(c, deps),
+    },
+    {
+      method: 'POST',
+      path: '/v1/unload_lora_adapter',
+      access: 'admin',
+      handle: (c) => unloadLora(c, deps),
+    },
+  ];
+}
+
+async function loadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+  checkEnabled(deps);
+  const body = parseBody(loadLoraSchema, await readJson(c.req.raw, deps.config.bodyBytesMax));
+  const isReplace = body.load_inplace === true;
+  if (!isReplace && deps.registry.find(body.lora_name) !== null) {
+    // vLLM answers 400 here, where /v1/adapters answers 409.
+    throw invalidRequest(
+      `The lora adapter '${body.lora_name}' has already been loaded.`,
+      'lora_name',
+    );
+  }
+  await publishAdapter(deps, {
+    name: body.lora_name,
+    source: body.lora_path,
+    sourceParam: 'lora_path',
+    isReplace,
+    expected: null,
+  });
+  return c.text(`Success: LoRA adapter '${body.lora_name}' added successfully.`);
+}
+
+async function unloadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+  checkEnabled(deps);
+  const body = parseBody(unloadLoraSchema, await readJson(c.req.raw, deps.config.bodyBytesMax));
+  const record = isAdapterName(body.lora_name) ? deps.registry.find(body.lora_name) : null;
+  if (record === null) {
+    throw new GatewayError('ADAPTER_NOT_FOUND', 'The lora adapter cannot be found.', {
+      param: 'lora_name',
+    });
+  }
+  removeAdapter(record, null, deps);
+  return c.text(`Success: LoRA adapter '${record.name}' removed successfully.`);
+}
+
+function checkEnabled({ config }: ServerDeps): void {
+  if (!config.runtimeLoraUpdating) {
+    throw new HttpError(
+      404,
+      'runtime_lora_updating_disabled',
+      'this call is off: set runtimeLoraUpdating in the configuration to turn it on, ' +
+        'or use POST /v1/adapters',
+    );
+  }
+}

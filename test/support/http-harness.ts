@@ -1,0 +1,195 @@
+import { createHash } from 'node:crypto';
+import { GatewayError } from '../../src/errors.ts';
+import { parseBudget } from '../../src/router/budget.ts';
+import type { Plan, RouteInput } from '../../src/router/policy.ts';
+import type { Outcome } from '../../src/router/router.ts';
+import { type App, createApp } from '../../src/server/app.ts';
+import type { ApiKey } from '../../src/server/auth.ts';
+import type { ServerConfig } from '../../src/server/deps.ts';
+import { InFlight } from '../../src/server/in-flight.ts';
+import { createLifecycle, type SettableLifecycle } from '../../src/server/listen.ts';
+import { createMetrics } from '../../src/server/metrics.ts';
+import { FakeImporter, FakeRegistry, fakeGeneration, fakeManifest } from './fake-registry.ts';
+import { FakeText } from './fake-text.ts';
+import { createManualClock, type ManualClock } from './manual-clock.ts';
+import { echoScript, ScriptedEngine } from './scripted-engine.ts';
+
+export const generationA = fakeGeneration('a1');
+export const generationB = fakeGeneration('b2');
+
+export const keyPlain = { inference: 'sk-inference', admin: 'sk-admin' } as const;
+export const apiKeys: readonly ApiKey[] = [
+  { digest: sha256(keyPlain.inference), access: 'inference' },
+  { digest: sha256(keyPlain.admin), access: 'admin' },
+];
+
+function sha256(text: string): Uint8Array {
+  return createHash('sha256').update(text).digest();
+}
+
+const configDefault: ServerConfig = {
+  modelName: 'tiny-base',
+  tiers: ['instant', 'quality'],
+  startedS: 1_700_000_000,
+  apiKeys: [],
+  metricsPublic: false,
+  hostsAllowed: [],
+  bodyBytesMax: 256 * 1024,
+  chatTokensDefault: 512,
+  completionTokensDefault: 16,
+  pingMs: 5000,
+  stallMsMax: 30_000,
+  tokenAgeMsMax: 60_000,
+  adaptersRoot: null,
+  runtimeLoraUpdating: false,
+};
+
+const noTimes = { totalMs: null, ttftMs: null, perTokenMs: null };
+
+export interface Harness {
+  readonly app: App;
+  readonly engine: ScriptedEngine;
+  readonly registry: FakeRegistry;
+  readonly importer: FakeImporter;
+  readonly text: FakeText;
+  readonly clock: ManualClock;
+  readonly lifecycle: SettableLifecycle;
+  readonly inFlight: InFlight;
+  readonly logs: string[];
+  readonly outcomes: Outcome[];
+  readonly routed: RouteInput[];
+  fetch(method: string, path: string, options?: FetchOptions): Promise<Response>;
+  post(path: string, body: unknown, headers?: Record<string, string>): Promise<Response>;
+  /** Nothing of any request is left behind. */
+  leftovers(): object;
+  close(): void;
+}
+
+export interface FetchOptions {
+  readonly headers?: Record<string, string>;
+  readonly body?: string | Uint8Array | ReadableStream;
+  readonly signal?: AbortSignal;
+  /** The socket's peer; a loopback address unless told. null: no socket at all. */
+  readonly peer?: string | null;
+}
+
+/** The real app over fakes. The policy is a table: rank 4 with a total budget, every rank without, or the fixed one. */
+export function createHarness(config: Partial<ServerConfig> = {}): Harness {
+  const clock = createManualClock();
+  const registry = new FakeRegistry();
+  registry.store(generationA, fakeManifest(16), 1234);
+  registry.store(generationB, fakeManifest(8), 999);
+  registry.create('support', generationA);
+  const importer = new FakeImporter(registry, {
+    generation: generationB,
+    manifest: fakeManifest(8),
+    bytes: 999,
+    warnings: [],
+  });
+  const engine = new ScriptedEngine(echoScript);
+  const text = new FakeText();
+  const lifecycle = createLifecycle();
+  const inFlight = new InFlight();
+  const logs: string[] = [];
+  const outcomes: Outcome[] = [];
+  const routed: RouteInput[] = [];
+  let ids = 0;
+  const whole: ServerConfig = { ...configDefault, ...config };
+  const metrics = createMetrics({ engine, registry, inFlight, clock, modelName: whole.modelName });
+  const app = createApp({
+    engine,
+    text,
+    registry,
+    importer,
+    budget: (source) =>
+      parseBudget(source, {
+        tiers: {
+          instant: { ...noTimes, totalMs: 300, strict: false, rankMin: 0 },
+          quality: { ...noTimes, strict: false, rankMin: 0 },
+        },
+        latencyDefaults: { ...noTimes, strict: false, rankMin: 0 },
+      }),
+    route(input) {
+      routed.push(input);
+      return tablePlan(input);
+    },
+    settle: (outcome) => void outcomes.push(outcome),
+    inFlight,
+    config: whole,
+    clock,
+    random: { id: () => `id${++ids}`, seed: () => 77 },
+    lifecycle,
+    metrics: () => metrics.render(),
+    log: (line) => void logs.push(line),
+  });
+  const fetch: Harness['fetch'] = async (method, path, options = {}) => {
+    const peer = options.peer === undefined ? '127.0.0.1' : options.peer;
+    const init: RequestInit = { method, duplex: 'half' };
+    if (options.headers !== undefined) init.headers = options.headers;
+    if (options.body !== undefined) init.body = options.body;
+    if (options.signal !== undefined) init.signal = options.signal;
+    const bindings = peer === null ? {} : { incoming: { socket: { remoteAddress: peer } } };
+    return app.hono.request(new URL(path, 'http://localhost').href, init, bindings as never);
+  };
+  return {
+    app,
+    engine,
+    registry,
+    importer,
+    text,
+    clock,
+    lifecycle,
+    inFlight,
+    logs,
+    outcomes,
+    routed,
+    fetch,
+    post: (path, body, headers = {}) =>
+      fetch('POST', path, {
+        headers: { 'content-type': 'application/json', ...headers },
+        body: typeof body === 'string' ? body : JSON.stringify(body),
+      }),
+    leftovers: () => ({
+      live: engine.live,
+      leases: registry.leasesOpen,
+      flying: inFlight.count,
+      timers: clock.pending(),
+    }),
+    close: () => metrics.close(),
+  };
+}
+
+export const nothingLeft = { live: 0, leases: 0, flying: 0, timers: 0 };
+
+function tablePlan({ budget, adapter }: RouteInput): Plan {
+  const rankMax = adapter?.rankMax ?? 0;
+  const figures = { rankMax, predictedMs: 120.5, predictedTtftMs: 20, sigmaMs: 2 };
+  if (adapter === null) return { ...figures, rank: 0, reason: 'base' };
+  if (budget.rank !== null) return { ...figures, rank: budget.rank, reason: 'fixed' };
+  if (budget.totalMs === null) return { ...figures, rank: rankMax, reason: 'full' };
+  if (budget.strict && budget.totalMs < 10) {
+    throw new GatewayError('DEADLINE_TOO_SHORT', 'even rank 0 takes longer');
+  }
+  return { ...figures, rank: 4, reason: 'reduced' };
+}
+
+/** Bodies are probed by path: a wrong path gives undefined, which no expectation accepts. */
+// biome-ignore lint/suspicious/noExplicitAny: a parsed body has no type but the one that the test asserts.
+export type Json = any;
+
+/** The frames of an SSE body: `data:` payloads parsed as JSON where they are, comments as `:text`. */
+export function parseFrames(body: string): Json[] {
+  return body
+    .split('\n\n')
+    .filter((frame) => frame !== '')
+    .map((frame) => {
+      if (frame.startsWith(':')) return frame;
+      const payload = frame.replace(/^data: /, '');
+      return payload === '[DONE]' ? payload : JSON.parse(payload);
+    });
+}
+
+/** Lets everything that is ready run: microtasks and one turn of the loop, several times. Not a wait for time. */
+export async function settleTasks(): Promise<void> {
+  for (let i = 0; i < 20; i++) await new Promise((resolve) => setImmediate(resolve));
+}
