@@ -70,23 +70,6 @@ const long = ['a', '_', ' ', '1', '!', '漢', '😀', 'ab', 'Aa', '=', '\n', 'é
   (unit) => unit.repeat(300),
 );
 
-export const chats: readonly (readonly (readonly [role: string, content: string])[])[] = [
-  [['user', 'What is the capital of France?']],
-  [
-    ['system', 'You are terse.'],
-    ['user', '  leading and trailing space  '],
-    ['assistant', 'Yes.\n'],
-    ['user', 'Why?\n\n```js\nlet a = 1;\n```'],
-  ],
-  [
-    ['user', '你好 😀'],
-    ['assistant', ''],
-    ['user', "1234 it's < | > <| |> im_start <im_end>"],
-  ],
-  [['system', '']],
-  [],
-];
-
 /** Every special token spelled alone, in a word, doubled, broken, and next to spaces. */
 export function specialTexts(specials: readonly string[]): string[] {
   return [
@@ -153,4 +136,16 @@ function randomTexts(seed: number): string[] {
       ),
     ),
   ];
+}
+
+/** The planes of Unicode that have assigned characters, private use apart. */
+export const sweptPlanes: readonly number[] = [0, 1, 2, 3, 14];
+
+/** Every code point of a plane, first among its neighbours and then each after a space. */
+export function planeText(plane: number): string {
+  const points = Array.from({ length: 0x10000 }, (_, low) => plane * 0x10000 + low);
+  const characters = points
+    .filter((point) => point < 0xd800 || point > 0xdfff)
+    .map((point) => String.fromCodePoint(point));
+  return `${characters.join('')}\n${characters.join(' ')}`;
 }
