@@ -241,6 +241,8 @@ export function loadConfig({ flags = {}, environment = process.env }: ConfigSour
   });
 }
 
+export const processEnvironment: NodeJS.ProcessEnv = process.env;
+
 /** For child processes that are not ours (pip): this process's environment without rankgate's settings and secrets. */
 export function childEnvironment(
   environment: NodeJS.ProcessEnv = process.env,

@@ -1,0 +1,63 @@
+// The client side of the adapter calls, for the command line. Errors keep the server's message and code.
+
+export interface ClientOptions {
+  readonly url: string;
+  readonly apiKey: string | null;
+  readonly timeoutMs: number;
+}
+
+/** Nobody answered. */
+export class UnreachableError extends Error {}
+
+/** The server answered, and said no. */
+export class RefusedError extends Error {
+  readonly status: number;
+  readonly code: string;
+
+  constructor(status: number, code: string, message: string) {
+    super(message);
+    this.name = 'RefusedError';
+    this.status = status;
+    this.code = code;
+  }
+}
+
+export interface Call {
+  readonly method: 'GET' | 'POST' | 'PUT' | 'DELETE';
+  readonly path: string;
+  readonly body?: object;
+  /** Generation that the name must point at, else 409. */
+  readonly ifMatch?: string;
+}
+
+/** Throws RefusedError or UnreachableError. */
+export async function callGateway(options: ClientOptions, call: Call): Promise<Response> {
+  const headers = new Headers();
+  if (options.apiKey !== null) headers.set('authorization', `Bearer ${options.apiKey}`);
+  if (call.body !== undefined) headers.set('content-type', 'application/json');
+  if (call.ifMatch !== undefined) headers.set('if-match', call.ifMatch);
+  let response: Response;
+  try {
+    response = await fetch(new URL(call.path, options.url), {
+      method: call.method,
+      headers,
+      ...(call.body === undefined ? {} : { body: JSON.stringify(call.body) }),
+      signal: AbortSignal.timeout(options.timeoutMs),
+    });
+  } catch (cause) {
+    throw new UnreachableError(`no rankgate answers at ${options.url}`, { cause });
+  }
+  if (response.ok) return response;
+  const text = await response.text();
+  let error: { message?: unknown; code?: unknown } = {};
+  try {
+    error = (JSON.parse(text) as { error?: typeof error }).error ?? {};
+  } catch {
+    // Not ours: a proxy's page, say.
+  }
+  throw new RefusedError(
+    response.status,
+    typeof error.code === 'string' ? error.code : `http_${response.status}`,
+    typeof error.message === 'string' ? error.message : `the server answered ${response.status}`,
+  );
+}

@@ -1,0 +1,245 @@
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { createServer, type Server } from 'node:http';
+import type { AddressInfo } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join, resolve } from 'node:path';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { runCommand, usage } from '../../src/commands.ts';
+import { curlOf } from '../../src/serve.ts';
+import { createProgress, renderProgress } from '../../src/terminal.ts';
+
+interface Seen {
+  readonly method: string | undefined;
+  readonly path: string | undefined;
+  readonly authorization: string | undefined;
+  readonly ifMatch: string | undefined;
+  readonly body: unknown;
+}
+
+const generation = `sha256:${'a'.repeat(64)}`;
+const adapter = {
+  name: 'support',
+  generation,
+  rank_max: 16,
+  bytes: 9_800_000,
+  leases: 0,
+  residency: { tier: 'disk' },
+};
+
+let server: Server;
+let seen: Seen[];
+let reply: { status: number; body: string };
+let environment: NodeJS.ProcessEnv;
+let dir: string;
+
+beforeEach(async () => {
+  seen = [];
+  reply = { status: 200, body: JSON.stringify(adapter) };
+  dir = mkdtempSync(join(tmpdir(), 'cli-'));
+  server = createServer((request, response) => {
+    const chunks: Buffer[] = [];
+    request.on('data', (chunk: Buffer) => chunks.push(chunk));
+    request.on('end', () => {
+      const text = Buffer.concat(chunks).toString();
+      seen.push({
+        method: request.method,
+        path: request.url,
+        authorization: request.headers.authorization,
+        ifMatch: request.headers['if-match'],
+        body: text === '' ? null : JSON.parse(text),
+      });
+      response.writeHead(reply.status).end(reply.body);
+    });
+  });
+  await new Promise<void>((done) => server.listen(0, '127.0.0.1', done));
+  environment = { RANKGATE_URL: `http://127.0.0.1:${(server.address() as AddressInfo).port}` };
+});
+afterEach(() => {
+  server.closeAllConnections();
+  server.close();
+  rmSync(dir, { recursive: true, force: true });
+});
+
+async function run(...args: string[]): Promise<{ exitCode: number; out: string; err: string }> {
+  let out = '';
+  let err = '';
+  const exitCode = await runCommand(args, {
+    out: (text) => {
+      out += text;
+    },
+    err: (text) => {
+      err += text;
+    },
+    isTerminal: false,
+    environment,
+  });
+  return { exitCode, out, err };
+}
+
+describe('the adapters commands', () => {
+  it.each<[string[], Partial<Seen>]>([
+    [['list'], { method: 'GET', path: '/v1/adapters' }],
+    [['show', 'support'], { method: 'GET', path: '/v1/adapters/support' }],
+    [
+      ['add', 'support', 'some/where', '--accept-base-name', 'org/base'],
+      {
+        method: 'POST',
+        path: '/v1/adapters',
+        body: { name: 'support', source: resolve('some/where'), accept_base_name: 'org/base' },
+      },
+    ],
+    [
+      ['add', 'support', '/a', '--replace', '--expect', generation],
+      { body: { name: 'support', source: '/a', replace: true, if_generation: generation } },
+    ],
+    [
+      ['swap', 'support', generation, '--expect', generation],
+      {
+        method: 'PUT',
+        path: '/v1/adapters/support',
+        ifMatch: generation,
+        body: { generation },
+      },
+    ],
+    [['rollback', 'support'], { method: 'POST', path: '/v1/adapters/support/rollback' }],
+    [
+      ['rm', 'support', '--expect', generation],
+      { method: 'DELETE', path: '/v1/adapters/support', ifMatch: generation },
+    ],
+    [['show', '../admin?x'], { path: '/v1/adapters/..%2Fadmin%3Fx' }],
+  ])('%j makes the call %j', async (args, wanted) => {
+    environment.RANKGATE_API_KEY = 'a-key-of-sixteen-or-more';
+    const { exitCode, err } = await run('adapters', ...args);
+    expect({ exitCode, err }).toEqual({ exitCode: 0, err: '' });
+    expect(seen).toHaveLength(1);
+    expect(seen[0]).toMatchObject({ authorization: 'Bearer a-key-of-sixteen-or-more', ...wanted });
+  });
+
+  it('print one line an adapter, or the answer itself as JSON', async () => {
+    reply.body = JSON.stringify({ object: 'list', data: [adapter, { ...adapter, name: 'sales' }] });
+    const plain = await run('adapters', 'list');
+    expect(plain.out.trim().split('\n')).toHaveLength(2);
+    expect(plain.out).toContain('sales  sha256:aaaaaaaaaaaa…  rank 16  9.8 MB  disk');
+    expect((await run('adapters', 'list', '--json')).out).toBe(`${reply.body}\n`);
+  });
+
+  it('show the warnings of an import beside its result', async () => {
+    reply.body = JSON.stringify({ ...adapter, warnings: ['3 modules did not match'] });
+    const { out, err } = await run('adapters', 'add', 'support', '/a');
+    expect(out).toContain('support');
+    expect(err).toBe('warning: 3 modules did not match\n');
+  });
+
+  it('export to a file, and never over one that is there', async () => {
+    reply.body = 'a tar';
+    const output = join(dir, 'out.tar');
+    const first = await run('adapters', 'export', 'support', '--rank', '8', '--output', output);
+    expect(first).toMatchObject({ exitCode: 0, out: `${output}: 5 bytes\n` });
+    expect(seen[0]?.path).toBe('/v1/adapters/support/export?rank=8');
+    expect(readFileSync(output, 'utf8')).toBe('a tar');
+    reply.body = 'another';
+    expect(await run('adapters', 'export', 'support', '--output', output)).toMatchObject({
+      exitCode: 1,
+    });
+    expect(readFileSync(output, 'utf8')).toBe('a tar');
+  });
+
+  it('exit with 1 and the reason when the server refuses', async () => {
+    const error = { message: 'another generation', code: 'generation_mismatch', type: 'x' };
+    reply = { status: 409, body: JSON.stringify({ error }) };
+    const plain = await run('adapters', 'rollback', 'support');
+    expect(plain).toEqual({ exitCode: 1, out: '', err: 'another generation\n' });
+    const json = await run('adapters', 'rollback', 'support', '--json');
+    expect(JSON.parse(json.err)).toEqual({
+      error: { code: 'generation_mismatch', message: 'another generation' },
+    });
+    reply = { status: 502, body: '<html>' };
+    expect((await run('adapters', 'list')).err).toBe('the server answered 502\n');
+  });
+
+  it('exit with 3 when no server answers', async () => {
+    const { exitCode, err } = await run('adapters', 'list', '--url', 'http://127.0.0.1:1');
+    expect(exitCode).toBe(3);
+    expect(err).toContain('no rankgate answers at http://127.0.0.1:1');
+  });
+});
+
+describe('the command line', () => {
+  it.each([
+    [[]],
+    [['fly']],
+    [['adapters']],
+    [['adapters', 'fly']],
+    [['toString']],
+    [['adapters', 'list', '--fast']],
+    [['adapters', 'list', 'extra']],
+    [['adapters', 'show']],
+    [['adapters', 'swap', 'support']],
+    [['adapters', 'list', '--url', 'nowhere']],
+    [['serve', '--api-keys', 'a-key-of-sixteen-or-more']],
+    [['serve', '--port']],
+    [['serve', 'model.gguf']],
+  ])('%j is wrong usage: exit code 2, nothing done', async (args) => {
+    const { exitCode, out, err } = await run(...args);
+    expect({ exitCode, out }).toEqual({ exitCode: 2, out: '' });
+    expect(err).toContain('rankgate serve');
+    expect(seen).toEqual([]);
+  });
+
+  it('a wrong setting stops serve before anything is fetched', async () => {
+    const { exitCode, err } = await run('serve', '--port', 'http', '--data-dir', dir);
+    expect({ exitCode, err }).toEqual({
+      exitCode: 1,
+      err: 'configuration: port: want a whole number (--port)\n',
+    });
+  });
+
+  it('a model that is not there stops serve with its reason', async () => {
+    const { exitCode, err } = await run(
+      'serve',
+      '--model',
+      '/no/x.gguf',
+      '--data-dir',
+      dir,
+      '--json',
+    );
+    expect(exitCode).toBe(1);
+    expect(JSON.parse(err)).toEqual({
+      error: { code: 'INVALID_REQUEST', message: 'model: there is no file /no/x.gguf' },
+    });
+  });
+
+  it('shows its usage and its version', async () => {
+    expect(await run('help')).toEqual({ exitCode: 0, out: usage, err: '' });
+    expect(await run('adapters', 'add', '--help')).toEqual({ exitCode: 0, out: usage, err: '' });
+    expect((await run('--version')).out).toMatch(/^\d+\.\d+\.\d+\n$/);
+  });
+});
+
+describe('progress', () => {
+  it('is a bar with bytes', () => {
+    expect(renderProgress({ label: 'a.gguf', done: 30_000_000, total: 60_000_000 })).toBe(
+      `a.gguf [${'#'.repeat(15)}${'-'.repeat(15)}]  50 % 30.0 of 60.0 MB`,
+    );
+  });
+
+  it('is redrawn per percent on a terminal and written per tenth in a log', () => {
+    for (const [isTerminal, lines] of [
+      [true, 101],
+      [false, 11],
+    ] as const) {
+      const written: string[] = [];
+      const report = createProgress((text) => written.push(text), isTerminal);
+      for (let done = 0; done <= 100_000; done++) report({ label: 'a', done, total: 100_000 });
+      expect(written).toHaveLength(lines);
+      expect(written.at(-1)).toMatch(/100 % .*\n$/);
+    }
+  });
+});
+
+it('the curl that serve prints quotes its body for a shell', () => {
+  const curl = curlOf('http://127.0.0.1:8080', 'smollm2-135m-instruct', true);
+  expect(curl).toContain('$RANKGATE_API_KEY');
+  const body = /-d '([^']*)'$/.exec(curl)?.[1];
+  expect(JSON.parse(body!)).toMatchObject({ model: 'smollm2-135m-instruct', stream: true });
+});
