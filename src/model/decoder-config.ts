@@ -1,5 +1,8 @@
-// What a decoder-only transformer of a supported family looks like: sizes only, no tensors. Read from GGUF metadata by
-// readDecoderConfig; a family is one entry of the table there.
+// What a decoder-only transformer of a supported family looks like: sizes only, no tensors. Read from GGUF metadata and
+// checked against the tensor table, so that everything after this file may trust the numbers.
+
+import { GatewayError } from '../errors.ts';
+import type { GgufFile, GgufMetadata } from './gguf.ts';
 
 /** The seven linear layers of a block that an adapter may change, by their GGUF names. */
 export const projections = [
@@ -53,5 +56,143 @@ export function projectionShape(
       return { in: width, out: ffnWidth };
     case 'ffn_down':
       return { in: ffnWidth, out: width };
+  }
+}
+
+/** Bounds on sizes: far above any model that one machine runs, far below where products leave safe integers. */
+const sizesMax = {
+  blocks: 1024,
+  width: 65_536,
+  heads: 1024,
+  ffnWidth: 1_048_576,
+  vocab: 2_097_152,
+  context: 16_777_216,
+};
+
+/** Throws UNSUPPORTED for another architecture or a feature that is not implemented (naming it), INVALID_MODEL_FILE for
+ *  numbers that make no sense and for tensors that are missing or misshapen. */
+export function readDecoderConfig(file: Pick<GgufFile, 'metadata' | 'tensors'>): DecoderConfig {
+  const { metadata } = file;
+  const architecture = metadata.string('general.architecture');
+  if (architecture !== 'llama') throw unsupported(`the architecture ${architecture}; llama is`);
+  refuseVariants(file);
+  const size = sizeReader(metadata);
+  const width = size('embedding_length', sizesMax.width);
+  const heads = size('attention.head_count', sizesMax.heads);
+  const kvHeads = size('attention.head_count_kv', sizesMax.heads, heads);
+  if (width % heads !== 0) throw badModel(`width ${width} is not a multiple of ${heads} heads`);
+  if (heads % kvHeads !== 0)
+    throw badModel(`${heads} heads are not a multiple of ${kvHeads} key heads`);
+  const headSize = width / heads;
+  for (const key of ['attention.key_length', 'attention.value_length']) {
+    const length = size(key, sizesMax.width, headSize);
+    if (length !== headSize)
+      throw unsupported(`${key} ${length} beside a head size of ${headSize}`);
+  }
+  const ropeSize = size('rope.dimension_count', headSize, headSize);
+  if (ropeSize % 2 !== 0) throw badModel(`rope.dimension_count ${ropeSize} is odd`);
+  const config: DecoderConfig = {
+    family: 'llama',
+    name: metadata.has('general.name') ? metadata.string('general.name') : 'llama',
+    blocks: size('block_count', sizesMax.blocks),
+    width,
+    heads,
+    kvHeads,
+    headSize,
+    ffnWidth: size('feed_forward_length', sizesMax.ffnWidth),
+    vocabSize: vocabularySize(file),
+    contextLength: size('context_length', sizesMax.context),
+    ropeSize,
+    ropeBase: positive(metadata, 'llama.rope.freq_base', 10_000),
+    ropeStyle: 'norm',
+    normEps: positive(metadata, 'llama.attention.layer_norm_rms_epsilon'),
+    tiedEmbeddings: !file.tensors.has('output.weight'),
+  };
+  checkTensors(file, config);
+  return config;
+}
+
+function unsupported(what: string): GatewayError {
+  return new GatewayError('UNSUPPORTED', `model file: ${what} is not supported`);
+}
+
+function badModel(message: string): GatewayError {
+  return new GatewayError('INVALID_MODEL_FILE', `model file: ${message}`);
+}
+
+/** Features of llama files that change the forward pass and that decoder.ts does not have. */
+function refuseVariants({ metadata, tensors }: Pick<GgufFile, 'metadata' | 'tensors'>): void {
+  const scaling = 'llama.rope.scaling.type';
+  if (metadata.has(scaling) && metadata.string(scaling) !== 'none') {
+    throw unsupported(`RoPE scaling ${metadata.string(scaling)}`);
+  }
+  const experts = 'llama.expert_count';
+  if (metadata.has(experts) && metadata.integer(experts) > 0)
+    throw unsupported('a mixture of experts');
+  for (const name of tensors.keys()) {
+    if (name === 'rope_freqs.weight')
+      throw unsupported('RoPE frequency factors (rope_freqs.weight)');
+    if (name.endsWith('.bias')) throw unsupported(`a bias (${name})`);
+  }
+}
+
+function sizeReader(
+  metadata: GgufMetadata,
+): (key: string, max: number, whenAbsent?: number) => number {
+  return (key, max, whenAbsent) => {
+    const name = `llama.${key}`;
+    if (whenAbsent !== undefined && !metadata.has(name)) return whenAbsent;
+    const value = metadata.integer(name);
+    if (value < 1 || value > max) throw badModel(`${name} is ${value}, 1 to ${max} is accepted`);
+    return value;
+  };
+}
+
+function positive(metadata: GgufMetadata, key: string, whenAbsent?: number): number {
+  if (whenAbsent !== undefined && !metadata.has(key)) return whenAbsent;
+  const value = metadata.number(key);
+  if (!(value > 0)) throw badModel(`${key} is ${value}, more than 0 is wanted`);
+  return value;
+}
+
+function vocabularySize({ tensors }: Pick<GgufFile, 'tensors'>): number {
+  const size = tensors.get('token_embd.weight')?.shape[1];
+  if (size === undefined || size < 1 || size > sizesMax.vocab) {
+    throw badModel(`token_embd.weight must be there with 1 to ${sizesMax.vocab} rows`);
+  }
+  return size;
+}
+
+/** Every tensor of the decoder with its shape as the file states it, innermost axis first. */
+export function expectedTensors(config: DecoderConfig): Map<string, readonly number[]> {
+  const { width, vocabSize } = config;
+  const expected = new Map<string, readonly number[]>([
+    ['token_embd.weight', [width, vocabSize]],
+    ['output_norm.weight', [width]],
+  ]);
+  if (!config.tiedEmbeddings) expected.set('output.weight', [width, vocabSize]);
+  for (let block = 0; block < config.blocks; block++) {
+    expected.set(`blk.${block}.attn_norm.weight`, [width]);
+    expected.set(`blk.${block}.ffn_norm.weight`, [width]);
+    for (const projection of projections) {
+      const shape = projectionShape(config, projection);
+      expected.set(`blk.${block}.${projection}.weight`, [shape.in, shape.out]);
+    }
+  }
+  return expected;
+}
+
+function checkTensors({ tensors }: Pick<GgufFile, 'tensors'>, config: DecoderConfig): void {
+  for (const [name, wanted] of expectedTensors(config)) {
+    const shape = tensors.get(name)?.shape;
+    if (shape === undefined) throw badModel(`there is no tensor ${name}`);
+    // Trailing axes of size 1 mean nothing in GGUF.
+    const got = shape.slice(
+      0,
+      Math.max(wanted.length, shape.findLastIndex((size) => size !== 1) + 1),
+    );
+    if (got.length !== wanted.length || got.some((size, i) => size !== wanted[i])) {
+      throw badModel(`${name} is ${shape.join('×')}, want ${wanted.join('×')}`);
+    }
   }
 }
