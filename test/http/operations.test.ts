@@ -1,0 +1,238 @@
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { publish } from '../../src/channels.ts';
+import {
+  createHarness,
+  generationA,
+  type Harness,
+  type Json,
+  nothingLeft,
+  settleTasks,
+} from '../support/http-harness.ts';
+import { EventFeed, endEvent, pieceEvent, startEvent } from '../support/scripted-engine.ts';
+
+const chat = '/v1/chat/completions';
+const ask = { model: 'support', messages: [{ role: 'user', content: 'Secret words' }] };
+
+let harness: Harness;
+beforeEach(() => {
+  harness = createHarness();
+});
+afterEach(() => {
+  expect(harness.leftovers()).toEqual(nothingLeft);
+  harness.close();
+});
+
+async function ready(): Promise<[number, string | undefined]> {
+  const response = await harness.fetch('GET', '/readyz');
+  return [response.status, ((await response.json()) as Json).reason];
+}
+
+describe('/readyz', () => {
+  it('is ready while tokens are fresh, without making one', async () => {
+    expect(await ready()).toEqual([200, undefined]);
+    expect(harness.engine.requests).toEqual([]);
+  });
+
+  it('makes one token when the last is old, once for all who ask', async () => {
+    harness.clock.advance(60_001);
+    const feed = new EventFeed();
+    harness.engine.script = () => feed;
+    const asking = [ready(), ready(), ready()];
+    await settleTasks();
+    feed.push(startEvent(), endEvent(1));
+    expect(await Promise.all(asking)).toEqual([
+      [200, undefined],
+      [200, undefined],
+      [200, undefined],
+    ]);
+    expect(harness.engine.requests).toHaveLength(1);
+    expect(harness.engine.requests[0]).toMatchObject({ tokensMax: 1, adapter: null });
+  });
+
+  it('is not ready when that token does not come', async () => {
+    harness.engine.lastTokenMs = null;
+    harness.engine.script = () => new EventFeed();
+    const asking = ready();
+    await settleTasks();
+    harness.clock.advance(2000);
+    expect(await asking).toEqual([503, 'engine stalled']);
+  });
+
+  it('is not ready when requests wait and no token comes, and adds none to the queue', async () => {
+    const feed = new EventFeed();
+    harness.engine.script = () => feed;
+    const answering = harness.post(chat, ask);
+    await settleTasks();
+    harness.engine.lastTokenMs = 0;
+    feed.push(startEvent());
+    await settleTasks();
+    const { timers } = harness.leftovers() as { timers: number };
+    expect(timers).toBe(0);
+    harness.clock.advance(60_001);
+    expect(await ready()).toEqual([503, 'engine stalled']);
+    expect(harness.engine.requests).toHaveLength(1);
+    feed.push(endEvent(0));
+    await answering;
+  });
+
+  it('says what is missing', async () => {
+    harness.engine.ready = false;
+    expect(await ready()).toEqual([503, 'engine not ready']);
+    harness.engine.ready = true;
+    harness.registry.isClosed = true;
+    expect(await ready()).toEqual([503, 'registry closed']);
+    harness.registry.isClosed = false;
+    harness.lifecycle.startDraining();
+    expect(await ready()).toEqual([503, 'draining']);
+    expect((await harness.fetch('GET', '/livez')).status).toBe(200);
+  });
+});
+
+async function metrics(): Promise<string> {
+  const response = await harness.fetch('GET', '/metrics');
+  expect(response.headers.get('content-type')).toBe('text/plain; version=0.0.4; charset=utf-8');
+  return response.text();
+}
+
+describe('/metrics', () => {
+  it('has the names that a scheduler reads', async () => {
+    harness.registry.create('alias', generationA);
+    harness.engine.figures = {
+      running: 5,
+      waiting: 3,
+      kvCellsUsed: 430,
+      kvCellsMax: 1000,
+      residents: [{ generation: generationA, rank: 16, bytes: 1, uses: 0 }],
+      prefixTokensQueried: 70,
+      prefixTokensHit: 30,
+    };
+    const page = await metrics();
+    for (const line of [
+      '# TYPE vllm:num_requests_waiting gauge',
+      'vllm:num_requests_waiting{model_name="tiny-base"} 3',
+      'vllm:num_requests_running{model_name="tiny-base"} 5',
+      'vllm:kv_cache_usage_perc{model_name="tiny-base"} 0.43',
+      'vllm:prefix_cache_queries_total{model_name="tiny-base"} 70',
+      'vllm:prefix_cache_hits_total{model_name="tiny-base"} 30',
+      'rankgate_adapters{tier="slot"} 2',
+    ]) {
+      expect(page.split('\n')).toContain(line);
+    }
+    // Residents by name, stamped with the time of the scrape.
+    const stamp = harness.clock.unixMs() / 1000;
+    expect(page).toContain(
+      `vllm:lora_requests_info{max_lora="8",running_lora_adapters="alias,support",waiting_lora_adapters=""} ${stamp}\n`,
+    );
+    harness.clock.advance(5000);
+    expect(await metrics()).toContain(`waiting_lora_adapters=""} ${stamp + 5}\n`);
+  });
+
+  it('shows an adapter that is waited for and not resident', async () => {
+    const feed = new EventFeed();
+    harness.engine.script = () => feed;
+    const answering = harness.post(chat, ask);
+    await settleTasks();
+    expect(await metrics()).toContain('running_lora_adapters="",waiting_lora_adapters="support"');
+    feed.push(startEvent(), endEvent(0));
+    await answering;
+    expect(await metrics()).toContain('waiting_lora_adapters=""');
+  });
+
+  it('counts what requests came to', async () => {
+    harness.engine.script = async function* (request) {
+      harness.clock.advance(20);
+      yield startEvent(0, 20);
+      harness.clock.advance(30);
+      yield pieceEvent('abc', request);
+      harness.clock.advance(200);
+      yield endEvent(3);
+    };
+    const prompt = 'user: Secret words\n'.length;
+    await harness.post(chat, { ...ask, latency: { total_ms: 1000 } });
+    await harness.post(chat, { ...ask, latency: { ttft_ms: 10 } });
+    await (await harness.post(chat, { ...ask, stream: true })).text();
+    await harness.post(chat, { ...ask, model: 'nope' });
+    publish('engine-restart', { reason: 'hang', resumed: 2 });
+    const lines = (await metrics()).split('\n');
+    for (const line of [
+      'rankgate_requests_total{route="/v1/chat/completions",status="200"} 3',
+      'rankgate_requests_total{route="/v1/chat/completions",status="404"} 1',
+      'vllm:request_success_total{model_name="tiny-base",finished_reason="stop"} 3',
+      `vllm:prompt_tokens_total{model_name="tiny-base"} ${3 * prompt}`,
+      'vllm:generation_tokens_total{model_name="tiny-base"} 9',
+      'vllm:time_to_first_token_seconds_bucket{model_name="tiny-base",le="0.04"} 0',
+      'vllm:time_to_first_token_seconds_bucket{model_name="tiny-base",le="0.06"} 3',
+      'vllm:time_to_first_token_seconds_count{model_name="tiny-base"} 3',
+      // 200 ms for the two tokens after the first.
+      'vllm:time_per_output_token_seconds_bucket{model_name="tiny-base",le="0.075"} 0',
+      'vllm:time_per_output_token_seconds_bucket{model_name="tiny-base",le="0.1"} 3',
+      'vllm:e2e_request_latency_seconds_sum{model_name="tiny-base"} 0.75',
+      'rankgate_rank_chosen_bucket{model_name="tiny-base",le="4"} 1',
+      'rankgate_rank_chosen_bucket{model_name="tiny-base",le="16"} 3',
+      'rankgate_plans_total{reason="reduced"} 1',
+      'rankgate_plans_total{reason="full"} 2',
+      'rankgate_budget_total{outcome="met"} 1',
+      'rankgate_budget_total{outcome="missed"} 1',
+      // 250 ms against a prediction of 120.5 ms.
+      'rankgate_prediction_error_ratio_bucket{model_name="tiny-base",le="1"} 0',
+      'rankgate_prediction_error_ratio_bucket{model_name="tiny-base",le="2"} 3',
+      'rankgate_engine_restarts_total{reason="hang"} 1',
+    ]) {
+      expect(lines).toContain(line);
+    }
+  });
+
+  it('is well-formed, and names no prompt, tenant or unknown path', async () => {
+    await harness.post(chat, ask);
+    await harness.fetch('GET', '/nope/secret');
+    const page = await metrics();
+    const sample =
+      /^[a-zA-Z_:][a-zA-Z0-9_:]*(?:\{(?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*\})? -?[0-9.e+-]+$/;
+    for (const line of page.trimEnd().split('\n')) {
+      expect(line.startsWith('# ') || sample.test(line), line).toBe(true);
+    }
+    const types = page.match(/^# TYPE (\S+)/gm)!;
+    expect(new Set(types).size).toBe(types.length);
+    expect(page).not.toMatch(/secret|local|Secret/);
+    expect(page).toContain('rankgate_requests_total{route="unknown",status="404"} 1');
+  });
+});
+
+describe('the log', () => {
+  it('has one line per request, with the plan and without the prompt', async () => {
+    await harness.post(chat, ask, { 'x-request-id': 'abc' });
+    await (await harness.post(chat, { ...ask, stream: true })).text();
+    expect(harness.logs).toHaveLength(2);
+    expect(harness.logs.join('')).not.toMatch(/\n|Secret/);
+    expect(JSON.parse(harness.logs[0]!)).toMatchObject({
+      time: expect.stringMatching(/^\d{4}-\d\d-\d\dT/),
+      level: 'info',
+      event: 'request-end',
+      requestId: 'abc',
+      method: 'POST',
+      route: chat,
+      status: 200,
+      code: null,
+      stream: false,
+      tenant: 'local',
+      adapter: 'support',
+      generation: generationA,
+      rank: 16,
+      rankMax: 16,
+      reason: 'full',
+      predictedMs: 120.5,
+      promptTokens: 19,
+      finishReasons: ['stop'],
+    });
+  });
+
+  it('cannot be forged by what a client sends', async () => {
+    const evil = 'x\n{"level":"error"}\u001b[31m';
+    await harness.post(chat, { ...ask, model: evil, user: evil });
+    await harness.fetch('GET', `/${encodeURIComponent(evil)}`);
+    for (const line of harness.logs) {
+      expect([...line].filter((character) => character < ' ')).toEqual([]);
+      expect(JSON.parse(line)).toMatchObject({ level: 'info', status: 404 });
+    }
+  });
+});
