@@ -6,7 +6,7 @@ import type { Budget, Plan, PlanReason, Predict, Prediction, RouteInput } from '
 
 const guardSigmas = 2;
 
-export function hasDeadline(budget: Budget): boolean {
+function hasDeadline(budget: Budget): boolean {
   return budget.totalMs !== null || budget.ttftMs !== null || budget.perTokenMs !== null;
 }
 
