@@ -123,7 +123,8 @@ export function dequantizeRows(type: WeightType, data: Uint8Array, out: Float32A
 
 function decodeFloats(type: WeightType, data: Uint8Array, out: Float32Array): void {
   const bytes = out.length * dtypeLayout[type].bytes;
-  const aligned = data.slice(0, bytes).buffer; // tensors in a file may start at any byte
+  // A copy, because tensors in a file may start at any byte (and Buffer's own slice() would be a view).
+  const aligned = new Uint8Array(data.subarray(0, bytes)).buffer;
   if (type === 'f32') out.set(new Float32Array(aligned));
   else if (type === 'f16') f16BitsToF32(new Uint16Array(aligned), out);
   else bf16BitsToF32(new Uint16Array(aligned), out);

@@ -163,7 +163,7 @@ function isCount(value: unknown): value is number {
 }
 
 function readEntry(name: string, value: unknown, refuse: Refuse): PlacedTensor {
-  if (name.length > nameLengthMax || !name.isWellFormed() || forbiddenNames.includes(name)) {
+  if (name.length > nameLengthMax || /\p{Surrogate}/u.test(name) || forbiddenNames.includes(name)) {
     throw refuse('a tensor has a name that is not accepted');
   }
   if (!isRecord(value)) throw refuse(`${name} is not an object`);
@@ -208,7 +208,7 @@ function checkTiling(tensors: readonly PlacedTensor[], dataBytes: number, refuse
 
 /** The numbers as f32. Throws UNSUPPORTED for integer tensors. */
 export function toFloat32({ dtype, data }: SafetensorsTensor): Float32Array {
-  const aligned = data.slice().buffer;
+  const aligned = new Uint8Array(data).buffer; // a copy: Buffer's own slice() would be a view
   switch (dtype) {
     case 'F32':
       return new Float32Array(aligned);
