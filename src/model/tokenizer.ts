@@ -4,6 +4,7 @@
 
 import { GatewayError } from '../errors.ts';
 import { byteCharacters, createMerger, type Merger, TokenBuffer } from './bpe.ts';
+import type { GgufMetadata } from './gguf.ts';
 import { createPreTokenizer, type PreTokenizer } from './pre-tokenizer.ts';
 
 /** What a model file says of its vocabulary, as it stands there. */
@@ -110,10 +111,35 @@ export function createTokenizer(source: TokenizerSource): Tokenizer {
   };
 }
 
+export function readTokenizerSource(metadata: GgufMetadata): TokenizerSource {
+  const key = (name: string): string => `tokenizer.ggml.${name}`;
+  const has = (name: string): boolean => metadata.has(key(name));
+  const id = (name: string): number | null =>
+    has(`${name}_token_id`) ? metadata.integer(key(`${name}_token_id`)) : null;
+  const model = metadata.string(key('model'));
+  checkModel(model);
+  return {
+    model,
+    // Files without it are read by llama.cpp's fallback, which is what `default` names.
+    pre: has('pre') ? metadata.string(key('pre')) : 'default',
+    tokens: metadata.strings(key('tokens')),
+    merges: metadata.strings(key('merges')),
+    tokenTypes: has('token_type') ? metadata.numbers(key('token_type')) : [],
+    bos: id('bos'),
+    eos: id('eos'),
+    unknown: id('unknown'),
+    padding: id('padding'),
+    addBos: has('add_bos_token') ? metadata.boolean(key('add_bos_token')) : null,
+  };
+}
+
+function checkModel(model: string): void {
+  if (model === 'gpt2') return;
+  throw new GatewayError('UNSUPPORTED', `tokenizer.ggml.model is '${model}'; supported: gpt2`);
+}
+
 function check({ model, tokens, merges, tokenTypes, ...ids }: TokenizerSource): void {
-  if (model !== 'gpt2') {
-    throw new GatewayError('UNSUPPORTED', `tokenizer.ggml.model is '${model}'; supported: gpt2`);
-  }
+  checkModel(model);
   const fail = (message: string): never => {
     throw new GatewayError('INVALID_MODEL_FILE', `tokenizer: ${message}`);
   };
