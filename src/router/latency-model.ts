@@ -102,8 +102,9 @@ export class LatencyModel {
   /** Everything that waits is prefilled first, in steps of at most prefillTokensMax that also decode the running rows. */
   #firstToken(input: RouteInput, rank: number): { ms: number; doubtMs: number } {
     const { load, promptTokens } = input;
-    const { decodeRows, kvCells, waitingPromptTokens } = load;
+    const { decodeRows, kvCells, waiting, waitingPromptTokens } = load;
     const tokens = promptTokens + waitingPromptTokens;
+    const rows = Math.max(1, waiting);
     const steps = Math.max(1, Math.ceil(tokens / this.#options.prefillTokensMax));
     // The ranks of those that wait are not known: they are taken to be like those that run.
     const rankMean = decodeRows === 0 ? 0 : load.decodeRanks / decodeRows;
@@ -113,7 +114,7 @@ export class LatencyModel {
       tokens,
       steps * load.decodeRanks,
       promptTokens * rank + waitingPromptTokens * rankMean,
-      steps * kvCells + tokens,
+      steps * kvCells + triangle(promptTokens) + rows * triangle(waitingPromptTokens / rows),
     ];
     return this.#stepTime.estimate(work);
   }
@@ -165,6 +166,11 @@ export class LatencyModel {
     this.#tokenError = data.tokenError;
     return true;
   }
+}
+
+/** Cells that a prompt's tokens attend to: token i sees i of them. */
+function triangle(tokens: number): number {
+  return (tokens * (tokens + 1)) / 2;
 }
 
 /** A failed machine or a paused client makes one error huge; clipped, it counts as "off by as much as it said". */

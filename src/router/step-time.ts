@@ -13,9 +13,9 @@ const n = 6;
 // The units in which w is learned, so that its entries are of one size: a typical busy step (guesses).
 const scales: StepWork = [1, 8, 128, 128, 2048, 4096];
 // Where learning starts, in ms per unit above: figures.md, eight rows of SmolLM2 on one core (31.7 ms a step without
-// adapters, 15.6 ms for 128 ranks by mul_mat_id); prefill 150 tokens/s; the rest guesses. What was never seen keeps this
+// adapters, 15.6 ms for 128 ranks by mul_mat_id; 44 ms for 131,000 masked cells); prefill 150 tokens/s; the rest guesses. What was never seen keeps this
 // value with this value as its own deviation, so unseen ranks look dear but not impossible.
-const priors: readonly number[] = [8, 24, 850, 16, 250, 4];
+const priors: readonly number[] = [8, 24, 850, 16, 250, 2];
 const forgetting = 0.995; // a step counts half after 138 more
 const noise = 0.1; // relative deviation of one step assumed by the filter (guess; sigma is measured separately)
 const clipSigmas = 4;

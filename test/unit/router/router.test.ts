@@ -55,15 +55,15 @@ function simulate(router: Router, rng: Rng, job: Job): Simulated {
   };
   for (let done = 0; done < promptTokens; done += 64) {
     const chunk = Math.min(64, promptTokens - done);
-    cells += chunk;
     run({
       ms: 0,
       decodeRows: others,
       prefillTokens: chunk,
       decodeRanks: others * 8,
       prefillRanks: chunk * rank,
-      kvCells: others * 100 + cells,
+      kvCells: others * 100 + chunk * cells + (chunk * (chunk + 1)) / 2,
     });
+    cells += chunk;
   }
   ttftMs = ms;
   for (let i = 1; i < tokens; i++) {
