@@ -130,7 +130,9 @@ async function jailedDirectory(publication: Publication, root: string | null): P
   const outside = new GatewayError('FORBIDDEN', 'the source is outside the adapters root', {
     param,
   });
-  const realRoot = await realpath(root);
+  const realRoot = await realpath(root).catch((cause: unknown) => {
+    throw new GatewayError('FORBIDDEN', 'the adapters root does not exist', { param, cause });
+  });
   const isInside = (path: string, jail: string): boolean => path.startsWith(jail + sep);
   const lexical = resolve(root, source);
   if (!isInside(lexical, resolve(root)) && !isInside(lexical, realRoot)) throw outside;

@@ -1,6 +1,7 @@
 // One request's life with the engine: plan, submit its sequences, keep the figures, end exactly once. Holds the adapter's
 // lease from before the plan to the last sequence's end; `end` and `abort` may be called at any time, in any order.
 
+import { setMaxListeners } from 'node:events';
 import type { InferenceReport } from '../channels.ts';
 import type { EngineEvent, FinishReason, GenerateRequest, Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
@@ -82,6 +83,8 @@ export class Answer {
       completionTokens: 0,
       reason: null,
     }));
+    // Every sequence listens, and Node warns of a leak beyond ten; this signal goes with the request.
+    setMaxListeners(0, this.#controller.signal);
     this.#unlink = linkSignals([signal, deps.lifecycle.cutOff], () => this.abort());
   }
 

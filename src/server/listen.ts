@@ -1,8 +1,9 @@
 // The app on a socket: @hono/node-server with every limit and timeout of Node's HTTP server set by name (faults.md
 // section 5 has the defaults, measured), and the drain: stop accepting, let streams end within a grace, then cut.
 
+import { setMaxListeners } from 'node:events';
 import type { Server } from 'node:http';
-import type { AddressInfo } from 'node:net';
+import type { AddressInfo, Socket } from 'node:net';
 import { createAdaptorServer } from '@hono/node-server';
 import type { App } from './app.ts';
 import type { Lifecycle } from './deps.ts';
@@ -29,6 +30,8 @@ export interface SettableLifecycle extends Lifecycle {
 
 export function createLifecycle(): SettableLifecycle {
   const controller = new AbortController();
+  // One listener per running answer, removed at its end: more than Node's ten are no leak here.
+  setMaxListeners(0, controller.signal);
   let isDraining = false;
   return {
     get isDraining() {
@@ -89,6 +92,13 @@ const cutMs = 500;
 
 function closer(server: Server, lifecycle: SettableLifecycle): (graceMs: number) => Promise<void> {
   let closing: Promise<void> | null = null;
+  // Connections without a request yet (browsers and undici open them ahead): Node 20 does not count them as idle.
+  const unused = new Set<Socket>();
+  server.on('connection', (socket) => {
+    unused.add(socket);
+    socket.once('close', () => unused.delete(socket));
+  });
+  server.on('request', ({ socket }) => unused.delete(socket));
   // A connection that becomes idle while draining would be kept for keepAliveTimeout: close() looks only once.
   server.on('request', (_request, response) => {
     response.once('close', () => {
@@ -106,6 +116,7 @@ function closer(server: Server, lifecycle: SettableLifecycle): (graceMs: number)
         resolve();
       });
       server.closeIdleConnections();
+      for (const socket of unused) socket.destroy();
     });
     return closing;
   };

@@ -25,6 +25,7 @@ export function eventStream(source: EventSource): ReadableStream<Uint8Array> {
   let pending: Promise<IteratorResult<string, void>> | null = null;
   let cancelStall = (): void => {};
   let isEnded = false;
+  let left: GatewayError | null = null;
   const end = (failure: unknown): void => {
     cancelStall();
     if (isEnded) return;
@@ -35,7 +36,8 @@ export function eventStream(source: EventSource): ReadableStream<Uint8Array> {
     source.abort();
     pending?.catch(() => {});
     frames.return().catch(() => {});
-    end(new GatewayError('CANCELLED', reason));
+    left = new GatewayError('CANCELLED', reason);
+    end(left);
   };
   const armStall = (): void => {
     cancelStall = clock.after(source.stallMsMax, () => leave('the client stopped reading'));
@@ -46,6 +48,8 @@ export function eventStream(source: EventSource): ReadableStream<Uint8Array> {
       async pull(controller): Promise<void> {
         cancelStall();
         try {
+          // Given up already, and the reader is back: it must not take what it has for the whole.
+          if (left !== null) throw left;
           pending ??= frames.next();
           const next = await nextOrPing(pending, source);
           if (next === 'ping') {

@@ -136,10 +136,12 @@ describe('POST /v1/adapters', () => {
     expect((await call('POST', '/v1/adapters', {}, headers)).status).toBe(415);
   });
 
-  it('is closed without a configured root', async () => {
+  it.each([null, '/nowhere/at/all'])('is closed with the root %s', async (adaptersRoot) => {
     harness.close();
-    harness = createHarness();
-    expect((await call('POST', '/v1/adapters', { name: 'new', source: 'one' })).status).toBe(403);
+    harness = createHarness({ adaptersRoot });
+    const refused = await call('POST', '/v1/adapters', { name: 'new', source: 'one' });
+    expect(refused.status).toBe(403);
+    expect(JSON.stringify(refused.body)).not.toContain('nowhere');
   });
 
   it.each(['New', 'a/b', '..', 'a..b', 'x,y', '', 'a'.repeat(65), 'é', 'a:b', 'a@b'])(

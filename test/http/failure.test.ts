@@ -216,6 +216,26 @@ describe('a client that goes away', () => {
   });
 });
 
+describe('many answers at once', () => {
+  it('are no leak in the eyes of Node', async () => {
+    const warnings: Error[] = [];
+    const note = (warning: Error): void => void warnings.push(warning);
+    process.on('warning', note);
+    const feeds: EventFeed[] = [];
+    harness.engine.script = () => {
+      feeds.push(new EventFeed());
+      return feeds.at(-1)!;
+    };
+    const answering = Array.from({ length: 30 }, () => harness.post(path, { ...ask, n: 8 }));
+    await settleTasks();
+    expect(feeds).toHaveLength(240);
+    for (const events of feeds) events.push(startEvent(), pieceEvent('x'), endEvent(1));
+    for (const response of await Promise.all(answering)) expect(response.status).toBe(200);
+    process.off('warning', note);
+    expect(warnings).toEqual([]);
+  });
+});
+
 describe('a client that reads slowly', () => {
   it('holds the engine back: no event is taken that no frame was wanted for', async () => {
     let taken = 0;
@@ -249,7 +269,12 @@ describe('a client that reads slowly', () => {
     await settleTasks();
     expect(harness.leftovers()).toEqual(nothingLeft);
     expect(lastLog()).toMatchObject({ status: 499, code: 'cancelled' });
-    await reader.cancel();
+    // It comes back: what it has is not the whole, and it is told so.
+    let rest = '';
+    for (let next = await reader.read(); !next.done; next = await reader.read()) {
+      rest += Buffer.from(next.value).toString();
+    }
+    expect(parseFrames(rest)).toEqual([{ error: expect.objectContaining({ code: 'cancelled' }) }]);
     expect(harness.logs).toHaveLength(1);
   });
 });

@@ -255,6 +255,9 @@ describe('close', () => {
 
   it('is immediate when only idle connections are open', async () => {
     await (await post(ask)).json();
+    const unused = await open();
+    const closed = once(unused, 'close');
     await listening.close(60_000);
+    await closed;
   });
 });
