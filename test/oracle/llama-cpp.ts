@@ -102,6 +102,8 @@ export interface ContextOptions {
   readonly sequencesMax?: number; // 1
   readonly flashAttention?: 'auto' | 'on' | 'off'; // auto
   readonly kvType?: 'f16' | 'f32'; // f16
+  /** Shared by contexts that never run at the same time; without it the context makes its own. */
+  readonly threadPool?: ThreadPool;
   /** One KV buffer for all sequences, or one per sequence; the library's own default is per sequence. */
   readonly kvUnified?: boolean; // false
 }
@@ -196,11 +198,8 @@ class Library {
     return (...values) => koffi.call(address, proto, ...values);
   }
 
-  createThreadPool(threads: number): Pointer {
-    // struct ggml_threadpool_params is about 540 bytes (a cpumask of 512); init writes it whole.
-    const parameters = Buffer.alloc(1024);
-    this.#base.func('ggml_threadpool_params_init', 'void', [p, 'int'])(parameters, threads);
-    return this.cpuFunction('ggml_threadpool_new')(parameters) as Pointer;
+  baseFunction(name: string, result: string, parameters: string[]): Foreign {
+    return this.#base.func(name, result, parameters);
   }
 }
 
@@ -219,6 +218,22 @@ export function systemInfo(): string {
 }
 export function cpuName(): string {
   return load().cpuName();
+}
+
+/** A persistent pool of ggml's, as llama-server and llama-bench make one: without it every graph starts its own threads. */
+export class ThreadPool implements Disposable {
+  readonly pointer: Pointer;
+
+  constructor(threads: number) {
+    // struct ggml_threadpool_params is about 540 bytes (a cpumask of 512); init writes it whole.
+    const parameters = Buffer.alloc(1024);
+    load().baseFunction('ggml_threadpool_params_init', 'void', [p, 'int'])(parameters, threads);
+    this.pointer = load().cpuFunction('ggml_threadpool_new')(parameters) as Pointer;
+  }
+
+  [Symbol.dispose](): void {
+    load().cpuFunction('ggml_threadpool_free')(this.pointer);
+  }
 }
 
 export class LlamaModel implements Disposable {
@@ -292,7 +307,8 @@ export class LoraAdapter implements Disposable {
 export class LlamaContext implements Disposable {
   readonly options: ContextOptions;
   readonly #pointer: Pointer;
-  readonly #pool: Pointer;
+  readonly #pool: ThreadPool;
+  readonly #ownsPool: boolean;
   readonly #memory: Pointer;
   readonly #vocabSize: number;
   readonly #batch: BatchMemory;
@@ -300,8 +316,10 @@ export class LlamaContext implements Disposable {
   constructor(model: LlamaModel, options: ContextOptions) {
     this.options = options;
     this.#pointer = openContext(model, options);
-    this.#pool = load().createThreadPool(options.threads);
-    load().call('llama_attach_threadpool', this.#pointer, this.#pool, this.#pool);
+    this.#ownsPool = options.threadPool === undefined;
+    this.#pool = options.threadPool ?? new ThreadPool(options.threads);
+    const pool = this.#pool.pointer;
+    load().call('llama_attach_threadpool', this.#pointer, pool, pool);
     this.#memory = load().pointer('llama_get_memory', this.#pointer);
     this.#vocabSize = model.vocabSize;
     this.#batch = new BatchMemory(options.batchTokens ?? 2048);
@@ -356,7 +374,7 @@ export class LlamaContext implements Disposable {
   [Symbol.dispose](): void {
     load().call('llama_detach_threadpool', this.#pointer);
     load().call('llama_free', this.#pointer);
-    load().cpuFunction('ggml_threadpool_free')(this.#pool);
+    if (this.#ownsPool) this.#pool[Symbol.dispose]();
     this.#batch[Symbol.dispose]();
   }
 }

@@ -1,0 +1,157 @@
+// rankgate's decoder as the engine's loop drives it: one Stepper, every stream a segment of one step, whatever adapter and
+// rank it uses. No scheduler, text or HTTP on top, as there is none on llama.cpp's side (llama-cpp-side.ts). The only file
+// of bench/ that knows rankgate's own modules.
+
+import { createKernels } from '../src/kernels/create-kernels.ts';
+import { ranksPerPage } from '../src/kernels/kernels.ts';
+import { Decoder, scrapCells } from '../src/model/decoder.ts';
+import { type DecoderConfig, readDecoderConfig } from '../src/model/decoder-config.ts';
+import { openGguf } from '../src/model/gguf.ts';
+import type { AdapterRows, Segment, Stepper, StepResult } from '../src/model/stepper.ts';
+import { loadWeights } from '../src/model/weights.ts';
+import { type AdapterModule, adapterModules } from './adapter-numbers.ts';
+import type { AdapterUse, Job, RawResult, Side, SideOptions } from './job.ts';
+
+type GenerateJob = Extract<Job, { kind: 'generate' }>;
+
+export function readConfig(modelPath: string): DecoderConfig {
+  using file = openGguf(modelPath);
+  return readDecoderConfig(file);
+}
+
+export async function openSide(options: SideOptions): Promise<Side> {
+  const kernels = await createKernels('ggml', { threads: options.threads });
+  using file = openGguf(options.modelPath);
+  const config = readDecoderConfig(file);
+  const pagesOf = options.adapters.map(({ rank }) => Math.ceil(rank / ranksPerPage));
+  const stepper: Stepper = new Decoder({
+    config,
+    kernels,
+    weights: loadWeights(file, config, { kernels, mode: options.weights, cache: null }),
+    cells: scrapCells + options.streamsMax * options.streamTokensMax,
+    cellType: 'f16',
+    pages: 1 + pagesOf.reduce((sum, count) => sum + count, 0),
+    tokensMax: 512,
+    segmentsMax: options.streamsMax,
+  });
+  const pages: number[][] = [];
+  let nextPage = 1;
+  options.adapters.forEach(({ seed, rank }, index) => {
+    const own = Array.from({ length: pagesOf[index]! }, () => nextPage++);
+    for (const module of adapterModules(config, seed, rank)) writePages(stepper, own, rank, module);
+    pages.push(own);
+  });
+  const rowsOf = (use: AdapterUse | null): AdapterRows | null =>
+    use === null ? null : { pages: pages[use.adapter]!, rank: use.rank, scale: 1 };
+  return {
+    description: `rankgate ${options.weights}, ${options.threads} threads`,
+    run(job) {
+      const runner = new Runner(stepper, options.streamTokensMax);
+      return job.kind === 'prefill' ? runner.prefill(job.prompt) : runner.generate(job, rowsOf);
+    },
+    close() {
+      stepper[Symbol.dispose]();
+    },
+  };
+}
+
+function writePages(
+  stepper: Stepper,
+  pages: readonly number[],
+  rank: number,
+  module: AdapterModule,
+): void {
+  const { block, projection, in: inputs, out } = module;
+  pages.forEach((page, index) => {
+    const from = index * ranksPerPage;
+    const count = Math.min(ranksPerPage, rank - from);
+    const a = new Uint16Array(ranksPerPage * inputs); // [8, in]
+    a.set(module.a.subarray(from * inputs, (from + count) * inputs));
+    const b = new Uint16Array(out * ranksPerPage); // [out, 8]
+    for (let row = 0; row < out; row++) {
+      const start = row * rank + from;
+      b.set(module.b.subarray(start, start + count), row * ranksPerPage);
+    }
+    stepper.writePage(page, { block, projection }, { a, b });
+  });
+}
+
+/** Runs jobs over a Stepper; stream i owns the cells from `scrapCells + i · streamTokensMax`. */
+class Runner {
+  readonly #stepper: Stepper;
+  readonly #streamTokensMax: number;
+
+  constructor(stepper: Stepper, streamTokensMax: number) {
+    this.#stepper = stepper;
+    this.#streamTokensMax = streamTokensMax;
+  }
+
+  #segment(stream: number, position: number, tokens: readonly number[]): Segment {
+    return {
+      tokens: Int32Array.from(tokens),
+      cellBase: scrapCells + stream * this.#streamTokensMax,
+      position,
+      adapter: null,
+      wantsLogits: true,
+    };
+  }
+
+  prefill(prompt: readonly number[]): RawResult {
+    const start = performance.now();
+    const [id] = this.#step([this.#segment(0, 0, prompt)]);
+    const totalMs = performance.now() - start;
+    return { totalMs, decodeMs: 0, ttftMs: [totalMs], stepMs: [], ids: [[id!]] };
+  }
+
+  generate(job: GenerateJob, rowsOf: (use: AdapterUse | null) => AdapterRows | null): RawResult {
+    const adapters = job.adapters.map(rowsOf);
+    const start = performance.now();
+    const ids: number[][] = job.prompts.map(() => []);
+    const ttftMs: number[] = job.prompts.map(() => 0);
+    const streams = job.prompts.map((_, stream) => stream);
+    for (const group of this.#admissions(job.prompts)) {
+      const segments = group.map((stream) => ({
+        ...this.#segment(stream, 0, job.prompts[stream]!),
+        adapter: adapters[stream]!,
+      }));
+      this.#step(segments).forEach((id, index) => {
+        ids[group[index]!]!.push(id);
+        ttftMs[group[index]!] = performance.now() - start;
+      });
+    }
+    const stepMs: number[] = [];
+    for (let i = 1; i < job.newTokens; i++) {
+      const before = performance.now();
+      const segments = streams.map((stream) => ({
+        ...this.#segment(stream, job.prompts[stream]!.length + i - 1, [ids[stream]!.at(-1)!]),
+        adapter: adapters[stream]!,
+      }));
+      this.#step(segments).forEach((id, stream) => {
+        ids[stream]!.push(id);
+      });
+      stepMs.push(performance.now() - before);
+    }
+    const totalMs = performance.now() - start;
+    return { totalMs, decodeMs: totalMs - Math.max(...ttftMs), ttftMs, stepMs, ids };
+  }
+
+  /** Streams whose prompts fit into one step together, in order. */
+  #admissions(prompts: GenerateJob['prompts']): number[][] {
+    const groups: number[][] = [];
+    let room = 0;
+    prompts.forEach((prompt, stream) => {
+      if (prompt.length > room) {
+        groups.push([]);
+        room = this.#stepper.tokensMax;
+      }
+      groups.at(-1)!.push(stream);
+      room -= prompt.length;
+    });
+    return groups;
+  }
+
+  #step(segments: readonly Segment[]): number[] {
+    const result: StepResult = this.#stepper.step(segments);
+    return segments.map((_, index) => result.argmax(index));
+  }
+}
