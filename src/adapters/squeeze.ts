@@ -39,14 +39,16 @@ const trimRatio = 1e-12;
 /** Throws INVALID_ADAPTER when a product is not finite. Borrows its input. */
 export function squeezeModule(module: LoraModule): SqueezedModule {
   const { rank, out } = module;
-  // Squares of very large or very small entries leave f64's range, so both factors are brought to at most 1 first.
+  // Squares of very large or very small entries leave f64's range, so each matrix is brought to at most 1 first.
   const maxA = largestOf(module.a);
   const maxB = largestOf(module.b);
-  const gain = Math.abs(module.scale) * maxA * maxB;
   // [rank, in] row by row is Aᵀ column by column.
   const qrA = qr({ rows: module.in, columns: rank, data: divided(module.a, maxA) });
   const qrB = qr(transpose({ rows: rank, columns: out, data: divided(module.b, maxB) }));
-  const { us, v, sigma } = coreSvd(multiplyTransposed(qrB.r, qrA.r));
+  const core = multiplyTransposed(qrB.r, qrA.r);
+  const maxCore = largestOf(core.data);
+  const gain = Math.abs(module.scale) * maxA * maxB * maxCore;
+  const { us, v, sigma } = coreSvd({ ...core, data: divided(core.data, maxCore) });
   const kept = Math.max(1, sigma.filter((value) => value > trimRatio * sigma[0]!).length);
   const sizes = sigma.slice(0, kept).map((value) => value * gain);
   if (!sizes.every(Number.isFinite)) {
