@@ -1,0 +1,46 @@
+// One step's batch: the plan's ids and counts turned into the stepper's segments, and the figures of it that the latency
+// model learns from.
+
+import { pageRanks } from '../adapters/adapter.ts';
+import type { Segment } from '../model/stepper.ts';
+import type { StepReport } from './messages.ts';
+import type { Sequence } from './sequence.ts';
+
+export interface Chosen {
+  readonly sequence: Sequence;
+  readonly segment: Segment;
+}
+
+/** The next `count` tokens of a sequence that holds its cells. */
+export function chooseSegment(sequence: Sequence, count: number): Chosen {
+  const { position, holdings, rank } = sequence;
+  if (holdings === null) throw new Error(`sequence ${sequence.id} holds no cells`);
+  const { cells, adapter } = holdings;
+  const pages = adapter?.pages.slice(0, Math.ceil(rank / pageRanks));
+  const segment: Segment = {
+    tokens: sequence.tokens.subarray(position, position + count),
+    cellBase: cells.cellBase,
+    position,
+    adapter: pages === undefined ? null : { pages, rank, scale: 1 },
+    wantsLogits: position + count === sequence.count,
+  };
+  return { sequence, segment };
+}
+
+export function reportOf(batch: readonly Chosen[], ms: number): StepReport {
+  const report = { decodeRows: 0, prefillTokens: 0, decodeRanks: 0, prefillRanks: 0, kvCells: 0 };
+  for (const { sequence, segment } of batch) {
+    const count = segment.tokens.length;
+    const { position } = segment;
+    // Row i of the segment attends to position + i + 1 cells.
+    report.kvCells += count * position + (count * (count + 1)) / 2;
+    if (sequence.isPrompt(position)) {
+      report.prefillTokens += count;
+      report.prefillRanks += count * sequence.rank;
+    } else {
+      report.decodeRows += 1;
+      report.decodeRanks += sequence.rank;
+    }
+  }
+  return { ms, ...report };
+}

@@ -1,0 +1,342 @@
+// The loop: the one place that touches the stepper, the cells and the adapter pages. A tick admits, plans, computes one
+// step and tells what came of it; between ticks the event loop runs, so a cancel takes effect within one step. Never
+// sleeps while there is work, never polls while there is none. A sequence keeps the cells, the pages and the generation
+// it was admitted with until it ends (invariants I1 to I3 of faults.md section 2).
+
+import type { Generation } from '../adapters/adapter.ts';
+import type { Residency } from '../adapters/residency.ts';
+import { asGatewayError, GatewayError } from '../errors.ts';
+import type { Stepper, StepResult } from '../model/stepper.ts';
+import { AdapterLoader } from './adapter-loading.ts';
+import { Admission } from './admission.ts';
+import { type Chosen, chooseSegment, reportOf } from './batch.ts';
+import type { EngineClock } from './clock.ts';
+import type {
+  BaseInfo,
+  EngineStats,
+  FromEngine,
+  GeneratedToken,
+  GenerateRequest,
+  StepReport,
+} from './messages.ts';
+import { Outbox } from './outbox.ts';
+import type { PrefixCache } from './prefix-cache.ts';
+import { logprobsOf, Sampler } from './sampler.ts';
+import { planStep, type StepLimits } from './scheduler.ts';
+import { Sequence, type SequenceEnd } from './sequence.ts';
+
+export interface LoopLimits {
+  /** Sequences that wait, and the prompt tokens they may bring together. */
+  readonly waitingMax: number;
+  readonly waitingTokensMax: number;
+  /** Prompt tokens per step (scheduler.ts). */
+  readonly prefillTokensMax: number;
+}
+
+export interface LoopOptions {
+  readonly base: BaseInfo;
+  readonly stepper: Stepper;
+  readonly residency: Residency;
+  readonly cache: PrefixCache;
+  readonly limits: LoopLimits;
+  /** A token's bytes as the reader sees them: empty for control tokens. */
+  readonly bytesOf: (token: number) => Uint8Array;
+  readonly clock: EngineClock;
+  /** Must not throw; called within a tick, in order. */
+  readonly emit: (message: FromEngine) => void;
+}
+
+export class EngineLoop {
+  readonly base: BaseInfo;
+  readonly #options: LoopOptions;
+  readonly #stepLimits: StepLimits;
+  readonly #endTokens: ReadonlySet<number>;
+  readonly #sampler: Sampler;
+  readonly #loader: AdapterLoader;
+  readonly #admission: Admission;
+  readonly #waiting: Map<string, Sequence> = new Map();
+  readonly #running: Map<string, Sequence> = new Map();
+  readonly #tickets: Array<{ readonly generation: Generation; readonly ticket: number }> = [];
+  readonly #outbox: Outbox;
+  #arrivals = 0;
+  #steps = 0;
+  #tokens = 0;
+  #isScheduled = false;
+  #isStopped = false;
+
+  constructor(options: LoopOptions) {
+    const { stepper, limits, base } = options;
+    this.base = base;
+    this.#options = options;
+    const { tokensMax, segmentsMax } = stepper;
+    this.#stepLimits = { tokensMax, segmentsMax, prefillTokensMax: limits.prefillTokensMax };
+    this.#endTokens = new Set(base.endTokens);
+    this.#outbox = new Outbox(options.emit);
+    this.#sampler = new Sampler(base.config.vocabSize);
+    this.#loader = new AdapterLoader(options.residency, {
+      wake: () => this.#wake(),
+      onLoaded: (generation) => this.#settleTickets(generation, null),
+      onFailed: (generation, error) => this.#failGeneration(generation, error),
+    });
+    this.#admission = new Admission({ ...options, loader: this.#loader });
+  }
+
+  /** Queues a request. `generated` are tokens of its answer that the reader has already (sequence.ts): such a request
+   *  was accepted before, so it is not refused for a full queue. */
+  submit(request: GenerateRequest, generated: Int32Array = new Int32Array(0)): void {
+    try {
+      if (this.#waiting.has(request.id) || this.#running.has(request.id)) {
+        throw new GatewayError('INTERNAL', `request id ${request.id} is in use`);
+      }
+      this.#admission.check(request);
+      if (generated.length === 0) this.#checkQueue(request);
+      this.#arrivals += 1;
+      const sequence = new Sequence({
+        request,
+        generated,
+        arrival: this.#arrivals,
+        submittedMs: this.#options.clock.nowMs(),
+        bytesOf: this.#options.bytesOf,
+      });
+      this.#waiting.set(request.id, sequence);
+      this.#wake();
+    } catch (error) {
+      this.#outbox.failed(request.id, asGatewayError(error));
+    }
+  }
+
+  /** No effect on an id that has ended. What it held is free when this returns. */
+  cancel(id: string): void {
+    this.#waiting.delete(id);
+    const sequence = this.#running.get(id);
+    if (sequence !== undefined) this.#leave(sequence, 'cells-valid');
+    this.#loader.letGo((generation) => this.#isWanted(generation));
+    this.#wake();
+  }
+
+  load(generation: Generation, ticket: number): void {
+    if (this.#tickets.length >= this.#options.limits.waitingMax) {
+      const error = new GatewayError('CONTENDED', 'too many adapter loads wait');
+      this.#outbox.ticket(ticket, error);
+      return;
+    }
+    this.#tickets.push({ generation, ticket });
+    this.#wake();
+  }
+
+  unload(generation: Generation): void {
+    this.#options.residency.unload(generation);
+    this.#wake();
+  }
+
+  /** Ends all ticking. The stepper may be disposed of afterwards. */
+  stop(): void {
+    this.#isStopped = true;
+  }
+
+  stats(): EngineStats {
+    const { cache, stepper, residency } = this.#options;
+    const { tokensQueried, tokensHit } = cache.counters();
+    return {
+      running: this.#running.size,
+      waiting: this.#waiting.size,
+      kvCellsUsed: cache.cellsUsed(),
+      kvCellsMax: stepper.cells,
+      residents: residency.list(),
+      adapterSlotsMax: residency.pagesMax,
+      steps: this.#steps,
+      tokensGenerated: this.#tokens,
+      prefixTokensQueried: tokensQueried,
+      prefixTokensHit: tokensHit,
+    };
+  }
+
+  #checkQueue(request: GenerateRequest): void {
+    const { waitingMax, waitingTokensMax } = this.#options.limits;
+    let tokens = request.tokens.length;
+    for (const one of this.#waiting.values()) tokens += one.request.tokens.length;
+    if (this.#waiting.size < waitingMax && (tokens <= waitingTokensMax || this.#waiting.size === 0))
+      return;
+    throw new GatewayError(
+      'CONTENDED',
+      `${this.#waiting.size} requests wait with ${tokens - request.tokens.length} prompt tokens`,
+    );
+  }
+
+  #wake(): void {
+    if (this.#isScheduled || this.#isStopped) return;
+    this.#isScheduled = true;
+    // setImmediate, not a microtask: messages that arrived during the step are handled before the next one.
+    setImmediate(() => {
+      this.#isScheduled = false;
+      if (!this.#isStopped) this.#tick();
+    });
+  }
+
+  #tick(): void {
+    const waiting = this.#waiting.size;
+    this.#loader.advance();
+    this.#loader.letGo((generation) => this.#isWanted(generation));
+    this.#admit();
+    this.#outbox.flush(); // a start is out before the step that may kill the process: supervisor.ts counts on it
+    const isRunning = this.#running.size > 0;
+    if (isRunning) this.#outbox.step(this.#step(), this.stats());
+    if (isRunning || this.#loader.isWriting || this.#waiting.size !== waiting) this.#wake();
+    else if (waiting > 0 && (this.#loader.isIdle || this.#loader.isBlocked)) this.#giveUp();
+  }
+
+  #admit(): void {
+    for (const decision of this.#admission.run(this.#waiting.values(), this.#running.values())) {
+      const { sequence, outcome } = decision;
+      this.#waiting.delete(sequence.id);
+      if (outcome.kind === 'failed') {
+        this.#outbox.failed(sequence.id, outcome.error);
+        continue;
+      }
+      this.#running.set(sequence.id, sequence);
+      const queueMs = this.#options.clock.nowMs() - sequence.submittedMs;
+      const { cachedTokens } = outcome.holdings.cells;
+      this.#outbox.event(sequence.id, { kind: 'start', queueMs, cachedTokens });
+    }
+    const next = this.#tickets[0];
+    if (next !== undefined) this.#loader.want(next.generation);
+    this.#loader.letGo((generation) => this.#isWanted(generation));
+  }
+
+  /** An idle engine has room for whatever Admission.check let in, so this is a bug: better one failed request with a
+   *  name to look for than a queue that nobody serves. */
+  #giveUp(): void {
+    const [first] = this.#waiting.values();
+    if (first === undefined) return;
+    this.#waiting.delete(first.id);
+    this.#outbox.failed(first.id, new GatewayError('INTERNAL', 'no room in an idle engine'));
+    this.#wake();
+  }
+
+  #isWanted(generation: Generation): boolean {
+    for (const one of this.#waiting.values()) {
+      if (one.rank > 0 && one.request.adapter?.generation === generation) return true;
+    }
+    return this.#tickets.some((one) => one.generation === generation);
+  }
+
+  #step(): StepReport {
+    this.#steps += 1;
+    const batch = this.#choose();
+    const startMs = this.#options.clock.nowMs();
+    try {
+      const result = this.#options.stepper.step(batch.map((one) => one.segment));
+      for (const [i, chosen] of batch.entries()) this.#settle(chosen, result, i);
+    } catch (error) {
+      this.#stepAlone(batch, error);
+    }
+    return reportOf(batch, this.#options.clock.nowMs() - startMs);
+  }
+
+  /** A step that throws has computed nothing. One bad sequence must not fail the rest, so each is tried by itself. */
+  #stepAlone(batch: readonly Chosen[], cause: unknown): void {
+    for (const chosen of batch) {
+      try {
+        if (batch.length === 1) throw cause;
+        this.#settle(chosen, this.#options.stepper.step([chosen.segment]), 0);
+      } catch (error) {
+        this.#fail(chosen.sequence, error);
+      }
+    }
+  }
+
+  #choose(): Chosen[] {
+    const plan = planStep([...this.#running.values()], this.#stepLimits);
+    return plan.map(({ id, count }) => {
+      const sequence = this.#running.get(id)!;
+      sequence.lastStep = this.#steps;
+      return chooseSegment(sequence, count);
+    });
+  }
+
+  #settle({ sequence, segment }: Chosen, result: StepResult, index: number): void {
+    try {
+      const logits = segment.wantsLogits ? result.logits(index) : null;
+      const token = logits === null ? null : this.#sample(sequence, logits);
+      sequence.position += segment.tokens.length;
+      this.#options.cache.fill(sequence.holdings!.cells.hold, sequence.tokens, sequence.position);
+      if (token === null || logits === null) return;
+      if (this.#endTokens.has(token)) {
+        const { text, end } = sequence.finish('stop');
+        if (text !== '') this.#outbox.event(sequence.id, { kind: 'piece', text, tokens: [] });
+        this.#end(sequence, end);
+        return;
+      }
+      this.#tokens += 1;
+      sequence.firstTokenMs ??= this.#options.clock.nowMs();
+      const generated = this.#describe(sequence.request, logits, token);
+      const { text, end } = sequence.accept(token);
+      this.#outbox.event(sequence.id, { kind: 'piece', text, tokens: [generated] });
+      if (end !== null) this.#end(sequence, end);
+    } catch (error) {
+      this.#fail(sequence, error);
+    }
+  }
+
+  #sample(sequence: Sequence, logits: Float32Array): number {
+    const { sampling } = sequence.request;
+    return this.#sampler.sample(logits, sampling, sequence.history, sequence.generatedCount);
+  }
+
+  #describe(request: GenerateRequest, logits: Float32Array, token: number): GeneratedToken {
+    const { bytesOf } = this.#options;
+    const bytes = bytesOf(token);
+    if (request.topLogprobs === null) return { token, bytes, logprob: Number.NaN, top: [] };
+    const { logprob, top } = logprobsOf(logits, token, request.topLogprobs);
+    const alternatives = top.map((one) => ({ ...one, bytes: bytesOf(one.token) }));
+    return { token, bytes, logprob, top: alternatives };
+  }
+
+  #end(sequence: Sequence, end: SequenceEnd): void {
+    const nowMs = this.#options.clock.nowMs();
+    this.#outbox.event(sequence.id, {
+      kind: 'end',
+      ...end,
+      completionTokens: sequence.generatedCount,
+      ttftMs: (sequence.firstTokenMs ?? nowMs) - sequence.submittedMs,
+      totalMs: nowMs - sequence.submittedMs,
+    });
+    this.#leave(sequence, 'cells-valid');
+  }
+
+  #fail(sequence: Sequence, error: unknown): void {
+    const known = error instanceof GatewayError && error.code === 'ENGINE_FAILED';
+    this.#leave(sequence, 'cells-suspect');
+    this.#outbox.failed(
+      sequence.id,
+      known ? error : new GatewayError('ENGINE_FAILED', 'a step failed', { cause: error }),
+    );
+  }
+
+  #leave(sequence: Sequence, cells: 'cells-valid' | 'cells-suspect'): void {
+    this.#running.delete(sequence.id);
+    const { holdings } = sequence;
+    sequence.holdings = null;
+    if (holdings === null) return;
+    holdings.adapter?.release();
+    if (cells === 'cells-valid') this.#options.cache.retire(holdings.cells.hold);
+    else this.#options.cache.drop(holdings.cells.hold);
+  }
+
+  #failGeneration(generation: Generation, error: GatewayError): void {
+    for (const sequence of [...this.#waiting.values()]) {
+      if (sequence.rank === 0 || sequence.request.adapter?.generation !== generation) continue;
+      this.#waiting.delete(sequence.id);
+      this.#outbox.failed(sequence.id, error);
+    }
+    this.#settleTickets(generation, error);
+  }
+
+  #settleTickets(generation: Generation, error: GatewayError | null): void {
+    for (let i = this.#tickets.length - 1; i >= 0; i--) {
+      if (this.#tickets[i]!.generation !== generation) continue;
+      const [settled] = this.#tickets.splice(i, 1);
+      this.#outbox.ticket(settled!.ticket, error);
+    }
+  }
+}

@@ -1,0 +1,40 @@
+// What the loop says to the outside, in order: events are gathered and leave as one message per flush; anything else
+// first flushes what was said before it.
+
+import type { GatewayError } from '../errors.ts';
+import type { EngineEvent, EngineStats, FromEngine, StepReport } from './messages.ts';
+
+export class Outbox {
+  readonly #emit: (message: FromEngine) => void;
+  #events: Array<{ id: string; event: EngineEvent }> = [];
+
+  constructor(emit: (message: FromEngine) => void) {
+    this.#emit = emit;
+  }
+
+  event(id: string, event: EngineEvent): void {
+    this.#events.push({ id, event });
+  }
+
+  failed(id: string, { code, message }: GatewayError): void {
+    this.flush();
+    this.#emit({ kind: 'failed', id, code, message });
+  }
+
+  ticket(ticket: number, error: GatewayError | null): void {
+    if (error === null) this.#emit({ kind: 'loaded', ticket });
+    else this.#emit({ kind: 'load-failed', ticket, code: error.code, message: error.message });
+  }
+
+  step(report: StepReport, stats: EngineStats): void {
+    this.flush();
+    this.#emit({ kind: 'step', report, stats });
+  }
+
+  flush(): void {
+    if (this.#events.length === 0) return;
+    const batch = this.#events;
+    this.#events = [];
+    this.#emit({ kind: 'events', batch });
+  }
+}

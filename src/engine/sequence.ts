@@ -1,0 +1,126 @@
+// One request inside the loop: its tokens, what it holds, and what its reader may be shown. Knows its own arithmetic and
+// nothing of other sequences. A sequence resumed after an engine death starts with the tokens that its reader already
+// has: they are replayed through the detokeniser and the stop matcher without being shown again, so text goes on exactly.
+
+import type { ResidentUse } from '../adapters/residency.ts';
+import { createDetokenizer, type Detokenizer } from './detokenizer.ts';
+import type { FinishReason, GenerateRequest } from './messages.ts';
+import type { CellAdmission } from './prefix-cache.ts';
+import { type SampleHistory, usesHistory } from './sampler.ts';
+import { createStopMatcher, type StopMatcher } from './stop-matcher.ts';
+
+export interface SequenceEnd {
+  readonly reason: FinishReason;
+  readonly stopString: string | null;
+}
+
+export interface Accepted {
+  readonly text: string;
+  readonly end: SequenceEnd | null;
+}
+
+/** What a sequence holds while it runs. */
+export interface Holdings {
+  readonly cells: CellAdmission;
+  /** null for the base model and for rank 0. */
+  readonly adapter: ResidentUse | null;
+}
+
+export interface SequenceOptions {
+  readonly request: GenerateRequest;
+  /** Tokens of the answer that the reader has. */
+  readonly generated: Int32Array;
+  readonly arrival: number;
+  readonly submittedMs: number;
+  readonly bytesOf: (token: number) => Uint8Array;
+}
+
+export class Sequence {
+  readonly request: GenerateRequest;
+  readonly arrival: number;
+  readonly submittedMs: number;
+  /** Prompt, then answer; room for all of it. */
+  readonly tokens: Int32Array;
+  readonly history: SampleHistory;
+  /** Tokens known, of which the first `position` are in cells. */
+  count: number;
+  position = 0;
+  lastStep: number = Number.NEGATIVE_INFINITY;
+  firstTokenMs: number | null = null;
+  holdings: Holdings | null = null;
+  /** Sequences behind it that were admitted while it found no cells. */
+  passes = 0;
+  readonly #counts: Map<number, number> = new Map();
+  readonly #prefillEnd: number;
+  readonly #detokenizer: Detokenizer;
+  readonly #matcher: StopMatcher;
+
+  constructor(options: SequenceOptions) {
+    const { request, generated } = options;
+    this.request = request;
+    this.arrival = options.arrival;
+    this.submittedMs = options.submittedMs;
+    this.tokens = new Int32Array(request.tokens.length + request.tokensMax);
+    this.tokens.set(request.tokens);
+    this.count = request.tokens.length;
+    this.history = {
+      prompt: new Set(usesHistory(request.sampling) ? request.tokens : []),
+      counts: this.#counts,
+    };
+    this.#detokenizer = createDetokenizer(options.bytesOf);
+    this.#matcher = createStopMatcher(request.stop);
+    for (const token of generated) this.accept(token);
+    this.#prefillEnd = this.count;
+  }
+
+  get id(): string {
+    return this.request.id;
+  }
+
+  get tenant(): string {
+    return this.request.tenant;
+  }
+
+  get generatedCount(): number {
+    return this.count - this.request.tokens.length;
+  }
+
+  /** Rank that its rows use; 0 uses no adapter at all. */
+  get rank(): number {
+    return this.request.adapter?.rank ?? 0;
+  }
+
+  /** Cells it can ever fill: the last token of the answer is never fed back. */
+  get cellsMax(): number {
+    return this.tokens.length - 1;
+  }
+
+  /** Tokens to compute before it decodes. */
+  get promptTokensLeft(): number {
+    return Math.max(0, this.#prefillEnd - this.position);
+  }
+
+  /** Whether the token at `position` was known at the start, prompt or resumed answer. */
+  isPrompt(position: number): boolean {
+    return position < this.#prefillEnd;
+  }
+
+  /** Takes the next token of the answer; the end, when it is one, comes with the text that was still held back. */
+  accept(token: number): Accepted {
+    this.tokens[this.count] = token;
+    this.count += 1;
+    this.#counts.set(token, (this.#counts.get(token) ?? 0) + 1);
+    const { text, stop } = this.#matcher.push(this.#detokenizer.push(token));
+    if (stop !== null) return { text, end: { reason: 'stop', stopString: stop } };
+    if (this.generatedCount < this.request.tokensMax) return { text, end: null };
+    const rest = this.finish('length');
+    return { text: text + rest.text, end: rest.end };
+  }
+
+  /** The end without another token: gives back what was held as half a character or half a stop string. */
+  finish(reason: FinishReason): { readonly text: string; readonly end: SequenceEnd } {
+    const { text, stop } = this.#matcher.push(this.#detokenizer.flush());
+    if (stop !== null) return { text, end: { reason: 'stop', stopString: stop } };
+    return { text: text + this.#matcher.flush(), end: { reason, stopString: null } };
+  }
+}
