@@ -1,46 +1,60 @@
-// Reads and writes safetensors. The file may be hostile: the header is bounded before it is parsed, and the tensors must
-// tile the data exactly (no holes, no overlap, nothing after them), so that no number in it can point outside.
-//
-//   u64 header length N (little endian) · N bytes of JSON · data
-//   JSON: { "__metadata__"?: { string: string }, name: { dtype, shape, data_offsets: [begin, end] } }, offsets from data
-//
-// JSON.parse alone is no judge of the header: it rounds large integers, takes duplicate keys and deep nesting.
+// Reads and writes safetensors: u64 header length (little endian), JSON header, data. The file may be hostile: the
+// length is bounded before it becomes a number or an allocation, and the tensors must tile the data exactly: no overlap,
+// no hole, nothing behind them. Then no byte has two meanings and none is hidden.
 
 import { type ErrorCode, GatewayError } from '../errors.ts';
 import { bf16BitsToF32, f16BitsToF32 } from '../kernels/half.ts';
-
-export interface SafetensorsLimits {
-  readonly headerBytesMax: number;
-  readonly tensorsMax: number;
-  /** The code of what is thrown for a file that breaks a rule. */
-  readonly code: ErrorCode;
-}
-
-/** For an adapter: 10,000 tensors with names of 60 characters need about 1 MiB of header. */
-export const adapterLimits: SafetensorsLimits = {
-  headerBytesMax: 1024 * 1024,
-  tensorsMax: 10_000,
-  code: 'INVALID_ADAPTER',
-};
+import { type ByteSource, memorySource } from './byte-source.ts';
+import { badName, type HeaderEntry, parseHeader, quoted } from './safetensors-header.ts';
 
 const dtypeBytes = {
   F64: 8,
+  I64: 8,
+  U64: 8,
   F32: 4,
+  I32: 4,
+  U32: 4,
   F16: 2,
   BF16: 2,
-  I64: 8,
-  I32: 4,
   I16: 2,
+  U16: 2,
   I8: 1,
   U8: 1,
   BOOL: 1,
 } as const;
 export type SafetensorsDtype = keyof typeof dtypeBytes;
+/** In the format, not in this build: floats and complex numbers that no adapter needs. */
+const refusedDtype = /^(F8_|F6_|F4|C64|C128)/;
+
+export interface SafetensorsLimits {
+  readonly headerBytesMax?: number;
+  readonly tensorsMax?: number;
+  /** What a broken file is thrown as. */
+  readonly code?: ErrorCode;
+}
+
+const headerBytesMax = 1024 * 1024; // faults.md B15: 36 MB of header blocked the event loop for a second
+const tensorsMax = 10_000;
+const axesMax = 8;
+
+/** Where a tensor lies; read it from the same source. */
+export interface SafetensorsRange {
+  readonly dtype: SafetensorsDtype;
+  readonly shape: readonly number[];
+  /** From the start of the file. */
+  readonly offset: number;
+  readonly bytes: number;
+}
+
+export interface SafetensorsHeader {
+  readonly metadata: ReadonlyMap<string, string>;
+  readonly tensors: ReadonlyMap<string, SafetensorsRange>;
+}
 
 export interface SafetensorsTensor {
   readonly dtype: SafetensorsDtype;
   readonly shape: readonly number[];
-  /** A view of the file's bytes: borrowed, little endian, at any alignment. */
+  /** Little endian, outermost axis first; may start at any byte of its buffer. */
   readonly data: Uint8Array;
 }
 
@@ -49,220 +63,185 @@ export interface SafetensorsFile {
   readonly tensors: ReadonlyMap<string, SafetensorsTensor>;
 }
 
-const depthMax = 4; // {name: {data_offsets: [..]}} is 3 deep
-const axesMax = 8;
-const nameLengthMax = 512;
-const forbiddenNames = ['__proto__', 'constructor', 'prototype'];
+/** Reads the header only, whatever the size of the data. Throws INVALID_ADAPTER (or `limits.code`), or UNSUPPORTED for a
+ *  dtype of the format that this build does not read. */
+export function openSafetensorsHeader(
+  source: ByteSource,
+  limits: SafetensorsLimits = {},
+): SafetensorsHeader {
+  try {
+    return readHeader(source, limits);
+  } catch (error) {
+    if (!(error instanceof GatewayError)) throw error;
+    const code = error.code === 'INVALID_ADAPTER' ? (limits.code ?? error.code) : error.code;
+    throw new GatewayError(code, `safetensors: ${error.message}`, { cause: error });
+  }
+}
 
-type Refuse = (message: string) => GatewayError;
-
+/** The same for a file in memory; each tensor's `data` is a view of `bytes`. */
 export function readSafetensors(
   bytes: Uint8Array,
-  limits: SafetensorsLimits = adapterLimits,
+  limits: SafetensorsLimits = {},
 ): SafetensorsFile {
-  const refuse: Refuse = (message) => new GatewayError(limits.code, `safetensors: ${message}`);
-  if (bytes.length < 8) throw refuse(`${bytes.length} bytes are too few for a header`);
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const length = view.getBigUint64(0, true); // bounded as a bigint: Number() would round it
-  if (length > BigInt(limits.headerBytesMax)) {
-    throw refuse(`the header has ${length} bytes, at most ${limits.headerBytesMax} are accepted`);
+  const source = memorySource(bytes, limits.code ?? 'INVALID_ADAPTER');
+  const { metadata, tensors } = openSafetensorsHeader(source, limits);
+  const views = new Map<string, SafetensorsTensor>();
+  for (const [name, { dtype, shape, offset, bytes: length }] of tensors) {
+    views.set(name, { dtype, shape, data: source.read(offset, length) });
   }
-  const headerEnd = 8 + Number(length);
-  if (headerEnd > bytes.length) throw refuse('the file ends inside its header');
-  const header = parseHeader(bytes.subarray(8, headerEnd), refuse);
-  const data = bytes.subarray(headerEnd);
-  const entries = Object.entries(header).filter(([name]) => name !== '__metadata__');
-  if (entries.length > limits.tensorsMax) {
-    throw refuse(`${entries.length} tensors, at most ${limits.tensorsMax} are accepted`);
-  }
-  const placed = entries.map(([name, value]) => readEntry(name, value, refuse));
-  checkTiling(placed, data.length, refuse);
-  const tensors = new Map<string, SafetensorsTensor>();
-  for (const { name, dtype, shape, begin, end } of placed) {
-    tensors.set(name, { dtype, shape, data: data.subarray(begin, end) });
-  }
-  return { metadata: readMetadata(header.__metadata__, refuse), tensors };
+  return { metadata, tensors: views };
 }
 
-function parseHeader(bytes: Uint8Array, refuse: Refuse): Record<string, unknown> {
-  let text: string;
-  try {
-    text = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
-  } catch {
-    throw refuse('the header is not UTF-8');
-  }
-  if (!text.startsWith('{')) throw refuse('the header does not start with {');
-  checkDepth(text, refuse);
-  const names: string[] = [];
-  let header: unknown;
-  try {
-    header = JSON.parse(text);
-    collectNames(text, names);
-  } catch {
-    throw refuse('the header is not JSON');
-  }
-  if (!isRecord(header)) throw refuse('the header is not an object');
-  if (new Set(names).size !== names.length) throw refuse('a tensor is named twice');
-  return header;
+function invalid(message: string): GatewayError {
+  return new GatewayError('INVALID_ADAPTER', message);
 }
 
-/** Nesting is counted before parsing, outside strings: 5 million open brackets cost JSON.parse seconds. */
-function checkDepth(text: string, refuse: Refuse): void {
-  let depth = 0;
-  let inString = false;
-  for (let i = 0; i < text.length; i++) {
-    const character = text.charCodeAt(i);
-    if (inString) {
-      if (character === 0x5c) i++;
-      else if (character === 0x22) inString = false;
-    } else if (character === 0x22) inString = true;
-    else if (character === 0x7b || character === 0x5b) {
-      if (++depth > depthMax) throw refuse(`the header is nested deeper than ${depthMax}`);
-    } else if (character === 0x7d || character === 0x5d) depth--;
+function readHeader(source: ByteSource, limits: SafetensorsLimits): SafetensorsHeader {
+  if (source.bytes < 8) throw invalid(`${source.bytes} bytes are too few for a header`);
+  const start = source.read(0, 8);
+  refuseOtherFormats(start);
+  // A bigint: 2^63 as a number would pass for a smaller one.
+  const length = new DataView(start.buffer, start.byteOffset, 8).getBigUint64(0, true);
+  const max = limits.headerBytesMax ?? headerBytesMax;
+  if (length > BigInt(max)) throw invalid(`a header of ${length} bytes, at most ${max} are read`);
+  const dataStart = 8 + Number(length);
+  if (dataStart > source.bytes) {
+    throw invalid(`the header ends at ${dataStart}, the file at ${source.bytes}`);
   }
+  const parsed = parseHeader(source.read(8, Number(length)), {
+    tensorsMax: limits.tensorsMax ?? tensorsMax,
+    axesMax,
+  });
+  const tensors = new Map<string, SafetensorsRange>();
+  for (const [name, entry] of parsed.entries) {
+    const { begin, end, shape } = entry;
+    const dtype = checkedEntry(name, entry);
+    tensors.set(name, { dtype, shape, offset: dataStart + begin, bytes: end - begin });
+  }
+  checkTiling(parsed.entries, source.bytes - dataStart);
+  return { metadata: parsed.metadata, tensors };
 }
 
-/** The keys of the outermost object, duplicates included, from text that JSON.parse has accepted. */
-function collectNames(text: string, names: string[]): void {
-  let depth = 0;
-  for (const match of text.matchAll(/"(?:[^"\\]|\\.)*"(\s*:)?|[{}[\]]/g)) {
-    const [token, colon] = match;
-    if (token === '{' || token === '[') depth++;
-    else if (token === '}' || token === ']') depth--;
-    else if (depth === 1 && colon !== undefined) {
-      names.push(JSON.parse(token.slice(0, token.length - colon.length)) as string);
+/** Pickles and archives get the message that helps: these bytes read as a length only say "too large". */
+function refuseOtherFormats(start: Uint8Array): void {
+  // torch.save writes a zip of pickles; as a length "PK\x03\x04" is 67 MB, so no adapter's header is mistaken for it.
+  const isZip = start[0] === 0x50 && start[1] === 0x4b && start[2] === 3 && start[3] === 4;
+  const isPickle = start[0] === 0x80 && start[1]! >= 2 && start[1]! <= 5 && start[7] !== 0;
+  if (isZip || isPickle) throw invalid('this is a pickle or an archive; only safetensors are read');
+}
+
+function checkedEntry(name: string, { dtype, shape, begin, end }: HeaderEntry): SafetensorsDtype {
+  if (!Object.hasOwn(dtypeBytes, dtype)) {
+    const message = `${quoted(name)} has the dtype ${quoted(dtype)}`;
+    if (refusedDtype.test(dtype)) {
+      throw new GatewayError('UNSUPPORTED', `${message}, which is not supported`);
     }
+    throw invalid(`${message}, which does not exist`);
   }
+  const known = dtype as SafetensorsDtype;
+  const wanted = tensorBytes(name, known, shape);
+  if (end < begin || end - begin !== wanted) {
+    const got = `[${begin}, ${end}]`;
+    throw invalid(`${quoted(name)}: ${known} ${shapeText(shape)} is ${wanted} bytes, not ${got}`);
+  }
+  return known;
 }
 
-function isRecord(value: unknown): value is Record<string, unknown> {
-  return typeof value === 'object' && value !== null && !Array.isArray(value);
+function tensorBytes(name: string, dtype: SafetensorsDtype, shape: readonly number[]): number {
+  return shape.reduce((product, size) => {
+    const next = product * size;
+    if (Number.isSafeInteger(next)) return next;
+    throw invalid(`${quoted(name)}: ${shapeText(shape)} is too large`);
+  }, dtypeBytes[dtype]);
 }
 
-function readMetadata(value: unknown, refuse: Refuse): Map<string, string> {
-  const metadata = new Map<string, string>();
-  if (value === undefined) return metadata;
-  if (!isRecord(value)) throw refuse('__metadata__ is not an object');
-  for (const [key, text] of Object.entries(value)) {
-    if (typeof text !== 'string') throw refuse(`__metadata__.${key} is not a string`);
-    metadata.set(key, text);
-  }
-  return metadata;
+function shapeText(shape: readonly number[]): string {
+  return `[${shape.join(', ')}]`;
 }
 
-interface PlacedTensor {
-  readonly name: string;
-  readonly dtype: SafetensorsDtype;
-  readonly shape: readonly number[];
-  readonly begin: number;
-  readonly end: number;
+function checkTiling(entries: ReadonlyMap<string, HeaderEntry>, dataBytes: number): void {
+  const ordered = [...entries].sort(([, a], [, b]) => a.begin - b.begin || a.end - b.end);
+  let at = 0;
+  for (const [name, { begin, end }] of ordered) {
+    if (begin !== at) {
+      const what = begin < at ? 'overlaps the tensor before it' : 'leaves a hole before it';
+      throw invalid(`${quoted(name)} ${what}: it begins at ${begin}, want ${at}`);
+    }
+    at = end;
+  }
+  if (at !== dataBytes)
+    throw invalid(`the tensors take ${at} bytes of ${dataBytes} behind the header`);
 }
 
-function isCount(value: unknown): value is number {
-  return typeof value === 'number' && Number.isSafeInteger(value) && value >= 0;
-}
-
-function readEntry(name: string, value: unknown, refuse: Refuse): PlacedTensor {
-  if (name.length > nameLengthMax || /\p{Surrogate}/u.test(name) || forbiddenNames.includes(name)) {
-    throw refuse('a tensor has a name that is not accepted');
-  }
-  if (!isRecord(value)) throw refuse(`${name} is not an object`);
-  const { dtype, shape, data_offsets: offsets, ...others } = value;
-  if (Object.keys(others).length > 0)
-    throw refuse(`${name} has the unknown field ${Object.keys(others)[0]}`);
-  if (typeof dtype !== 'string' || !(dtype in dtypeBytes)) {
-    throw new GatewayError('UNSUPPORTED', `safetensors: ${name} has the type ${String(dtype)}`);
-  }
-  if (!Array.isArray(shape) || shape.length > axesMax || !shape.every(isCount)) {
-    throw refuse(`${name} has a shape that is not a list of at most ${axesMax} whole numbers`);
-  }
-  if (!Array.isArray(offsets) || offsets.length !== 2 || !offsets.every(isCount)) {
-    throw refuse(`${name} has data_offsets that are not two whole numbers`);
-  }
-  const [begin, end] = offsets as [number, number];
-  const bytes = shape.reduce(
-    (product, size) => product * size,
-    dtypeBytes[dtype as SafetensorsDtype],
-  );
-  if (!Number.isSafeInteger(bytes) || end - begin !== bytes) {
-    throw refuse(
-      `${name} is ${shape.join('×')} ${dtype}, its ${end - begin} bytes do not fit that`,
-    );
-  }
-  return { name, dtype: dtype as SafetensorsDtype, shape, begin, end };
-}
-
-/** The tensors in order of their offsets must follow each other from 0 to the end of the data. */
-function checkTiling(tensors: readonly PlacedTensor[], dataBytes: number, refuse: Refuse): void {
-  let expected = 0;
-  for (const { name, begin, end } of [...tensors].sort(
-    (a, b) => a.begin - b.begin || a.end - b.end,
-  )) {
-    if (begin !== expected)
-      throw refuse(`${name} starts at ${begin}, the tensors before it end at ${expected}`);
-    expected = end;
-  }
-  if (expected !== dataBytes)
-    throw refuse(`the tensors end at ${expected}, the data at ${dataBytes}`);
-}
-
-/** The numbers as f32. Throws UNSUPPORTED for integer tensors. */
+/** A copy as f32: widened exactly, or rounded from F64. Values may be infinite or NaN: that is the caller's to judge. */
 export function toFloat32({ dtype, data }: SafetensorsTensor): Float32Array {
-  const aligned = new Uint8Array(data).buffer; // a copy: Buffer's own slice() would be a view
+  // A typed view needs an offset that is a multiple of its element. Not slice(): on a Buffer that is no copy.
+  const aligned = new Uint8Array(data).buffer;
   switch (dtype) {
     case 'F32':
       return new Float32Array(aligned);
     case 'F64':
       return Float32Array.from(new Float64Array(aligned));
-    case 'F16':
+    case 'F16': {
+      const values = new Float32Array(data.length / 2);
+      f16BitsToF32(new Uint16Array(aligned), values);
+      return values;
+    }
     case 'BF16': {
-      const bits = new Uint16Array(aligned);
-      const values = new Float32Array(bits.length);
-      if (dtype === 'F16') f16BitsToF32(bits, values);
-      else bf16BitsToF32(bits, values);
+      const values = new Float32Array(data.length / 2);
+      bf16BitsToF32(new Uint16Array(aligned), values);
       return values;
     }
     default:
-      throw new GatewayError('UNSUPPORTED', `safetensors: ${dtype} is not a floating-point type`);
+      throw new GatewayError('UNSUPPORTED', `a tensor of ${dtype} is not one of floats`);
   }
 }
 
-/** Deterministic: names sorted, the header padded with spaces so that data starts at a multiple of 8, no holes.
- *  Tensors of wider types come first, so that each is aligned to its own type. */
+/** The same input gives the same bytes, in whatever order it comes: larger dtypes first, then by name, so that every
+ *  tensor is aligned without a hole. The data starts at a multiple of 8. */
 export function writeSafetensors(
   tensors: ReadonlyMap<string, SafetensorsTensor>,
   metadata: ReadonlyMap<string, string> = new Map(),
 ): Uint8Array {
-  const names = [...tensors.keys()].sort((a, b) => {
-    const width = dtypeBytes[tensors.get(b)!.dtype] - dtypeBytes[tensors.get(a)!.dtype];
-    return width !== 0 ? width : a < b ? -1 : 1;
-  });
-  const header: Record<string, unknown> = {};
-  if (metadata.size > 0) header.__metadata__ = Object.fromEntries([...metadata].sort());
-  let offset = 0;
-  for (const name of names) {
-    const { dtype, shape, data } = tensors.get(name)!;
-    const bytes = shape.reduce((product, size) => product * size, dtypeBytes[dtype]);
-    if (bytes !== data.byteLength) {
-      throw new GatewayError(
-        'SHAPE_MISMATCH',
-        `safetensors: ${name} has ${data.byteLength} bytes, want ${bytes}`,
-      );
-    }
-    header[name] = { dtype, shape, data_offsets: [offset, offset + bytes] };
-    offset += bytes;
+  const ordered = [...tensors].sort(
+    ([nameA, a], [nameB, b]) => dtypeBytes[b.dtype] - dtypeBytes[a.dtype] || order(nameA, nameB),
+  );
+  const fields: string[] = [];
+  if (metadata.size > 0) {
+    const texts = [...metadata].sort(([a], [b]) => order(a, b));
+    fields.push(`"__metadata__":{${texts.map((text) => text.map(jsonText).join(':')).join(',')}}`);
   }
-  const text = Buffer.from(JSON.stringify(header));
-  const headerBytes = Math.ceil(text.length / 8) * 8;
-  const file = new Uint8Array(8 + headerBytes + offset);
+  let at = 0;
+  for (const [name, { dtype, shape, data }] of ordered) {
+    const bad = name === '__metadata__' ? 'a tensor is named __metadata__' : badName(name);
+    if (bad !== null) throw invalid(bad);
+    if (tensorBytes(name, dtype, shape) !== data.length) {
+      const got = `${data.length} bytes for ${dtype} ${shapeText(shape)}`;
+      throw new GatewayError('SHAPE_MISMATCH', `${quoted(name)} has ${got}`);
+    }
+    const offsets = [at, at + data.length];
+    fields.push(`${jsonText(name)}:${JSON.stringify({ dtype, shape, data_offsets: offsets })}`);
+    at += data.length;
+  }
+  const json = new TextEncoder().encode(`{${fields.join(',')}}`);
+  const headerBytes = Math.ceil(json.length / 8) * 8;
+  const file = new Uint8Array(8 + headerBytes + at).fill(0x20, 8, 8 + headerBytes);
   new DataView(file.buffer).setBigUint64(0, BigInt(headerBytes), true);
-  file.fill(0x20, 8, 8 + headerBytes);
-  file.set(text, 8);
-  let at = 8 + headerBytes;
-  for (const name of names) {
-    const { data } = tensors.get(name)!;
-    file.set(data, at);
-    at += data.byteLength;
+  file.set(json, 8);
+  let to = 8 + headerBytes;
+  for (const [, { data }] of ordered) {
+    file.set(data, to);
+    to += data.length;
   }
   return file;
+}
+
+/** By code units: a locale would make the bytes depend on the machine. */
+function order(a: string, b: string): number {
+  return a < b ? -1 : Number(a > b);
+}
+
+function jsonText(text: string): string {
+  if (/\p{Surrogate}/u.test(text)) throw invalid('a name or text is not well-formed Unicode');
+  return JSON.stringify(text);
 }
