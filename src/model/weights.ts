@@ -7,6 +7,7 @@
 //   exact     everything in f32: the reference that the others are measured against; for tests and `bench fidelity`
 
 import { GatewayError } from '../errors.ts';
+import { elementCount } from '../kernels/check.ts';
 import { dequantizeRows, dequantizeToBf16 } from '../kernels/dequantize.ts';
 import {
   dtypeLayout,
@@ -17,11 +18,9 @@ import {
 import type { BlockWeights, DecoderWeights } from './decoder.ts';
 import { type DecoderConfig, projections } from './decoder-config.ts';
 import type { GgufFile, GgufTensor } from './gguf.ts';
+import type { WeightCache } from './weight-cache.ts';
 
 export type WeightMode = 'parity' | 'faithful' | 'exact';
-
-/** Rows are converted in pieces of about this size, so that loading needs little memory beside the weights. */
-const pieceBytesMax = 8 * 1024 * 1024;
 
 function storedType(type: WeightType, mode: WeightMode): WeightType {
   const quantised = dtypeLayout[type].block > 1;
@@ -40,35 +39,45 @@ function weightType(tensor: GgufTensor): WeightType {
   return name as WeightType;
 }
 
-/** Stores one tensor, converting row by row. A vector (norm) is always f32. */
-function loadTensor(
-  file: GgufFile,
-  name: string,
-  { kernels, mode }: { readonly kernels: Kernels; readonly mode: WeightMode },
-): StoredTensor {
+export interface LoadOptions {
+  readonly kernels: Kernels;
+  readonly mode: WeightMode;
+  /** Where converted tensors are kept between starts; null: convert them every time. */
+  readonly cache: WeightCache | null;
+}
+
+/** Stores one tensor. A vector (norm) is always f32. */
+function loadTensor(file: GgufFile, name: string, options: LoadOptions): StoredTensor {
   const tensor = file.tensors.get(name);
   if (tensor === undefined) {
     throw new GatewayError('INVALID_MODEL_FILE', `the model file has no tensor ${name}`);
   }
   const from = weightType(tensor);
-  const shape = [...tensor.shape].reverse();
-  const into = shape.length === 1 ? 'f32' : storedType(from, mode);
-  const stored = kernels.store(into, shape);
-  const rowLength = tensor.shape[0]!;
-  const rows = stored.shape.length === 1 ? 1 : shape[0]!;
-  const rowBytes = tensor.bytes / rows;
-  const rowsPerPiece = Math.max(1, Math.floor(pieceBytesMax / (rowLength * 4)));
-  const outBytes = stored.bytes / rows;
-  for (let row = 0; row < rows; row += rowsPerPiece) {
-    const count = Math.min(rowsPerPiece, rows - row);
-    const bytes = file.read(tensor.offset + row * rowBytes, count * rowBytes);
-    kernels.write(stored, convert(bytes, from, into, count * rowLength), row * outBytes);
+  const isVector = tensor.shape.slice(1).every((size) => size === 1);
+  const shape = isVector ? [tensor.shape[0]!] : [tensor.shape[1]!, tensor.shape[0]!];
+  const into = isVector ? 'f32' : storedType(from, options.mode);
+  const stored = options.kernels.store(into, shape);
+  // Only conversions to bf16 are kept: the others are as fast to repeat, or are for tests.
+  const cache = from !== into && into === 'bf16' ? options.cache : null;
+  const kept = cache?.get(name, stored.bytes) ?? null;
+  if (kept !== null) {
+    options.kernels.write(stored, kept, 0);
+    return stored;
   }
+  const converted = convert(file.read(tensor.offset, tensor.bytes), from, into, stored);
+  options.kernels.write(stored, converted, 0);
+  cache?.put(name, converted);
   return stored;
 }
 
-function convert(bytes: Uint8Array, from: WeightType, into: WeightType, count: number): Uint8Array {
+function convert(
+  bytes: Uint8Array,
+  from: WeightType,
+  into: WeightType,
+  stored: StoredTensor,
+): Uint8Array {
   if (from === into) return bytes;
+  const count = elementCount(stored.shape);
   if (into === 'bf16') {
     const bits = new Uint16Array(count);
     dequantizeToBf16(from, bytes, bits);
@@ -83,7 +92,7 @@ function convert(bytes: Uint8Array, from: WeightType, into: WeightType, count: n
 export function loadWeights(
   file: GgufFile,
   config: DecoderConfig,
-  options: { readonly kernels: Kernels; readonly mode: WeightMode },
+  options: LoadOptions,
 ): DecoderWeights {
   const load = (name: string): StoredTensor => loadTensor(file, name, options);
   const tokenEmbedding = load('token_embd.weight');
@@ -92,10 +101,8 @@ export function loadWeights(
     const entries = names.map((name) => [name, load(`blk.${i}.${name}.weight`)]);
     return Object.fromEntries(entries) as BlockWeights;
   });
-  return {
-    tokenEmbedding,
-    blocks,
-    outputNorm: load('output_norm.weight'),
-    output: config.tiedEmbeddings ? tokenEmbedding : load('output.weight'),
-  };
+  const outputNorm = load('output_norm.weight');
+  const output = config.tiedEmbeddings ? tokenEmbedding : load('output.weight');
+  options.cache?.finish();
+  return { tokenEmbedding, blocks, outputNorm, output };
 }
