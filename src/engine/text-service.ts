@@ -49,6 +49,10 @@ export async function createTextService(options: TextServiceOptions): Promise<Te
   await queue.start();
   return {
     async encodeChat(messages, { templateArguments = {} } = {}) {
+      // Every turn costs a token at least; many empty ones would cost the template time and no characters.
+      if (messages.length > options.contextMax) {
+        throw exceeded(`${messages.length} messages`, options.contextMax, 'messages');
+      }
       const characters = messages.reduce((sum, message) => sum + message.content.length, 0);
       const task: TextTask = { kind: 'encode-chat', messages, templateArguments };
       return (await queue.run(task, characters)) as EncodedChat;
@@ -56,11 +60,7 @@ export async function createTextService(options: TextServiceOptions): Promise<Te
     encode: async (text) => (await queue.run({ kind: 'encode', text }, text.length)) as Int32Array,
     async decode(tokens) {
       if (tokens.length > options.contextMax) {
-        throw new GatewayError(
-          'CONTEXT_LENGTH_EXCEEDED',
-          `${tokens.length} tokens, the context holds at most ${options.contextMax}`,
-          { param: 'tokens' },
-        );
+        throw exceeded(`${tokens.length} tokens`, options.contextMax, 'tokens');
       }
       return (await queue.run({ kind: 'decode', tokens }, tokens.length)) as string;
     },
@@ -122,11 +122,7 @@ class TaskQueue {
     const { waitingMax, waitingCharactersMax } = this.#options;
     if (this.#isClosed) throw new GatewayError('NO_CAPACITY', 'the gateway is closing');
     if (characters > this.#charactersMax) {
-      throw new GatewayError(
-        'CONTEXT_LENGTH_EXCEEDED',
-        `${characters} characters, the context holds at most ${this.#charactersMax}`,
-        { param: paramOf(task) },
-      );
+      throw exceeded(`${characters} characters`, this.#charactersMax, paramOf(task));
     }
     if (
       this.#waiting.length >= waitingMax ||
@@ -227,6 +223,11 @@ class TaskQueue {
     for (const job of this.#waiting.splice(0)) job.reject(error);
     this.#waitingCharacters = 0;
   }
+}
+
+function exceeded(got: string, max: number, param: string): GatewayError {
+  const message = `${got}, the context holds at most ${max}`;
+  return new GatewayError('CONTEXT_LENGTH_EXCEEDED', message, { param });
 }
 
 function paramOf(task: TextTask): string {

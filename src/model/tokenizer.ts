@@ -49,14 +49,30 @@ const mergesMax = 2 ** 21;
 const types = { normal: 1, unknown: 2, control: 3, userDefined: 4, byte: 6 } as const;
 
 // llama.cpp v0.4.0 takes tokens with these texts for control tokens whatever the file says (llama-vocab.cpp, "its type
-// will be overridden"): files in the wild get the type wrong, and then every caller could end a turn.
-const alwaysControl: ReadonlySet<string> = new Set(
-  (
-    '<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> ' +
-    '<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> ' +
-    '<|fim_prefix|> <|fim_suffix|> <|fim_middle|> <|fim_pad|> <|fim_repo|> <|repo_name|> <|file_sep|>'
-  ).split(' '),
-);
+// will be overridden"): files in the wild get the type wrong, and then every caller could end a turn. The first list
+// ends the generation there too.
+const endTexts: readonly string[] = (
+  '<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> ' +
+  '<|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> ' +
+  '<｜end▁of▁sentence｜> [e~[ <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> ' +
+  '<REPO> <reponame> <|file_sep|>'
+).split(' ');
+const middleTexts: readonly string[] = (
+  '<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> <|code_prefix|> <|prefix|> ' +
+  '<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> <|code_suffix|> <|suffix|> ' +
+  '<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> <|code_middle|> <|middle|>'
+).split(' ');
+const alwaysControl: ReadonlySet<string> = new Set([...endTexts, ...middleTexts]);
+
+/** Tokens that end an answer: the file's own, and those that llama.cpp knows by their text. */
+export function endTokensOf({ tokens, eos }: TokenizerSource): number[] {
+  const ends = new Set(eos === null ? [] : [eos]);
+  for (const text of endTexts) {
+    const token = tokens.indexOf(text);
+    if (token >= 0) ends.add(token);
+  }
+  return [...ends].sort((a, b) => a - b);
+}
 
 interface Special {
   readonly token: number;

@@ -99,6 +99,8 @@ describe('text service', () => {
     await expect(service.encode('x'.repeat(101))).rejects.toEqual(exceeded('prompt'));
     await expect(service.encodeChat(user('x'.repeat(99)))).rejects.toEqual(exceeded('messages'));
     await expect(service.decode(new Int32Array(101))).rejects.toEqual(exceeded('tokens'));
+    const manyTurns = Array.from({ length: 101 }, () => user('')[0]!);
+    await expect(service.encodeChat(manyTurns)).rejects.toEqual(exceeded('messages'));
     expect(await service.encode('x'.repeat(100))).toHaveLength(100);
   });
 
@@ -155,6 +157,13 @@ describe('text service', () => {
       failure('INVALID_REQUEST', { param: 'chat_template_kwargs' }),
     );
     expect(await service.encode('x')).toHaveLength(1);
+  });
+
+  it('loses as many threads as it takes', async () => {
+    const service = await open({ template: devouring }, { heapMbMax: 64 });
+    await expect(service.encodeChat(user('eat'))).rejects.toEqual(failure('INTERNAL'));
+    await expect(service.encodeChat(user('eat'))).rejects.toEqual(failure('INTERNAL'));
+    expect((await service.encodeChat(user('fine'))).prompt).toBe('ok');
   });
 
   it('says so when the model has no chat template', async () => {

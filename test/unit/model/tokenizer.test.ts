@@ -5,6 +5,7 @@ import { beforeAll, describe, expect, it } from 'vitest';
 import { byteCharacters } from '../../../src/model/bpe.ts';
 import {
   createTokenizer,
+  endTokensOf,
   type TokenizerSource,
   tokenBytesTable,
 } from '../../../src/model/tokenizer.ts';
@@ -74,6 +75,12 @@ describe.each(Object.keys(golden.ids))('tokenizer, pre-tokenizer %s', (pre) => {
 describe('tokenizer', () => {
   it('knows the special tokens of the base model', () => {
     expect(new Set(tokenizerOf('smollm').specials)).toEqual(new Set(golden.specials));
+  });
+
+  it('ends answers at the tokens that end them in llama.cpp', () => {
+    // model.isEogToken over the vocabulary, node-llama-cpp 3.21.1: <|endoftext|>, <|im_end|>, <reponame>.
+    expect(endTokensOf(source)).toEqual([0, 2, 4]);
+    expect(endTokensOf(tiny([['<|eot_id|>', 1]]))).toEqual([258]);
   });
 
   it('puts exactly one BOS token before a prompt when the model wants one', () => {
