@@ -59,7 +59,6 @@ export async function reply(
       clock,
       pingMs: config.pingMs,
       stallMsMax: config.stallMsMax,
-      abort: () => answer.abort(),
       onEnd(failure) {
         answer.end();
         if (failure !== null) record.fail(failure);

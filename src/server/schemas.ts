@@ -7,7 +7,7 @@ import { invalidRequest } from './problem.ts';
 
 // Characters, before tokenising; the text worker has its own, tighter limit from the context length.
 const textLengthMax = 2 ** 20;
-const promptTokensMax = 2 ** 17; // beyond any context served; 1 MiB of ids at most
+const promptTokensMax = 2 ** 17; // beyond any context served
 const tokenIdMax = 2 ** 31 - 1;
 
 /** Lone surrogates have no UTF-8 form: they would reach the tokenizer as something else than was sent. */
@@ -15,7 +15,32 @@ const text = z
   .string()
   .max(textLengthMax)
   .refine((value) => !/\p{Surrogate}/u.test(value), 'holds half of a surrogate pair');
-const tokens = z.array(z.int().min(0).max(tokenIdMax)).min(1).max(promptTokensMax);
+/** One pass by hand: z.array(z.int()) takes 90 ms for 131,072 ids, this under 1 ms, and the event loop waits for it. */
+const tokens: z.ZodType<number[]> = z
+  .custom<number[]>((value) => Array.isArray(value), 'want a list of token ids')
+  .check((context) => {
+    const { value, issues } = context;
+    const fail = (message: string, path: number[] = []): void =>
+      void issues.push({ code: 'custom', message, path, input: value });
+    if (value.length < 1 || value.length > promptTokensMax) {
+      fail(`want 1 to ${promptTokensMax} token ids`);
+      return;
+    }
+    const wrong = value.findIndex((id) => !(Number.isInteger(id) && id >= 0 && id <= tokenIdMax));
+    if (wrong >= 0) fail('not a token id', [wrong]);
+  });
+
+/** Counted first: a record's keys are validated one by one, each a hundred times slower than counted. */
+function fewEntries(entriesMax: number): z.ZodType<Record<string, unknown>> {
+  return z.custom<Record<string, unknown>>(
+    (value) =>
+      typeof value === 'object' &&
+      value !== null &&
+      !Array.isArray(value) &&
+      Object.keys(value).length <= entriesMax,
+    `want an object of at most ${entriesMax} entries`,
+  );
+}
 
 const stopString = text.pipe(z.string().min(1).max(256));
 
@@ -39,9 +64,8 @@ const generationFields = {
   presence_penalty: z.number().min(-2).max(2).exactOptional(),
   frequency_penalty: z.number().min(-2).max(2).exactOptional(),
   repetition_penalty: z.number().gt(0).max(2).exactOptional(),
-  logit_bias: z
-    .record(z.string().regex(/^(?:0|[1-9]\d{0,9})$/), z.number().min(-100).max(100))
-    .refine((value) => Object.keys(value).length <= 300, 'more than 300 entries')
+  logit_bias: fewEntries(300)
+    .pipe(z.record(z.string().regex(/^(?:0|[1-9]\d{0,9})$/), z.number().min(-100).max(100)))
     .exactOptional(),
   user: text.pipe(z.string().max(256)).exactOptional(),
   service_tier: z
@@ -77,16 +101,34 @@ export const chatSchema: z.ZodType<ChatBody> = z.strictObject({
   logprobs: z.boolean().exactOptional(),
   top_logprobs: z.int().min(0).max(20).exactOptional(),
   response_format: z.strictObject({ type: z.literal('text') }).exactOptional(),
-  chat_template_kwargs: z
-    .record(z.string().regex(/^[a-z_][a-z0-9_]{0,63}$/i), templateValue)
-    .refine((value) => Object.keys(value).length <= 16, 'more than 16 entries')
+  chat_template_kwargs: fewEntries(16)
+    .pipe(z.record(z.string().regex(/^[a-z_][a-z0-9_]{0,63}$/i), templateValue))
     .refine((value) => !templateOwn.some((name) => name in value), 'sets a reserved variable')
     .exactOptional(),
 });
 
+const texts = z.array(text).min(1).max(8);
+const tokenLists = z.array(tokens).min(1).max(8);
+
+/** The first element tells which of the four forms is meant; a union would blame another one. */
+function promptForm(value: unknown): z.ZodType {
+  if (!Array.isArray(value)) return text;
+  if (Array.isArray(value[0])) return tokenLists;
+  return typeof value[0] === 'number' ? tokens : texts;
+}
+
+const prompt: z.ZodType<CompletionBody['prompt']> = z
+  .custom<CompletionBody['prompt']>((value) => value !== undefined, 'want a prompt')
+  .check(({ value, issues }) => {
+    const parsed = promptForm(value).safeParse(value);
+    for (const { path, message } of parsed.error?.issues ?? []) {
+      issues.push({ code: 'custom', path, message, input: value });
+    }
+  });
+
 export const completionSchema: z.ZodType<CompletionBody> = z.strictObject({
   ...generationFields,
-  prompt: z.union([text, tokens, z.array(text).min(1).max(8), z.array(tokens).min(1).max(8)]),
+  prompt,
   echo: z.boolean().exactOptional(),
   logprobs: z.int().min(0).max(20).exactOptional(),
 });

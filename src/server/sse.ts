@@ -12,9 +12,7 @@ export interface EventSource {
   readonly clock: Clock;
   readonly pingMs: number;
   readonly stallMsMax: number;
-  /** Makes `frames` settle soon. */
-  readonly abort: () => void;
-  /** Called exactly once; null after the last frame was handed over. */
+  /** Called exactly once; null after the last frame was handed over. After a failure it must make `frames` settle. */
   readonly onEnd: (failure: unknown) => void;
 }
 
@@ -33,7 +31,6 @@ export function eventStream(source: EventSource): ReadableStream<Uint8Array> {
     source.onEnd(failure);
   };
   const leave = (reason: string): void => {
-    source.abort();
     pending?.catch(() => {});
     frames.return().catch(() => {});
     left = new GatewayError('CANCELLED', reason);

@@ -6,11 +6,17 @@ import { invalidRequest } from './problem.ts';
 const codes = { quote: 34, comma: 44, colon: 58, backslash: 92 } as const;
 const brackets = { squareOpen: 91, squareClose: 93, curlyOpen: 123, curlyClose: 125 } as const;
 
+export interface JsonLimits {
+  readonly depthMax: number;
+  /** Keys of all objects together: a key costs a hundred times what a character costs. */
+  readonly keysMax: number;
+}
+
 /** O(text). Throws INVALID_REQUEST. */
-export function parseStrictJson(text: string, depthMax: number): unknown {
+export function parseStrictJson(text: string, limits: JsonLimits): unknown {
   // The scan comes first, so that depth is bounded before a parser sees the text; on text that is no JSON it may miss
   // anything, and the parser refuses that text.
-  scanStructure(text, depthMax);
+  scanStructure(text, limits);
   try {
     return JSON.parse(text);
   } catch {
@@ -18,7 +24,8 @@ export function parseStrictJson(text: string, depthMax: number): unknown {
   }
 }
 
-function scanStructure(text: string, depthMax: number): void {
+function scanStructure(text: string, { depthMax, keysMax }: JsonLimits): void {
+  let keyCount = 0;
   /** Keys seen per open object; null for an open array. */
   const open: Array<Set<string> | null> = [];
   let isKeyNext = false;
@@ -27,7 +34,11 @@ function scanStructure(text: string, depthMax: number): void {
       case codes.quote: {
         const end = stringEnd(text, i);
         const keys = open.at(-1);
-        if (isKeyNext && keys) addKey(keys, text.slice(i, end + 1));
+        if (isKeyNext && keys) {
+          keyCount += 1;
+          if (keyCount > keysMax) throw invalidRequest(`the body has more than ${keysMax} keys`);
+          addKey(keys, text.slice(i, end + 1));
+        }
         i = end;
         break;
       }
@@ -55,15 +66,14 @@ function scanStructure(text: string, depthMax: number): void {
   }
 }
 
-/** Index of the closing quote of the string that opens at `start`, or the text's length. Backslash runs before two
- *  quotes do not overlap, so the whole scan stays linear. */
+/** Index of the closing quote of the string that opens at `start`, or past the text's end. */
 function stringEnd(text: string, start: number): number {
-  for (let end = text.indexOf('"', start + 1); end !== -1; end = text.indexOf('"', end + 1)) {
-    let backslashes = 0;
-    while (text.charCodeAt(end - 1 - backslashes) === codes.backslash) backslashes++;
-    if (backslashes % 2 === 0) return end;
+  let i = start + 1;
+  for (let code = text.charCodeAt(i); code !== codes.quote && i < text.length; ) {
+    i += code === codes.backslash ? 2 : 1;
+    code = text.charCodeAt(i);
   }
-  return text.length;
+  return i;
 }
 
 function addKey(keys: Set<string>, quoted: string): void {

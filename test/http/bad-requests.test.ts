@@ -256,6 +256,16 @@ describe('a body that is not plain JSON', () => {
       body,
     });
 
+  /** The good body with these bytes in a text. */
+  function withBytes(bytes: readonly number[]): Uint8Array {
+    const at = text.indexOf('Hi');
+    return Buffer.concat([
+      Buffer.from(text.slice(0, at)),
+      Buffer.from(bytes),
+      Buffer.from(text.slice(at)),
+    ]);
+  }
+
   const broken: ReadonlyArray<[string, string | Uint8Array]> = [
     ['empty', ''],
     ['open', '{"a":'],
@@ -263,8 +273,9 @@ describe('a body that is not plain JSON', () => {
     ['a second value', `${text}${text}`],
     ['a byte order mark', `\ufeff${text}`],
     ['UTF-16', Buffer.from(text, 'utf16le')],
-    ['half a character', Buffer.concat([Buffer.from(text.slice(0, -2)), Buffer.from([0xc3])])],
-    ['a surrogate in UTF-8', Buffer.from([0x22, 0xed, 0xa0, 0x80, 0x22])],
+    ['half a character', withBytes([0xc3])],
+    ['an overlong form', withBytes([0xc0, 0xaf])],
+    ['a surrogate in UTF-8', withBytes([0xed, 0xa0, 0x80])],
     ['a duplicate key', `{"model":"support","model":"tiny-base","messages":[]}`],
     ['a duplicate key, escaped', `{"model":"support","mod\\u0065l":"x","messages":[]}`],
     ['a duplicate key, deep', text.replace('"role"', '"content":"a","role"')],

@@ -1,4 +1,5 @@
 import { createHash } from 'node:crypto';
+import { getEventListeners } from 'node:events';
 import { GatewayError } from '../../src/errors.ts';
 import { parseBudget } from '../../src/router/budget.ts';
 import type { Plan, RouteInput } from '../../src/router/policy.ts';
@@ -154,12 +155,13 @@ export function createHarness(config: Partial<ServerConfig> = {}): Harness {
       leases: registry.leasesOpen,
       flying: inFlight.count,
       timers: clock.pending(),
+      listeners: getEventListeners(lifecycle.cutOff, 'abort').length,
     }),
     close: () => metrics.close(),
   };
 }
 
-export const nothingLeft = { live: 0, leases: 0, flying: 0, timers: 0 };
+export const nothingLeft = { live: 0, leases: 0, flying: 0, timers: 0, listeners: 0 };
 
 function tablePlan({ budget, adapter }: RouteInput): Plan {
   const rankMax = adapter?.rankMax ?? 0;

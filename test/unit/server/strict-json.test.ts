@@ -2,7 +2,7 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { parseStrictJson } from '../../../src/server/strict-json.ts';
 
-const depth = 32;
+const limits = { depthMax: 32, keysMax: 100 };
 
 describe('parseStrictJson', () => {
   it('reads what JSON.parse reads, to the same value', () => {
@@ -10,7 +10,7 @@ describe('parseStrictJson', () => {
       fc.property(fc.json({ maxDepth: 8 }), fc.nat(3), (text, indent) => {
         fc.pre(!text.includes('__proto__'));
         const spaced = JSON.stringify(JSON.parse(text), null, indent);
-        expect(parseStrictJson(spaced, depth)).toEqual(JSON.parse(spaced));
+        expect(parseStrictJson(spaced, limits)).toEqual(JSON.parse(spaced));
       }),
       { numRuns: 500 },
     );
@@ -22,7 +22,7 @@ describe('parseStrictJson', () => {
       fc.property(fc.array(fc.constantFrom(...pieces), { maxLength: 12 }), (parts) => {
         const text = parts.join('');
         const value = attempt(() => JSON.parse(text));
-        const strict = attempt(() => parseStrictJson(text, depth));
+        const strict = attempt(() => parseStrictJson(text, limits));
         if ('failed' in value) expect(strict).toEqual({ failed: 'INVALID_REQUEST' });
         else if (!('failed' in strict)) expect(strict).toEqual(value);
       }),
@@ -41,7 +41,7 @@ describe('parseStrictJson', () => {
           const again = isEscaped ? `"${escaped(key)}"` : JSON.stringify(key);
           let text = `{${JSON.stringify(key)}:1,"other-":[{"a":2}],${again}:3}`;
           for (const kind of nesting) text = kind === 'array' ? `[0,${text}]` : `{"x":${text}}`;
-          expect(() => parseStrictJson(text, depth)).toThrow(/duplicate key/);
+          expect(() => parseStrictJson(text, limits)).toThrow(/duplicate key/);
         },
       ),
     );
@@ -54,20 +54,30 @@ describe('parseStrictJson', () => {
     '{"a":"\\"k\\":1","k":2}',
     '{"\\\\":1,"\\\\\\\\":2}',
   ])('takes equal keys of different objects, and keys in strings: %s', (text) => {
-    expect(parseStrictJson(text, depth)).toEqual(JSON.parse(text));
+    expect(parseStrictJson(text, limits)).toEqual(JSON.parse(text));
   });
 
   it('counts depth and refuses one level more', () => {
     const nested = (levels: number): string => `${'['.repeat(levels)}${']'.repeat(levels)}`;
-    expect(() => parseStrictJson(nested(depth), depth)).not.toThrow();
-    expect(() => parseStrictJson(nested(depth + 1), depth)).toThrow(/deeper than 32/);
-    expect(parseStrictJson(`"${'['.repeat(100)}"`, depth)).toBe('['.repeat(100));
+    expect(() => parseStrictJson(nested(32), limits)).not.toThrow();
+    expect(() => parseStrictJson(nested(33), limits)).toThrow(/deeper than 32/);
+    expect(parseStrictJson(`"${'['.repeat(100)}"`, limits)).toBe('['.repeat(100));
+  });
+
+  it('counts keys over all objects and refuses one more', () => {
+    const some = (count: number): string =>
+      JSON.stringify(Array.from({ length: count }, () => ({ k: 1 })));
+    expect(() => parseStrictJson(some(100), limits)).not.toThrow();
+    expect(() => parseStrictJson(some(101), limits)).toThrow(/more than 100 keys/);
+    expect(() =>
+      parseStrictJson(JSON.stringify({ a: Array(200).fill('k') }), limits),
+    ).not.toThrow();
   });
 
   it('stays linear in strings of backslashes and quotes', () => {
     const text = JSON.stringify(['\\'.repeat(500_000), '"'.repeat(500_000)]);
     const started = performance.now();
-    parseStrictJson(text, depth);
+    parseStrictJson(text, limits);
     // 2 MB take a few milliseconds; a quadratic scan would take hours.
     expect(performance.now() - started).toBeLessThan(5000);
   });
