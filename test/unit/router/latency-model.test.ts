@@ -1,0 +1,153 @@
+import { describe, expect, it } from 'vitest';
+import type { StepReport } from '../../../src/engine/messages.ts';
+import { LatencyModel } from '../../../src/router/latency-model.ts';
+import type { RouteInput } from '../../../src/router/policy.ts';
+import { createRng } from '../../support/random.ts';
+
+const chunk = 64;
+
+function stepMs(report: Omit<StepReport, 'ms'>): number {
+  const { decodeRows, prefillTokens, decodeRanks, prefillRanks, kvCells } = report;
+  return (
+    8 +
+    1.5 * decodeRows +
+    2 * prefillTokens +
+    0.2 * decodeRanks +
+    0.02 * prefillRanks +
+    0.001 * kvCells
+  );
+}
+
+/** Without noise, over every kind of step: what is left is how the model adds steps up. */
+function trainedModel(): LatencyModel {
+  const model = new LatencyModel({
+    identity: { baseHash: '', backend: '', threads: 1 },
+    prefillTokensMax: chunk,
+  });
+  const rng = createRng(1);
+  for (let i = 0; i < 4000; i++) {
+    const prefillTokens = rng.next() < 0.5 ? rng.below(chunk + 1) : 0;
+    const decodeRows = rng.below(12);
+    const report = {
+      decodeRows,
+      prefillTokens,
+      decodeRanks: rng.below(12 * 32),
+      prefillRanks: prefillTokens * rng.below(32),
+      kvCells: rng.below(20_000),
+    };
+    model.observe({ ...report, ms: stepMs(report) });
+  }
+  return model;
+}
+
+function inputOf(load: Partial<RouteInput['load']>, tokensMax = 101): RouteInput {
+  return {
+    budget: {
+      totalMs: null,
+      ttftMs: null,
+      perTokenMs: null,
+      strict: false,
+      rank: null,
+      rankMin: 0,
+      tier: null,
+    },
+    promptTokens: 100,
+    tokensMax,
+    adapter: { name: 'a', generation: `sha256:${'0'.repeat(64)}`, rankMax: 16, rankCurve: [] },
+    load: {
+      decodeRows: 0,
+      decodeRanks: 0,
+      waiting: 0,
+      waitingPromptTokens: 0,
+      kvCells: 0,
+      ...load,
+    },
+  };
+}
+
+describe('a prediction', () => {
+  const model = trainedModel();
+
+  it('of the first token adds up prefill steps, each with the rows that decode beside it', () => {
+    // Two steps of prompt at rank 16 beside three rows of rank 8 that attend to 900 cells.
+    const beside = { decodeRows: 3, decodeRanks: 24, kvCells: 900 };
+    const wanted =
+      stepMs({
+        ...beside,
+        prefillTokens: 64,
+        prefillRanks: 64 * 16,
+        kvCells: 900 + (64 * 65) / 2,
+      }) +
+      stepMs({
+        ...beside,
+        prefillTokens: 36,
+        prefillRanks: 36 * 16,
+        kvCells: 900 + 36 * 64 + (36 * 37) / 2,
+      });
+    const { ttftMs } = model.predict(inputOf(beside), 16)!;
+    expect(Math.abs(ttftMs - wanted) / wanted).toBeLessThan(0.01);
+  });
+
+  it('of the first token waits for all that came before', () => {
+    const alone = model.predict(inputOf({}), 4)!;
+    const behind = model.predict(inputOf({ waiting: 2, waitingPromptTokens: 640 }), 4)!;
+    // Ten more steps of 64 tokens: ranks unknown, cells of two prompts of 320.
+    const wanted = 10 * stepMs({ ...noWork, prefillTokens: 64 }) + (0.001 * 2 * 320 * 321) / 2;
+    const added = behind.ttftMs - alone.ttftMs;
+    expect(Math.abs(added - wanted) / wanted).toBeLessThan(0.01);
+  });
+
+  it('of the pace counts this row, those that run and those that wait', () => {
+    const load = {
+      decodeRows: 2,
+      decodeRanks: 16,
+      waiting: 3,
+      waitingPromptTokens: 0,
+      kvCells: 500,
+    };
+    const { perTokenMs, ttftMs, totalMs } = model.predict(inputOf(load), 4)!;
+    const wanted = stepMs({
+      ...noWork,
+      decodeRows: 6,
+      decodeRanks: 16 + 3 * 8 + 4,
+      kvCells: 500 + 100 + 50.5,
+    });
+    expect(Math.abs(perTokenMs - wanted) / wanted).toBeLessThan(0.01);
+    expect(totalMs).toBeCloseTo(ttftMs + 100 * perTokenMs, 6);
+  });
+
+  it('learns the length of answers, and is less sure when lengths vary', () => {
+    const [steady, varied] = [trainedModel(), trainedModel()];
+    const rng = createRng(2);
+    for (let i = 0; i < 200; i++) {
+      const answer = { adapter: 'a', tokensMax: 4000, ttftMs: 10, totalMs: 1000 };
+      steady.settle({ ...answer, completionTokens: 95 }, null);
+      varied.settle({ ...answer, completionTokens: 10 + rng.below(180) }, null);
+    }
+    const input = inputOf({}, 4000);
+    const [one, other] = [steady.predict(input, 4)!, varied.predict(input, 4)!];
+    expect(one.totalMs).toBeLessThan(0.05 * model.predict(input, 4)!.totalMs);
+    expect(other.sigmaMs / other.totalMs).toBeGreaterThan(1.3 * (one.sigmaMs / one.totalMs));
+    // Another adapter has said nothing yet.
+    const unknown = { ...input, adapter: { ...input.adapter!, name: 'b' } };
+    expect(steady.predict(unknown, 4)!.totalMs).toBeCloseTo(model.predict(unknown, 4)!.totalMs, 6);
+  });
+
+  it('grows less sure when answers come late, and surer when they come as predicted', () => {
+    const [late, punctual] = [trainedModel(), trainedModel()];
+    const input = inputOf({});
+    const before = model.predict(input, 4)!;
+    for (let i = 0; i < 100; i++) {
+      const answer = { adapter: 'a', tokensMax: 101, completionTokens: 101 };
+      const { ttftMs, totalMs } = before;
+      late.settle({ ...answer, ttftMs: 1.6 * ttftMs, totalMs: 1.6 * totalMs }, before);
+      punctual.settle({ ...answer, ttftMs: 1.02 * ttftMs, totalMs: 1.02 * totalMs }, before);
+    }
+    expect(late.predict(input, 4)!.sigmaMs).toBeGreaterThan(1.8 * before.sigmaMs);
+    expect(late.predict(input, 4)!.ttftSigmaMs).toBeGreaterThan(1.8 * before.ttftSigmaMs);
+    expect(late.predict(input, 4)!.perTokenSigmaMs).toBeGreaterThan(1.8 * before.perTokenSigmaMs);
+    expect(punctual.predict(input, 4)!.sigmaMs).toBeLessThan(0.5 * before.sigmaMs);
+  });
+});
+
+const noWork = { decodeRows: 0, prefillTokens: 0, decodeRanks: 0, prefillRanks: 0, kvCells: 0 };
