@@ -14,6 +14,12 @@ export interface LoadListener {
   readonly onFailed: (generation: Generation, error: GatewayError) => void;
 }
 
+/** Who waits for a generation. */
+export interface Wants {
+  bySequence(generation: Generation): boolean;
+  byTicket(generation: Generation): boolean;
+}
+
 type Phase =
   | { readonly kind: 'idle' }
   | { readonly kind: 'loading'; readonly load: AdapterLoad; progress: LoadProgress }
@@ -40,6 +46,11 @@ export class AdapterLoader {
   /** The next tick moves it on whatever else happens. */
   get isWriting(): boolean {
     return this.#phase.kind === 'loading' && this.#phase.progress === 'more';
+  }
+
+  /** Waits for a file and will wake the loop itself. */
+  get isReading(): boolean {
+    return this.#phase.kind === 'loading' && this.#phase.progress === 'reading';
   }
 
   get isIdle(): boolean {
@@ -72,13 +83,18 @@ export class AdapterLoader {
     }
   }
 
-  /** Frees what nobody waits for any more: the use of a finished load once its sequence has its own, or a load whose
-   *  sequences are gone. */
-  letGo(isWanted: (generation: Generation) => boolean): void {
+  /** Frees what nobody waits for any more: a load that no sequence and no ticket wants, and a finished one (its tickets
+   *  are settled) that no sequence wants. */
+  letGo(wants: Wants): void {
     const phase = this.#phase;
-    if (phase.kind === 'held' && !isWanted(phase.use.generation)) phase.use.release();
-    else if (phase.kind === 'loading' && !isWanted(phase.load.generation)) phase.load.abandon();
-    else return;
+    if (phase.kind === 'held') {
+      if (wants.bySequence(phase.use.generation)) return;
+      phase.use.release();
+    } else if (phase.kind === 'loading') {
+      const { generation } = phase.load;
+      if (wants.bySequence(generation) || wants.byTicket(generation)) return;
+      phase.load.abandon();
+    }
     this.#phase = { kind: 'idle' };
   }
 }

@@ -7,7 +7,7 @@ import type { Generation } from '../adapters/adapter.ts';
 import type { Residency } from '../adapters/residency.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
 import type { Stepper, StepResult } from '../model/stepper.ts';
-import { AdapterLoader } from './adapter-loading.ts';
+import { AdapterLoader, type Wants } from './adapter-loading.ts';
 import { Admission } from './admission.ts';
 import { type Chosen, chooseSegment, reportOf } from './batch.ts';
 import type { EngineClock } from './clock.ts';
@@ -58,6 +58,12 @@ export class EngineLoop {
   readonly #running: Map<string, Sequence> = new Map();
   readonly #tickets: Array<{ readonly generation: Generation; readonly ticket: number }> = [];
   readonly #outbox: Outbox;
+  readonly #wants: Wants = {
+    bySequence: (generation) => [...this.#waiting.values()].some((one) => one.needs(generation)),
+    byTicket: (generation) => this.#tickets.some((one) => one.generation === generation),
+  };
+  /** Loads for tickets and for sequences take turns, so that neither starves the other. */
+  #isTicketTurn = false;
   #arrivals = 0;
   #steps = 0;
   #tokens = 0;
@@ -110,7 +116,7 @@ export class EngineLoop {
     this.#waiting.delete(id);
     const sequence = this.#running.get(id);
     if (sequence !== undefined) this.#leave(sequence, 'cells-valid');
-    this.#loader.letGo((generation) => this.#isWanted(generation));
+    this.#loader.letGo(this.#wants);
     this.#wake();
   }
 
@@ -176,16 +182,18 @@ export class EngineLoop {
   #tick(): void {
     const waiting = this.#waiting.size;
     this.#loader.advance();
-    this.#loader.letGo((generation) => this.#isWanted(generation));
+    this.#loader.letGo(this.#wants);
     this.#admit();
     this.#outbox.flush(); // a start is out before the step that may kill the process: supervisor.ts counts on it
     const isRunning = this.#running.size > 0;
     if (isRunning) this.#outbox.step(this.#step(), this.stats());
     if (isRunning || this.#loader.isWriting || this.#waiting.size !== waiting) this.#wake();
-    else if (waiting > 0 && (this.#loader.isIdle || this.#loader.isBlocked)) this.#giveUp();
+    else if (waiting > 0 && !this.#loader.isReading) this.#giveUp();
   }
 
   #admit(): void {
+    if (this.#isTicketTurn && this.#loader.isIdle) this.#loadForTicket();
+    const isFree = this.#loader.isIdle;
     for (const decision of this.#admission.run(this.#waiting.values(), this.#running.values())) {
       const { sequence, outcome } = decision;
       this.#waiting.delete(sequence.id);
@@ -198,9 +206,16 @@ export class EngineLoop {
       const { cachedTokens } = outcome.holdings.cells;
       this.#outbox.event(sequence.id, { kind: 'start', queueMs, cachedTokens });
     }
+    if (isFree && this.#loader.isIdle) this.#loadForTicket();
+    else if (isFree) this.#isTicketTurn = true; // a sequence started a load
+    this.#loader.letGo(this.#wants);
+  }
+
+  #loadForTicket(): void {
     const next = this.#tickets[0];
-    if (next !== undefined) this.#loader.want(next.generation);
-    this.#loader.letGo((generation) => this.#isWanted(generation));
+    if (next === undefined) return;
+    this.#isTicketTurn = false;
+    this.#loader.want(next.generation);
   }
 
   /** An idle engine has room for whatever Admission.check let in, so this is a bug: better one failed request with a
@@ -211,13 +226,6 @@ export class EngineLoop {
     this.#waiting.delete(first.id);
     this.#outbox.failed(first.id, new GatewayError('INTERNAL', 'no room in an idle engine'));
     this.#wake();
-  }
-
-  #isWanted(generation: Generation): boolean {
-    for (const one of this.#waiting.values()) {
-      if (one.rank > 0 && one.request.adapter?.generation === generation) return true;
-    }
-    return this.#tickets.some((one) => one.generation === generation);
   }
 
   #step(): StepReport {
@@ -325,7 +333,7 @@ export class EngineLoop {
 
   #failGeneration(generation: Generation, error: GatewayError): void {
     for (const sequence of [...this.#waiting.values()]) {
-      if (sequence.rank === 0 || sequence.request.adapter?.generation !== generation) continue;
+      if (!sequence.needs(generation)) continue;
       this.#waiting.delete(sequence.id);
       this.#outbox.failed(sequence.id, error);
     }

@@ -2,6 +2,7 @@
 // nothing of other sequences. A sequence resumed after an engine death starts with the tokens that its reader already
 // has: they are replayed through the detokeniser and the stop matcher without being shown again, so text goes on exactly.
 
+import type { Generation } from '../adapters/adapter.ts';
 import type { ResidentUse } from '../adapters/residency.ts';
 import { createDetokenizer, type Detokenizer } from './detokenizer.ts';
 import type { FinishReason, GenerateRequest } from './messages.ts';
@@ -88,6 +89,10 @@ export class Sequence {
   /** Rank that its rows use; 0 uses no adapter at all. */
   get rank(): number {
     return this.request.adapter?.rank ?? 0;
+  }
+
+  needs(generation: Generation): boolean {
+    return this.rank > 0 && this.request.adapter?.generation === generation;
   }
 
   /** Cells it can ever fill: the last token of the answer is never fed back. */

@@ -155,7 +155,7 @@ export class FakeStepper implements Stepper {
     for (const page of pages) {
       const modules = this.#modules[page];
       if (modules === undefined || page === 0) throw new Error(`page ${page}`);
-      for (const key of [...modules.keys()].sort()) hash = mix(hash, modules.get(key)!);
+      for (const key of moduleKeys) hash = mix(hash, modules.get(key) ?? 0);
     }
     return hash;
   }
@@ -177,6 +177,10 @@ export class FakeStepper implements Stepper {
     this.isDisposed = true;
   }
 }
+
+const moduleKeys = Array.from({ length: fakeConfig.blocks }, (_, block) =>
+  projections.map((projection) => `${block}.${projection}`),
+).flat();
 
 function indexOfMax(values: Float32Array): number {
   return values.reduce((best, x, i) => (x > values[best]! ? i : best), 0);

@@ -1,0 +1,233 @@
+import { describe, expect, it } from 'vitest';
+import type { Generation } from '../../../src/adapters/adapter.ts';
+import type { Residency } from '../../../src/adapters/residency.ts';
+import type { GenerateRequest } from '../../../src/engine/messages.ts';
+import {
+  type CellAdmission,
+  type CellIdentity,
+  PrefixCache,
+} from '../../../src/engine/prefix-cache.ts';
+import { drawUniform } from '../../../src/engine/random-draw.ts';
+import type { Segment, Stepper } from '../../../src/model/stepper.ts';
+import { type FakeStepper, fakeGeneration } from '../../support/fake-stepper.ts';
+import { idleAnswer } from '../../support/idle-answer.ts';
+import {
+  fakeRankOf,
+  greedy,
+  type HarnessOptions,
+  idsOf,
+  LoopHarness,
+  makeRequest,
+  textOf,
+} from '../../support/loop-harness.ts';
+
+// Goal: no interleaving of loads, unloads, swaps of what a name points at, cancels, full memory and prefix reuse ever
+// changes a stream (faults.md section 2: R1 to R11, R17 to R19, S17). Method: hundreds of seeded streams through one busy
+// loop, each compared, token for token, with the model alone. Then the same run with one fault planted in what the loop
+// stands on: the comparison must see each of them, or it would prove nothing.
+
+const endTokens = [2];
+const names = 6;
+const versions = 4; // generations per name: 24 in all, 1 to 5 pages each, over 11 pages
+
+interface Storm {
+  readonly wrong: string[];
+  readonly ended: number;
+  readonly cancelled: number;
+  readonly harness: LoopHarness;
+}
+
+class Dice {
+  readonly #seed: number;
+  #draws = 0;
+  constructor(seed: number) {
+    this.#seed = seed;
+  }
+  /** 0 … n-1 */
+  roll(n: number): number {
+    this.#draws += 1;
+    return Math.floor(drawUniform(this.#seed, this.#draws) * n);
+  }
+}
+
+function rollRequest(dice: Dice, id: string, pointsAt: readonly number[]): GenerateRequest {
+  // Few prefixes and one token that differs at times: whatever can be mistaken for the same prompt will be.
+  const prefix = Array.from({ length: 16 * (1 + dice.roll(2)) }, (_, i) => (i * 11) % 60);
+  if (dice.roll(8) === 0) prefix[dice.roll(prefix.length)] = 61;
+  const rest = Array.from({ length: dice.roll(20) }, () => dice.roll(8));
+  const name = dice.roll(names);
+  const generation = fakeGeneration(name * versions + pointsAt[name]!);
+  // Mostly one rank that all have, so that only the generation tells two prompts' cells apart.
+  const rankMax = fakeRankOf(generation);
+  const rank = dice.roll(3) === 0 ? 1 + dice.roll(rankMax) : Math.min(4, rankMax);
+  const isWarm = dice.roll(3) === 0;
+  return makeRequest({
+    id,
+    tokens: Int32Array.from([...prefix, ...rest]),
+    tokensMax: 1 + dice.roll(30),
+    tenant: `tenant${dice.roll(2)}`,
+    adapter: dice.roll(6) === 0 ? null : { generation, rank: dice.roll(12) === 0 ? 0 : rank },
+    sampling: isWarm ? { ...greedy, temperature: 0.7, seed: dice.roll(1000), topK: 20 } : greedy,
+    stop: dice.roll(5) === 0 ? ['qà', 'xyz', 'kk'] : [],
+  });
+}
+
+/** One seeded storm of `streams` requests. */
+async function storm(seed: number, streams: number, options: HarnessOptions): Promise<Storm> {
+  const dice = new Dice(seed);
+  const harness = new LoopHarness({
+    cells: 33 * 16, // about five sequences: nearly always full
+    pages: 12,
+    base: { endTokens },
+    limits: { waitingMax: 64 },
+    ...options,
+  });
+  const pointsAt = new Array<number>(names).fill(0);
+  const requests: GenerateRequest[] = [];
+  const cancelled = new Set<string>();
+  for (let i = 0; i < streams; ) {
+    const action = dice.roll(10);
+    const generation = fakeGeneration(dice.roll(names * versions));
+    if (action === 0) harness.loop.load(generation, i);
+    else if (action === 1) harness.loop.unload(generation);
+    else if (action === 2) pointsAt[dice.roll(names)] = dice.roll(versions);
+    else if (action === 3 && requests.length > 0) {
+      const { id } = requests[Math.max(0, requests.length - 1 - dice.roll(12))]!;
+      cancelled.add(id);
+      harness.loop.cancel(id);
+    } else if (harness.loop.stats().waiting < 30) {
+      const request = rollRequest(dice, `s${i}`, pointsAt);
+      requests.push(request);
+      harness.submit(request);
+      i += 1;
+    }
+    await harness.ticks(dice.roll(3));
+  }
+  await harness.drain();
+  const wrong: string[] = [];
+  let ended = 0;
+  for (const request of requests) {
+    const heard = harness.heard.get(request.id)!;
+    const end = heard.events.at(-1);
+    if (end?.kind !== 'end') {
+      if (!cancelled.has(request.id)) wrong.push(`${request.id}: ${JSON.stringify(heard.failure)}`);
+      continue;
+    }
+    ended += 1;
+    const want = idleAnswer(request, fakeRankOf, endTokens);
+    const isRight =
+      textOf(heard) === want.text &&
+      end.reason === want.reason &&
+      idsOf(heard).join() === want.tokens.join();
+    if (!isRight) wrong.push(`${request.id}: ${idsOf(heard).join()} not ${want.tokens.join()}`);
+  }
+  return { wrong, ended, cancelled: cancelled.size, harness };
+}
+
+/** A stepper whose batches somebody tampers with on the way. */
+function tampered(
+  stepper: FakeStepper,
+  change: (segment: Segment, step: number) => Segment,
+): Stepper {
+  return {
+    config: stepper.config,
+    cells: stepper.cells,
+    pages: stepper.pages,
+    tokensMax: stepper.tokensMax,
+    segmentsMax: stepper.segmentsMax,
+    step: (segments) => stepper.step(segments.map((one) => change(one, stepper.steps))),
+    copyCells: (from, to, count) => stepper.copyCells(from, to, count),
+    writePage: (page, module, data) => stepper.writePage(page, module, data),
+    [Symbol.dispose]: () => {},
+  };
+}
+
+/** Keys by the adapter's name instead of its generation: vllm#42125. */
+class NameKeyedCache extends PrefixCache {
+  override admit(identity: CellIdentity, tokens: Int32Array, cells: number): CellAdmission | null {
+    const { generation } = identity;
+    const n = generation === null ? null : Number.parseInt(generation.slice(-6), 16);
+    const name = n === null ? null : fakeGeneration(Math.floor(n / versions));
+    return super.admit({ ...identity, generation: name }, tokens, cells);
+  }
+}
+
+/** Keys without the rank. */
+class RanklessCache extends PrefixCache {
+  override admit(identity: CellIdentity, tokens: Int32Array, cells: number): CellAdmission | null {
+    return super.admit({ ...identity, rank: 0 }, tokens, cells);
+  }
+}
+
+/** Counts no uses, so that pages in use are reassigned: vllm#47724. */
+function forgetful(residency: Residency): Residency {
+  return {
+    pagesMax: residency.pagesMax,
+    get pagesFree() {
+      return residency.pagesFree;
+    },
+    acquire(generation: Generation) {
+      const use = residency.acquire(generation);
+      use?.release();
+      return use;
+    },
+    beginLoad: (generation, onProgress) => residency.beginLoad(generation, onProgress),
+    unload: (generation) => residency.unload(generation),
+    list: () => residency.list(),
+  };
+}
+
+describe('swap oracle', () => {
+  it.each([1, 2, 3])('every stream of storm %i equals the model alone', async (seed) => {
+    const { wrong, ended, cancelled, harness } = await storm(seed, 220, {});
+    expect(wrong).toEqual([]);
+    expect(ended).toBeGreaterThan(150);
+    expect(cancelled).toBeGreaterThan(20);
+    await harness.ticks(20); // loads that nobody waits for come to their end
+    const stats = harness.loop.stats();
+    expect(stats).toMatchObject({ running: 0, waiting: 0, kvCellsUsed: 0 });
+    expect(stats.residents.filter((one) => one.uses > 0)).toEqual([]);
+    // The storm really stressed what it means to stress.
+    expect(stats.prefixTokensHit).toBeGreaterThan(500);
+    expect(harness.stepper.copies).toBeGreaterThan(20);
+    expect(harness.tickets.size).toBeGreaterThan(20);
+    expect(Math.max(...harness.reports.map((one) => one.decodeRows))).toBeGreaterThan(3);
+  });
+
+  it('the same storm is the same run: two runs agree event for event', async () => {
+    const [first, second] = [await storm(9, 60, {}), await storm(9, 60, {})];
+    expect([...second.harness.heard]).toEqual([...first.harness.heard]);
+  });
+
+  const faults: ReadonlyArray<readonly [string, HarnessOptions]> = [
+    ['cells keyed by name', { createCache: (options) => new NameKeyedCache(options) }],
+    ['cells keyed without the rank', { createCache: (options) => new RanklessCache(options) }],
+    ['pages reassigned while in use', { wrapResidency: forgetful }],
+    [
+      'a wrong page in one step of fifty',
+      {
+        wrapStepper: (stepper) =>
+          tampered(stepper, (segment, step) => {
+            if (segment.adapter === null || step % 50 !== 0) return segment;
+            const pages = segment.adapter.pages.map((page) => (page % 11) + 1);
+            return { ...segment, adapter: { ...segment.adapter, pages } };
+          }),
+      },
+    ],
+    [
+      'one rank too few in one step of fifty',
+      {
+        wrapStepper: (stepper) =>
+          tampered(stepper, (segment, step) => {
+            const { adapter } = segment;
+            if (adapter === null || adapter.rank % 8 < 2 || step % 50 !== 0) return segment;
+            return { ...segment, adapter: { ...adapter, rank: adapter.rank - 1 } };
+          }),
+      },
+    ],
+  ];
+  it.each(faults)('sees a planted fault: %s', async (_name, options) => {
+    const { wrong } = await storm(1, 220, options);
+    expect(wrong.filter((one) => one.includes(' not ')).length).toBeGreaterThan(0); // tokens, not failures
+  });
+});
