@@ -3,6 +3,7 @@
 
 import { GatewayError } from '../errors.ts';
 import type { GgufFile, GgufMetadata } from './gguf.ts';
+import { quoted } from './quoted.ts';
 
 /** The seven linear layers of a block that an adapter may change, by their GGUF names. */
 export const projections = [
@@ -74,7 +75,8 @@ const sizesMax = {
 export function readDecoderConfig(file: Pick<GgufFile, 'metadata' | 'tensors'>): DecoderConfig {
   const { metadata } = file;
   const architecture = metadata.string('general.architecture');
-  if (architecture !== 'llama') throw unsupported(`the architecture ${architecture}; llama is`);
+  if (architecture !== 'llama')
+    throw unsupported(`the architecture ${quoted(architecture)} (llama is)`);
   refuseVariants(file);
   const size = sizeReader(metadata);
   const width = size('embedding_length', sizesMax.width);
@@ -103,9 +105,9 @@ export function readDecoderConfig(file: Pick<GgufFile, 'metadata' | 'tensors'>):
     vocabSize: vocabularySize(file),
     contextLength: size('context_length', sizesMax.context),
     ropeSize,
-    ropeBase: positive(metadata, 'llama.rope.freq_base', 10_000),
+    ropeBase: positive(metadata, 'llama.rope.freq_base', { max: 1e12, whenAbsent: 10_000 }),
     ropeStyle: 'norm',
-    normEps: positive(metadata, 'llama.attention.layer_norm_rms_epsilon'),
+    normEps: positive(metadata, 'llama.attention.layer_norm_rms_epsilon', { max: 1 }),
     tiedEmbeddings: !file.tensors.has('output.weight'),
   };
   checkTensors(file, config);
@@ -122,17 +124,24 @@ function badModel(message: string): GatewayError {
 
 /** Features of llama files that change the forward pass and that decoder.ts does not have. */
 function refuseVariants({ metadata, tensors }: Pick<GgufFile, 'metadata' | 'tensors'>): void {
-  const scaling = 'llama.rope.scaling.type';
-  if (metadata.has(scaling) && metadata.string(scaling) !== 'none') {
-    throw unsupported(`RoPE scaling ${metadata.string(scaling)}`);
-  }
   const experts = 'llama.expert_count';
   if (metadata.has(experts) && metadata.integer(experts) > 0)
     throw unsupported('a mixture of experts');
-  for (const name of tensors.keys()) {
-    if (name === 'rope_freqs.weight')
-      throw unsupported('RoPE frequency factors (rope_freqs.weight)');
-    if (name.endsWith('.bias')) throw unsupported(`a bias (${name})`);
+  if (metadata.has('split.count') && metadata.integer('split.count') > 1)
+    throw unsupported('a model in several files (split.count)');
+  if (tensors.has('rope_freqs.weight'))
+    throw unsupported('RoPE frequency factors (rope_freqs.weight)');
+  const scaling = 'llama.rope.scaling.type';
+  if (metadata.has(scaling)) {
+    const type = metadata.string(scaling);
+    if (type !== 'none') throw unsupported(`RoPE scaling ${quoted(type)}`);
+    return;
+  }
+  // Without a type llama.cpp scales linearly by either of these; older files have only the second.
+  for (const key of ['llama.rope.scaling.factor', 'llama.rope.scale_linear']) {
+    if (!metadata.has(key)) continue;
+    const factor = metadata.number(key);
+    if (factor !== 0 && factor !== 1) throw unsupported(`RoPE scaling by ${factor} (${key})`);
   }
 }
 
@@ -148,10 +157,16 @@ function sizeReader(
   };
 }
 
-function positive(metadata: GgufMetadata, key: string, whenAbsent?: number): number {
+function positive(
+  metadata: GgufMetadata,
+  key: string,
+  { max, whenAbsent }: { readonly max: number; readonly whenAbsent?: number },
+): number {
   if (whenAbsent !== undefined && !metadata.has(key)) return whenAbsent;
   const value = metadata.number(key);
-  if (!(value > 0)) throw badModel(`${key} is ${value}, more than 0 is wanted`);
+  if (!(value > 0 && value <= max)) {
+    throw badModel(`${key} is ${value}, more than 0 and at most ${max} is accepted`);
+  }
   return value;
 }
 
@@ -183,16 +198,20 @@ export function expectedTensors(config: DecoderConfig): Map<string, readonly num
 }
 
 function checkTensors({ tensors }: Pick<GgufFile, 'tensors'>, config: DecoderConfig): void {
-  for (const [name, wanted] of expectedTensors(config)) {
+  const expected = expectedTensors(config);
+  for (const [name, wanted] of expected) {
     const shape = tensors.get(name)?.shape;
     if (shape === undefined) throw badModel(`there is no tensor ${name}`);
     // Trailing axes of size 1 mean nothing in GGUF.
-    const got = shape.slice(
-      0,
-      Math.max(wanted.length, shape.findLastIndex((size) => size !== 1) + 1),
-    );
+    const axes = Math.max(wanted.length, shape.findLastIndex((size) => size !== 1) + 1);
+    const got = shape.slice(0, axes);
     if (got.length !== wanted.length || got.some((size, i) => size !== wanted[i])) {
       throw badModel(`${name} is ${shape.join('×')}, want ${wanted.join('×')}`);
     }
+  }
+  // A bias or a norm that is there and not used would be an answer that is quietly not the model's.
+  for (const name of tensors.keys()) {
+    if (!expected.has(name))
+      throw unsupported(`a tensor that the decoder has no use for, ${quoted(name)},`);
   }
 }

@@ -5,6 +5,7 @@
 //   { "__metadata__": { text: text, … }, name: { "dtype": text, "shape": [n, …], "data_offsets": [begin, end] }, … }
 
 import { GatewayError } from '../errors.ts';
+import { quoted } from './quoted.ts';
 
 export interface HeaderEntry {
   readonly dtype: string;
@@ -26,11 +27,6 @@ export interface HeaderLimits {
 
 /** Own names of every object: harmless in a Map, not in whatever a later reader puts the names into. */
 const refusedNames: ReadonlySet<string> = new Set(['__proto__', 'constructor', 'prototype']);
-
-/** A name for an error message: escaped, so that it cannot break a log line, and short. */
-export function quoted(name: string): string {
-  return JSON.stringify(name.length > 100 ? `${name.slice(0, 100)}…` : name);
-}
 
 function fail(message: string): never {
   throw new GatewayError('INVALID_ADAPTER', message);

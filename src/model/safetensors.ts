@@ -5,7 +5,8 @@
 import { type ErrorCode, GatewayError } from '../errors.ts';
 import { bf16BitsToF32, f16BitsToF32 } from '../kernels/half.ts';
 import { type ByteSource, memorySource } from './byte-source.ts';
-import { badName, type HeaderEntry, parseHeader, quoted } from './safetensors-header.ts';
+import { quoted } from './quoted.ts';
+import { badName, type HeaderEntry, parseHeader } from './safetensors-header.ts';
 
 const dtypeBytes = {
   F64: 8,
