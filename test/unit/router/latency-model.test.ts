@@ -69,20 +69,20 @@ describe('a prediction', () => {
   const model = trainedModel();
 
   it('of the first token adds up prefill steps, each with the rows that decode beside it', () => {
-    // Two steps of prompt at rank 16 beside three rows of rank 8 that attend to 900 cells.
-    const beside = { decodeRows: 3, decodeRanks: 24, kvCells: 900 };
+    // Two steps of prompt at rank 16 beside three rows of rank 8 that attend to 19,000 cells.
+    const beside = { decodeRows: 3, decodeRanks: 24, kvCells: 19_000 };
     const wanted =
       stepMs({
         ...beside,
         prefillTokens: 64,
         prefillRanks: 64 * 16,
-        kvCells: 900 + (64 * 65) / 2,
+        kvCells: 19_000 + (64 * 65) / 2,
       }) +
       stepMs({
         ...beside,
         prefillTokens: 36,
         prefillRanks: 36 * 16,
-        kvCells: 900 + 36 * 64 + (36 * 37) / 2,
+        kvCells: 19_000 + 36 * 64 + (36 * 37) / 2,
       });
     const { ttftMs } = model.predict(inputOf(beside), 16)!;
     expect(Math.abs(ttftMs - wanted) / wanted).toBeLessThan(0.01);

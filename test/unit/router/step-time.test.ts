@@ -128,6 +128,12 @@ describe('the step time model', () => {
     }
     expect(Math.abs(model.coefficients[3]! - before) / before).toBeLessThan(0.5);
     expect(errorOf(model, createRng(13))).toBeLessThan(0.1);
+    // And what is not seen becomes unknown, at most as unknown as at the start.
+    const [doubtMs, startMs] = [model, new StepTime()].map(
+      (one) => one.estimate([0, 0, 0, 128, 0, 0]).doubtMs,
+    ) as [number, number];
+    expect(doubtMs).toBeGreaterThan(0.2 * startMs);
+    expect(doubtMs).toBeLessThanOrEqual(startMs + 1e-9);
   });
 
   it('never predicts less for more work, whatever it was fed', () => {
