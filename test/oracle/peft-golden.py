@@ -275,7 +275,7 @@ def adapter_golden(base, name, fields, ids):
 def main():
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
-    for folder in (TINY, ADAPTERS):
+    for folder in (TINY, *(ADAPTERS / name for name in CASES)):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     bpe, model = make_tokenizer(), make_model()
