@@ -231,13 +231,22 @@ export function loadConfig({ flags = {}, environment = process.env }: ConfigSour
   if (kept.prefillTokensMax > kept.stepTokensMax) {
     refuse('prefillTokensMax', `at most stepTokensMax, which is ${kept.stepTokensMax}`, 'together');
   }
+  const apiKeys = [...readKeys(settings, 'inference'), ...readKeys(settings, 'admin')];
+  // One letter away from RANKGATE_API_KEYS: ignored, it would leave a gateway open that was meant to be closed.
+  if (environment.RANKGATE_API_KEY !== undefined && apiKeys.length === 0) {
+    refuse(
+      'apiKeys',
+      'none, yet RANKGATE_API_KEY is set: that is what clients send',
+      'RANKGATE_API_KEYS',
+    );
+  }
   const dataDir = resolve(kept.dataDir);
   return Object.freeze({
     ...kept,
     dataDir,
     threads: kept.threads ?? Math.max(1, Math.min(availableParallelism(), cgroupCpus())),
     adaptersRoot: resolve(kept.adaptersRoot ?? join(dataDir, 'incoming')),
-    apiKeys: Object.freeze([...readKeys(settings, 'inference'), ...readKeys(settings, 'admin')]),
+    apiKeys: Object.freeze(apiKeys),
   });
 }
 

@@ -166,6 +166,13 @@ describe('the configuration', () => {
     }
   });
 
+  it('does not leave a gateway open whose key was given by the name that clients use', () => {
+    const environment = { RANKGATE_API_KEY: 'an-inference-key-1' };
+    expect(() => load({ environment })).toThrow(/apiKeys: none, yet RANKGATE_API_KEY is set/);
+    const both = { ...environment, RANKGATE_API_KEYS: 'an-inference-key-1' };
+    expect(load({ environment: both }).apiKeys).toHaveLength(1);
+  });
+
   it('takes an empty file for no settings', () => {
     expect(load({ flags: { config: file('# nothing\n') } }).port).toBe(8080);
   });
