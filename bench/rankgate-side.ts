@@ -2,13 +2,12 @@
 // rank it uses. No scheduler, text or HTTP on top, as there is none on llama.cpp's side (llama-cpp-side.ts). The only file
 // of bench/ that knows rankgate's own modules.
 
-import { createKernels } from '../src/kernels/create-kernels.ts';
 import { ranksPerPage } from '../src/kernels/kernels.ts';
-import { Decoder, scrapCells } from '../src/model/decoder.ts';
+import { scrapCells } from '../src/model/decoder.ts';
 import { type DecoderConfig, readDecoderConfig } from '../src/model/decoder-config.ts';
 import { openGguf } from '../src/model/gguf.ts';
+import { openDecoder } from '../src/model/open-decoder.ts';
 import type { AdapterRows, Segment, Stepper, StepResult } from '../src/model/stepper.ts';
-import { loadWeights } from '../src/model/weights.ts';
 import { type AdapterModule, adapterModules } from './adapter-numbers.ts';
 import type { AdapterUse, Job, RawResult, Side, SideOptions } from './job.ts';
 
@@ -20,20 +19,20 @@ export function readConfig(modelPath: string): DecoderConfig {
 }
 
 export async function openSide(options: SideOptions): Promise<Side> {
-  const kernels = await createKernels('ggml', { threads: options.threads });
-  using file = openGguf(options.modelPath);
-  const config = readDecoderConfig(file);
   const pagesOf = options.adapters.map(({ rank }) => Math.ceil(rank / ranksPerPage));
-  const stepper: Stepper = new Decoder({
-    config,
-    kernels,
-    weights: loadWeights(file, config, { kernels, mode: options.weights, cache: null }),
+  const { decoder, config, description } = await openDecoder({
+    modelPath: options.modelPath,
+    modelHash: '',
+    mode: options.weights,
+    backend: 'ggml',
+    threads: options.threads,
+    cacheDirectory: null,
     cells: scrapCells + options.streamsMax * options.streamTokensMax,
-    cellType: 'f16',
     pages: 1 + pagesOf.reduce((sum, count) => sum + count, 0),
     tokensMax: 512,
     segmentsMax: options.streamsMax,
   });
+  const stepper: Stepper = decoder;
   const pages: number[][] = [];
   let nextPage = 1;
   options.adapters.forEach(({ seed, rank }, index) => {
@@ -44,7 +43,7 @@ export async function openSide(options: SideOptions): Promise<Side> {
   const rowsOf = (use: AdapterUse | null): AdapterRows | null =>
     use === null ? null : { pages: pages[use.adapter]!, rank: use.rank, scale: 1 };
   return {
-    description: `rankgate ${options.weights}, ${options.threads} threads`,
+    description: `rankgate on ${description}`,
     run(job) {
       const runner = new Runner(stepper, options.streamTokensMax);
       return job.kind === 'prefill' ? runner.prefill(job.prompt) : runner.generate(job, rowsOf);

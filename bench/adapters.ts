@@ -1,0 +1,136 @@
+// `bench adapters`: eight streams with eight different rank-16 adapters on all seven projections, all there at time zero.
+// llama.cpp cannot mix LoRA sets in a batch; it is measured serving them one after another (as llama-server does) and
+// round robin (better first token, every step eight batches of one), and the better throughput is the opponent.
+
+import type { AdapterSpec, AdapterUse, Job, JobResult, SideOptions } from './job.ts';
+import {
+  agreement,
+  type Entrant,
+  idleShareMax,
+  median,
+  type Report,
+  round,
+  runRounds,
+  type Series,
+  seriesOf,
+} from './measure.ts';
+import { takePrompts } from './prompts.ts';
+import { type SideName, SideProcess } from './side-process.ts';
+
+const streams = 8;
+const promptTokens = 64;
+const newTokens = 128;
+export const adapterRank = 16;
+
+type Generate = Extract<Job, { kind: 'generate' }>;
+
+const withAdapters: Generate = {
+  kind: 'generate',
+  prompts: takePrompts(streams, promptTokens),
+  newTokens,
+  adapters: Array.from(
+    { length: streams },
+    (_, adapter): AdapterUse => ({ adapter, rank: adapterRank }),
+  ),
+  order: 'one-after-another',
+};
+const withoutAdapters: Generate = {
+  ...withAdapters,
+  adapters: withAdapters.adapters.map(() => null),
+};
+
+/** All streams' tokens over the whole time, prompts included. */
+const throughput = (result: JobResult): number => (1000 * streams * newTokens) / result.totalMs;
+
+export async function benchAdapters(
+  options: Omit<SideOptions, 'weights' | 'adapters' | 'streamsMax' | 'streamTokensMax'>,
+  adapters: readonly AdapterSpec[],
+  rounds: number,
+): Promise<Report> {
+  const common = { ...options, adapters, streamsMax: streams, streamTokensMax: 256 };
+  const open = (name: SideName, weights: SideOptions['weights']): Promise<SideProcess> =>
+    SideProcess.open(name, { ...common, weights });
+  const sides = new Map<string, SideProcess>();
+  try {
+    sides.set('llamacpp', await open('llamacpp', 'parity'));
+    sides.set('parity', await open('rankgate', 'parity'));
+    sides.set('faithful', await open('rankgate', 'faithful'));
+    const results = await runRounds(entrantsOf(sides), rounds);
+    return {
+      ...summarise(results),
+      sides: Object.fromEntries([...sides].map(([name, side]) => [name, side.description])),
+    };
+  } finally {
+    for (const side of sides.values()) await side.close();
+  }
+}
+
+function entrantsOf(sides: ReadonlyMap<string, SideProcess>): Entrant[] {
+  const [llamacpp, parity, faithful] = [...sides.values()] as [
+    SideProcess,
+    SideProcess,
+    SideProcess,
+  ];
+  return [
+    { name: 'llamacpp_serial', side: llamacpp, job: withAdapters },
+    {
+      name: 'llamacpp_round_robin',
+      side: llamacpp,
+      job: { ...withAdapters, order: 'round-robin' },
+    },
+    { name: 'llamacpp_no_adapter', side: llamacpp, job: withoutAdapters },
+    { name: 'parity', side: parity, job: withAdapters },
+    { name: 'parity_no_adapter', side: parity, job: withoutAdapters },
+    { name: 'faithful', side: faithful, job: withAdapters },
+    { name: 'faithful_no_adapter', side: faithful, job: withoutAdapters },
+  ];
+}
+
+function summarise(results: ReadonlyMap<string, JobResult[]>): Omit<Report, 'sides'> {
+  const series: Record<string, Series> = {};
+  for (const [name, all] of results) {
+    series[name] = seriesOf('tokens/s', all.map(throughput));
+    series[`${name}_ttft_p50`] = seriesOf(
+      'ms',
+      all.map((result) => median(result.ttftMs)),
+    );
+    series[`${name}_ttft_worst`] = seriesOf(
+      'ms',
+      all.map((result) => Math.max(...result.ttftMs)),
+    );
+    series[`${name}_cpu`] = seriesOf(
+      'CPU ms',
+      all.map((result) => result.cpuMs),
+    );
+  }
+  const value = (name: string): number => series[name]!.median;
+  const opponent = Math.max(value('llamacpp_serial'), value('llamacpp_round_robin'));
+  const opponentCpu = Math.min(value('llamacpp_serial_cpu'), value('llamacpp_round_robin_cpu'));
+  const last = (name: string): JobResult => results.get(name)!.at(-1)!;
+  return {
+    bench: 'adapters',
+    figures: {
+      parity_ratio_to_llamacpp: round(value('parity') / opponent),
+      faithful_ratio_to_llamacpp: round(value('faithful') / opponent),
+      ratio_to_no_adapter: round(value('faithful') / value('faithful_no_adapter')),
+      parity_ratio_to_no_adapter: round(value('parity') / value('parity_no_adapter')),
+      llamacpp_ratio_to_no_adapter: round(opponent / value('llamacpp_no_adapter')),
+      ttft_p50_ratio: round(value('faithful_ttft_p50') / value('llamacpp_serial_ttft_p50')),
+      ttft_p50_ratio_round_robin: round(
+        value('faithful_ttft_p50') / value('llamacpp_round_robin_ttft_p50'),
+      ),
+      parity_cpu_ratio_to_llamacpp: round(opponentCpu / value('parity_cpu')),
+      faithful_cpu_ratio_to_llamacpp: round(opponentCpu / value('faithful_cpu')),
+      cpu_ratio_to_no_adapter: round(value('faithful_no_adapter_cpu') / value('faithful_cpu')),
+      ids_equal_parity: agreement(last('parity'), last('llamacpp_serial')),
+      ids_equal_no_adapter: agreement(last('parity'), last('parity_no_adapter')),
+      idle_core_share_max: idleShareMax(results),
+    },
+    series,
+    notes: [
+      'throughput ratios: against the better of llamacpp_serial and llamacpp_round_robin',
+      'ttft_p50_ratio: faithful against llamacpp_serial, the order in which llama-server serves different LoRA sets',
+      'ids_equal_no_adapter is small when the adapters change the answers; ids_equal_parity shows that both sides applied the same ones',
+    ],
+  };
+}

@@ -1,0 +1,119 @@
+// npm run -s bench -- NAME [--json] [--threads N] [--rounds N] [--weights MODE]: side-by-side figures from one run, both
+// sides on this machine, same file, same threads. Prints a table, or one JSON object.
+
+import { execFileSync } from 'node:child_process';
+import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { availableParallelism, loadavg, tmpdir } from 'node:os';
+import { basename, join } from 'node:path';
+import { parseArgs } from 'node:util';
+import { defaultSource, fetchBaseModel } from '../src/model/model-source.ts';
+import { adapterModules } from './adapter-numbers.ts';
+import { adapterRank, benchAdapters } from './adapters.ts';
+import { benchDecode } from './decode.ts';
+import { writeGgufLora } from './gguf-lora.ts';
+import type { AdapterSpec, WeightMode } from './job.ts';
+import { describePlace, type Report, round } from './measure.ts';
+import { readConfig } from './rankgate-side.ts';
+import { benchRanks, largeRank } from './ranks.ts';
+
+interface Settings {
+  readonly modelPath: string;
+  readonly threads: number;
+  readonly rounds: number;
+  readonly weights: WeightMode;
+  readonly folder: string;
+}
+
+const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>> = {
+  decode: (settings) => {
+    installOpponent();
+    return benchDecode(settings, settings.rounds);
+  },
+  adapters: (settings) =>
+    benchAdapters(settings, makeAdapters(settings, adapterRank), settings.rounds),
+  ranks: (settings) => benchRanks(settings, makeAdapters(settings, largeRank), settings.rounds),
+};
+
+/** node-llama-cpp uses the shared objects that rankgate has installed (node's look-up finds them one folder up), so its own
+ *  optional packages, 700 MB of CUDA and Vulkan among them, stay away. Install scripts stay off: nothing is built. */
+function installOpponent(): void {
+  if (existsSync(join(import.meta.dirname, 'node_modules/node-llama-cpp'))) return;
+  const args = ['ci', '--prefix', import.meta.dirname, '--ignore-scripts', '--omit=optional'];
+  execFileSync('npm', args, { stdio: ['ignore', 2, 2] });
+}
+
+function makeAdapters({ modelPath, folder }: Settings, rank: number): AdapterSpec[] {
+  const config = readConfig(modelPath);
+  return Array.from({ length: 8 }, (_, index) => {
+    const seed = index + 1;
+    const ggufPath = join(folder, `adapter-${seed}.gguf`);
+    writeGgufLora(ggufPath, rank, adapterModules(config, seed, rank));
+    return { seed, rank, ggufPath };
+  });
+}
+
+function printTable(report: Report): void {
+  const width = Math.max(...Object.keys(report.series).map((name) => name.length), 24);
+  const line = (...cells: string[]): void =>
+    console.log(
+      cells.map((cell, i) => (i === 0 ? cell.padEnd(width) : cell.padStart(12))).join(''),
+    );
+  line('', 'median', 'min', 'max', 'unit');
+  for (const [name, { median, min, max, unit }] of Object.entries(report.series)) {
+    line(name, String(median), String(min), String(max), unit);
+  }
+  console.log();
+  for (const [name, value] of Object.entries(report.figures)) line(name, String(value));
+  for (const note of report.notes) console.log(`- ${note}`);
+}
+
+async function main(): Promise<void> {
+  const { values, positionals } = parseArgs({
+    allowPositionals: true,
+    options: {
+      json: { type: 'boolean', default: false },
+      threads: { type: 'string' },
+      rounds: { type: 'string', default: '5' },
+      weights: { type: 'string', default: 'faithful' },
+      model: { type: 'string' },
+    },
+  });
+  const bench = benches[positionals[0] ?? ''];
+  const threads = Number(values.threads ?? availableParallelism());
+  const rounds = Number(values.rounds);
+  const isCount = (value: number): boolean => Number.isInteger(value) && value >= 1;
+  const { weights } = values;
+  if (bench === undefined || !isCount(threads) || !isCount(rounds) || !isWeightMode(weights)) {
+    throw new Error(
+      `usage: npm run -s bench -- ${Object.keys(benches).join('|')} [--json] [--threads N] [--rounds N] [--weights parity|faithful] [--model FILE]`,
+    );
+  }
+  const place = describePlace();
+  const modelPath = values.model ?? (await fetchDefaultModel());
+  const folder = mkdtempSync(join(tmpdir(), 'rankgate-bench-'));
+  try {
+    const report = await bench({ modelPath, threads, rounds, weights, folder });
+    const loadAverageAtEnd = round(loadavg()[0]!);
+    const run = { model: basename(modelPath), threads, rounds, ...place, loadAverageAtEnd };
+    if (values.json) {
+      const { figures, ...rest } = report;
+      console.log(JSON.stringify({ ...figures, ...rest, run }, null, 2));
+    } else {
+      printTable(report);
+      console.log(JSON.stringify(run));
+    }
+  } finally {
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
+
+function isWeightMode(text: string): text is WeightMode {
+  return text === 'parity' || text === 'faithful';
+}
+
+async function fetchDefaultModel(): Promise<string> {
+  const dir = join(import.meta.dirname, '../data/models');
+  return (await fetchBaseModel(defaultSource, { dir })).path;
+}
+
+await main();
