@@ -17,7 +17,6 @@ import type {
   FromEngine,
   GeneratedToken,
   GenerateRequest,
-  StepReport,
 } from './messages.ts';
 import { Outbox } from './outbox.ts';
 import type { PrefixCache } from './prefix-cache.ts';
@@ -186,7 +185,8 @@ export class EngineLoop {
     this.#admit();
     this.#outbox.flush(); // a start is out before the step that may kill the process: supervisor.ts counts on it
     const isRunning = this.#running.size > 0;
-    if (isRunning) this.#outbox.step(this.#step(), this.stats());
+    if (isRunning) this.#step();
+    else this.#outbox.stats(this.stats());
     if (isRunning || this.#loader.isWriting || this.#waiting.size !== waiting) this.#wake();
     else if (waiting > 0 && !this.#loader.isReading) this.#giveUp();
   }
@@ -228,7 +228,7 @@ export class EngineLoop {
     this.#wake();
   }
 
-  #step(): StepReport {
+  #step(): void {
     this.#steps += 1;
     const batch = this.#choose();
     const startMs = this.#options.clock.nowMs();
@@ -238,7 +238,8 @@ export class EngineLoop {
     } catch (error) {
       this.#stepAlone(batch, error);
     }
-    return reportOf(batch, this.#options.clock.nowMs() - startMs);
+    const report = reportOf(batch, this.#options.clock.nowMs() - startMs);
+    this.#outbox.step(report, this.stats());
   }
 
   /** A step that throws has computed nothing. One bad sequence must not fail the rest, so each is tried by itself. */

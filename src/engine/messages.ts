@@ -116,7 +116,12 @@ export interface BaseInfo {
 }
 
 export type ToEngine =
-  | { readonly kind: 'submit'; readonly request: GenerateRequest }
+  | {
+      readonly kind: 'submit';
+      readonly request: GenerateRequest;
+      /** Tokens of the answer that its reader has: not empty when it resumes after an engine death. */
+      readonly generated: Int32Array;
+    }
   | { readonly kind: 'cancel'; readonly id: string }
   /** Make a generation resident (reads `{blobDir}/…` itself); answered by `loaded` or `load-failed`. */
   | { readonly kind: 'load'; readonly generation: Generation; readonly ticket: number }
@@ -141,4 +146,6 @@ export type FromEngine =
       readonly code: string;
       readonly message: string;
     }
-  | { readonly kind: 'step'; readonly report: StepReport; readonly stats: EngineStats };
+  | { readonly kind: 'step'; readonly report: StepReport; readonly stats: EngineStats }
+  /** Something changed without a step: a cancel, a load, an unload. */
+  | { readonly kind: 'stats'; readonly stats: EngineStats };

@@ -31,6 +31,11 @@ export class Outbox {
     this.#emit({ kind: 'step', report, stats });
   }
 
+  stats(stats: EngineStats): void {
+    this.flush();
+    this.#emit({ kind: 'stats', stats });
+  }
+
   flush(): void {
     if (this.#events.length === 0) return;
     const batch = this.#events;

@@ -1,0 +1,144 @@
+// The same Engine without a process between: the loop runs in the caller's. For tests and debugging only: a signal in
+// native code would take the caller with it, and every step holds its event loop.
+
+import type { Generation } from '../adapters/adapter.ts';
+import { type ErrorCode, GatewayError } from '../errors.ts';
+import type { Engine } from './engine.ts';
+import type { EngineLoop } from './engine-loop.ts';
+import { EventStream } from './event-stream.ts';
+import { LoadTickets } from './load-tickets.ts';
+import type {
+  BaseInfo,
+  EngineEvent,
+  EngineStats,
+  FromEngine,
+  GenerateRequest,
+  StepReport,
+} from './messages.ts';
+
+/** `createLoop` gets the loop's `emit`. */
+export async function createLocalEngine(
+  createLoop: (emit: (message: FromEngine) => void) => Promise<EngineLoop>,
+  nowMs: () => number,
+): Promise<Engine> {
+  let hear = (_message: FromEngine): void => {};
+  const loop = await createLoop((message) => hear(message));
+  const engine = new LocalEngine(loop, nowMs);
+  hear = (message) => engine.hear(message);
+  return engine;
+}
+
+/** Events that one reader may be behind. */
+const eventsMax = 4096;
+
+class LocalEngine implements Engine {
+  readonly base: BaseInfo;
+  readonly #loop: EngineLoop;
+  readonly #nowMs: () => number;
+  readonly #streams: Map<string, EventStream> = new Map();
+  readonly #tickets: LoadTickets = new LoadTickets();
+  readonly #stepListeners: Set<(report: StepReport) => void> = new Set();
+  #lastTokenMs: number | null = null;
+  #isClosed = false;
+
+  constructor(loop: EngineLoop, nowMs: () => number) {
+    this.base = loop.base;
+    this.#loop = loop;
+    this.#nowMs = nowMs;
+  }
+
+  submit(request: GenerateRequest, signal: AbortSignal): AsyncIterable<EngineEvent> {
+    const { id } = request;
+    const stream = new EventStream(eventsMax, () => {
+      this.#streams.delete(id);
+      this.#loop.cancel(id);
+    });
+    if (this.#isClosed || this.#streams.has(id)) {
+      stream.fail(
+        this.#isClosed
+          ? new GatewayError('NO_CAPACITY', 'the engine is draining')
+          : new GatewayError('INTERNAL', `request id ${id} is in use`),
+      );
+      return stream;
+    }
+    if (signal.aborted) {
+      stream.fail(new GatewayError('CANCELLED', 'cancelled by the caller'));
+      return stream;
+    }
+    signal.addEventListener('abort', () => stream.cancel(), { once: true });
+    this.#streams.set(id, stream);
+    this.#loop.submit(request);
+    return stream;
+  }
+
+  hear(message: FromEngine): void {
+    switch (message.kind) {
+      case 'events':
+        for (const { id, event } of message.batch) {
+          if (event.kind === 'piece') this.#lastTokenMs = this.#nowMs();
+          const stream = this.#streams.get(id);
+          if (event.kind === 'end') this.#streams.delete(id);
+          stream?.push(event);
+        }
+        break;
+      case 'failed': {
+        const stream = this.#streams.get(message.id);
+        this.#streams.delete(message.id);
+        stream?.fail(new GatewayError(message.code as ErrorCode, message.message));
+        break;
+      }
+      case 'loaded':
+        this.#tickets.settle(message.ticket, null);
+        break;
+      case 'load-failed': {
+        const error = new GatewayError(message.code as ErrorCode, message.message);
+        this.#tickets.settle(message.ticket, error);
+        break;
+      }
+      case 'step':
+        for (const listener of this.#stepListeners) listener(message.report);
+        break;
+      case 'stats':
+      case 'ready':
+      case 'refused':
+        break; // said by serve-loop.ts only, or asked of the loop directly
+    }
+  }
+
+  async load(generation: Generation): Promise<void> {
+    const { promise, message } = this.#tickets.open(generation);
+    if (message.kind === 'load') this.#loop.load(generation, message.ticket);
+    await promise;
+  }
+
+  unload(generation: Generation): void {
+    this.#loop.unload(generation);
+  }
+
+  stats(): EngineStats {
+    return this.#loop.stats();
+  }
+
+  onStep(listener: (report: StepReport) => void): () => void {
+    this.#stepListeners.add(listener);
+    return () => this.#stepListeners.delete(listener);
+  }
+
+  isReady(): boolean {
+    return !this.#isClosed;
+  }
+
+  lastTokenAtMs(): number | null {
+    return this.#lastTokenMs;
+  }
+
+  close(): Promise<void> {
+    this.#isClosed = true;
+    this.#loop.stop();
+    const error = new GatewayError('NO_CAPACITY', 'the engine is shutting down');
+    for (const stream of this.#streams.values()) stream.fail(error);
+    this.#streams.clear();
+    this.#tickets.failAll(error);
+    return Promise.resolve();
+  }
+}

@@ -1,0 +1,362 @@
+// The Engine that the gateway sees: an engine process behind it that may die at any time (design.md section 1). A death
+// is a pause: a new process is started and every request goes on as prompt + tokens already sent. A request under which
+// the engine dies twice without a token between is refused. To tell it from those that only ran beside it, requests that
+// were computing when the engine died come back one at a time, each alone until its next token.
+
+import type { Generation } from '../adapters/adapter.ts';
+import { type ErrorCode, GatewayError } from '../errors.ts';
+import type { Engine } from './engine.ts';
+import { type ChildOptions, EngineChild } from './engine-child.ts';
+import { EventStream } from './event-stream.ts';
+import { Flight } from './flight.ts';
+import { LoadTickets } from './load-tickets.ts';
+import type {
+  BaseInfo,
+  EngineEvent,
+  EngineStats,
+  FromEngine,
+  GenerateRequest,
+  StepReport,
+} from './messages.ts';
+
+export interface SupervisorOptions extends ChildOptions {
+  /** First pause before a restart; doubles with every death until something is produced. */
+  readonly backoffMsMin: number;
+  readonly backoffMsMax: number;
+  /** Requests that may be in flight at once. */
+  readonly flightsMax: number;
+  /** Events that one reader may be behind. */
+  readonly eventsMax: number;
+  /** How long close() lets running requests go on. */
+  readonly drainMsMax: number;
+  /** One line a life's end: for logs and metrics. */
+  readonly onDeath?: (why: string) => void;
+}
+
+/** Deaths without a token between after which a request is taken for their cause. */
+const strikesMax = 2;
+/** Deaths under one request in all: nothing is retried for ever. Guess. */
+const deathsMax = 10;
+/** Deaths within the window, with nothing produced, that make the engine count as down. */
+const crashLoopDeaths = 5;
+const crashLoopMs = 60_000;
+
+type Life =
+  | { readonly kind: 'down'; readonly cancelRestart: () => void }
+  | { readonly kind: 'starting' | 'ready'; readonly child: EngineChild };
+
+export class Supervisor implements Engine {
+  readonly #options: SupervisorOptions;
+  readonly #flights: Map<string, Flight> = new Map();
+  /** Were computing at a death and have had no token since; the first of them is with the engine, alone. */
+  #suspects: Flight[] = [];
+  readonly #tickets: LoadTickets = new LoadTickets();
+  readonly #stepListeners: Set<(report: StepReport) => void> = new Set();
+  #life: Life = { kind: 'down', cancelRestart: () => {} };
+  #base: BaseInfo | null = null;
+  #stats: EngineStats = noStats;
+  #lastTokenMs: number | null = null;
+  /** Times of the deaths since the last token. */
+  #deathsMs: number[] = [];
+  #isCrashLooping = false;
+  #isClosing = false;
+  #restarts = 0;
+  #onEmpty: () => void = () => {};
+  #settleStart: { resolve: () => void; reject: (error: GatewayError) => void } | null = null;
+
+  constructor(options: SupervisorOptions) {
+    this.#options = options;
+  }
+
+  /** Starts the first process. Rejects when the engine refuses its configuration or only crashes. */
+  start(): Promise<void> {
+    return new Promise((resolve, reject) => {
+      this.#settleStart = { resolve, reject };
+      this.#spawn();
+    });
+  }
+
+  get base(): BaseInfo {
+    if (this.#base === null) throw new GatewayError('NO_CAPACITY', 'the engine is starting');
+    return this.#base;
+  }
+
+  /** Engine deaths that were followed by a new start. */
+  get restarts(): number {
+    return this.#restarts;
+  }
+
+  /** Of the running process; for tests and doctor. */
+  get pid(): number | undefined {
+    return this.#life.kind === 'down' ? undefined : this.#life.child.pid;
+  }
+
+  submit(request: GenerateRequest, signal: AbortSignal): AsyncIterable<EngineEvent> {
+    const leave = (): void => this.#leave(flight);
+    const stream = new EventStream(this.#options.eventsMax, leave);
+    const abort = (): void => stream.cancel();
+    const flight = new Flight({
+      request,
+      stream,
+      submittedMs: this.#options.clock.nowMs(),
+      onLand: () => {
+        signal.removeEventListener('abort', abort);
+        this.#land(flight);
+      },
+    });
+    const refusal = this.#refusal(request);
+    if (refusal !== null) {
+      stream.fail(refusal);
+      return stream;
+    }
+    this.#flights.set(request.id, flight);
+    signal.addEventListener('abort', abort, { once: true });
+    if (signal.aborted) abort();
+    else this.#dispatch();
+    return stream;
+  }
+
+  async load(generation: Generation): Promise<void> {
+    if (this.#isClosing || this.#isCrashLooping) throw downError();
+    const { promise, message } = this.#tickets.open(generation);
+    if (this.#life.kind === 'ready') this.#life.child.send(message);
+    await promise;
+  }
+
+  unload(generation: Generation): void {
+    if (this.#life.kind === 'ready') this.#life.child.send({ kind: 'unload', generation });
+  }
+
+  stats(): EngineStats {
+    let running = 0;
+    for (const flight of this.#flights.values()) if (flight.state === 'computing') running += 1;
+    return { ...this.#stats, running, waiting: this.#flights.size - running };
+  }
+
+  onStep(listener: (report: StepReport) => void): () => void {
+    this.#stepListeners.add(listener);
+    return () => this.#stepListeners.delete(listener);
+  }
+
+  isReady(): boolean {
+    return this.#life.kind === 'ready' && !this.#isCrashLooping && !this.#isClosing;
+  }
+
+  lastTokenAtMs(): number | null {
+    return this.#lastTokenMs;
+  }
+
+  /** Takes nothing new, lets what runs go on for a while, then ends the process. */
+  async close(): Promise<void> {
+    this.#isClosing = true;
+    if (this.#life.kind !== 'down') await this.#drained();
+    this.#failAll(new GatewayError('NO_CAPACITY', 'the engine is shutting down'));
+    this.#tickets.failAll(downError());
+    this.#settleStart?.reject(downError());
+    this.#settleStart = null;
+    const life = this.#life;
+    if (life.kind === 'down') life.cancelRestart();
+    else await life.child.end();
+  }
+
+  #drained(): Promise<void> {
+    return new Promise((resolve) => {
+      const cancel = this.#options.clock.after(this.#options.drainMsMax, resolve);
+      this.#onEmpty = () => {
+        cancel();
+        resolve();
+      };
+      if (this.#flights.size === 0) this.#onEmpty();
+    });
+  }
+
+  #land(flight: Flight): void {
+    if (this.#flights.get(flight.request.id) === flight) this.#flights.delete(flight.request.id);
+    this.#suspects = this.#suspects.filter((one) => one !== flight);
+    if (this.#flights.size === 0) this.#onEmpty();
+  }
+
+  #refusal(request: GenerateRequest): GatewayError | null {
+    if (this.#isClosing) return new GatewayError('NO_CAPACITY', 'the engine is draining');
+    if (this.#isCrashLooping) return downError();
+    if (this.#flights.has(request.id)) {
+      return new GatewayError('INTERNAL', `request id ${request.id} is in use`);
+    }
+    if (this.#flights.size < this.#options.flightsMax) return null;
+    return new GatewayError('CONTENDED', `${this.#flights.size} requests are in flight`);
+  }
+
+  /** Sends what may be sent now: one suspect alone, or, when there are none, everybody. */
+  #dispatch(): void {
+    const life = this.#life;
+    if (life.kind !== 'ready') return;
+    const suspect = this.#suspects[0];
+    const candidates = suspect === undefined ? this.#flights.values() : [suspect];
+    for (const flight of candidates) {
+      if (flight.state !== 'held') continue;
+      flight.state = 'sent';
+      const { request } = flight;
+      life.child.send({ kind: 'submit', request, generated: flight.generated() });
+    }
+    this.#expectSigns();
+  }
+
+  #leave(flight: Flight): void {
+    const life = this.#life;
+    const isWithEngine = flight.state !== 'held' && life.kind === 'ready';
+    flight.fail(new GatewayError('CANCELLED', 'cancelled')); // the stream is over already: this only lands it
+    if (isWithEngine) life.child.send({ kind: 'cancel', id: flight.request.id });
+    this.#dispatch();
+  }
+
+  #expectSigns(): void {
+    if (this.#life.kind === 'down') return;
+    let isBusy = false;
+    for (const flight of this.#flights.values()) isBusy ||= flight.state !== 'held';
+    this.#life.child.expectSigns(isBusy);
+  }
+
+  #spawn(): void {
+    const child = new EngineChild(this.#options, {
+      onMessage: (message) => this.#hear(message),
+      onDeath: (why) => this.#die(why),
+    });
+    this.#life = { kind: 'starting', child };
+  }
+
+  #hear(message: FromEngine): void {
+    switch (message.kind) {
+      case 'ready':
+        this.#becomeReady(message.base);
+        break;
+      case 'refused':
+        this.#settleStart?.reject(new GatewayError(message.code as ErrorCode, message.message));
+        this.#settleStart = null;
+        break;
+      case 'events':
+        for (const { id, event } of message.batch) this.#deliver(id, event);
+        this.#expectSigns();
+        break;
+      case 'failed':
+        this.#flights
+          .get(message.id)
+          ?.fail(new GatewayError(message.code as ErrorCode, message.message));
+        this.#dispatch();
+        break;
+      case 'loaded':
+        this.#tickets.settle(message.ticket, null);
+        break;
+      case 'load-failed':
+        this.#tickets.settle(
+          message.ticket,
+          new GatewayError(message.code as ErrorCode, message.message),
+        );
+        break;
+      case 'step':
+        this.#stats = message.stats;
+        for (const listener of this.#stepListeners) listener(message.report);
+        break;
+      case 'stats':
+        this.#stats = message.stats;
+        break;
+    }
+  }
+
+  #becomeReady(base: BaseInfo): void {
+    if (this.#life.kind !== 'starting') return;
+    const { child } = this.#life;
+    if (this.#base !== null && this.#base.hash !== base.hash) {
+      child.kill('it came back with another base model');
+      return;
+    }
+    this.#life = { kind: 'ready', child };
+    this.#base = base;
+    this.#isCrashLooping = false;
+    this.#settleStart?.resolve();
+    this.#settleStart = null;
+    for (const message of this.#tickets.messages()) child.send(message);
+    this.#dispatch();
+  }
+
+  #deliver(id: string, event: EngineEvent): void {
+    const flight = this.#flights.get(id);
+    if (flight === undefined) return; // cancelled while this was under way
+    const nowMs = this.#options.clock.nowMs();
+    const isFirst = this.#suspects[0] === flight;
+    if (flight.deliver(event, nowMs)) {
+      this.#lastTokenMs = nowMs;
+      this.#deathsMs = [];
+      if (isFirst) this.#suspects.shift();
+    }
+    if (isFirst) this.#dispatch();
+  }
+
+  #die(why: string): void {
+    const { clock, backoffMsMin, backoffMsMax } = this.#options;
+    this.#options.onDeath?.(why);
+    this.#stats = { ...noStats, kvCellsMax: this.#stats.kvCellsMax };
+    const nowMs = clock.nowMs();
+    this.#deathsMs = [...this.#deathsMs, nowMs].slice(-crashLoopDeaths);
+    this.#strike();
+    this.#life = { kind: 'down', cancelRestart: () => {} };
+    if (this.#isClosing || (this.#base === null && this.#settleStart === null)) {
+      this.#failAll(downError());
+      return;
+    }
+    const isLoop =
+      this.#deathsMs.length === crashLoopDeaths && nowMs - this.#deathsMs[0]! < crashLoopMs;
+    if (isLoop) this.#giveUp();
+    if (isLoop && this.#base === null) return; // it never worked: start() has been rejected
+    const delayMs = Math.min(backoffMsMax, backoffMsMin * 2 ** (this.#deathsMs.length - 1));
+    const cancelRestart = clock.after(isLoop ? backoffMsMax : delayMs, () => {
+      this.#restarts += 1;
+      this.#spawn();
+    });
+    this.#life = { kind: 'down', cancelRestart };
+  }
+
+  /** Counts the death to those that were computing, and refuses whom it has happened to too often. */
+  #strike(): void {
+    for (const flight of [...this.#flights.values()]) {
+      const wasComputing = flight.state === 'computing';
+      flight.state = 'held';
+      if (!wasComputing) continue;
+      flight.deaths += 1;
+      flight.strikes += 1;
+      if (flight.strikes >= strikesMax || flight.deaths >= deathsMax) {
+        flight.fail(
+          new GatewayError('ENGINE_POISONED', 'the engine died under this request twice'),
+        );
+      } else if (!this.#suspects.includes(flight)) this.#suspects.push(flight);
+    }
+  }
+
+  #giveUp(): void {
+    this.#isCrashLooping = true;
+    this.#failAll(downError());
+    this.#tickets.failAll(downError());
+    this.#settleStart?.reject(downError());
+    this.#settleStart = null;
+  }
+
+  #failAll(error: GatewayError): void {
+    for (const flight of [...this.#flights.values()]) flight.fail(error);
+  }
+}
+
+function downError(): GatewayError {
+  return new GatewayError('NO_CAPACITY', 'the engine is down', { retryAfterS: 5 });
+}
+
+const noStats: EngineStats = {
+  running: 0,
+  waiting: 0,
+  kvCellsUsed: 0,
+  kvCellsMax: 0,
+  residents: [],
+  adapterSlotsMax: 0,
+  steps: 0,
+  tokensGenerated: 0,
+  prefixTokensQueried: 0,
+  prefixTokensHit: 0,
+};
