@@ -100,11 +100,13 @@ function invalid(message: string): GatewayError {
 function readHeader(source: ByteSource, limits: SafetensorsLimits): SafetensorsHeader {
   if (source.bytes < 8) throw invalid(`${source.bytes} bytes are too few for a header`);
   const start = source.read(0, 8);
-  refuseOtherFormats(start);
   // A bigint: 2^63 as a number would pass for a smaller one.
   const length = new DataView(start.buffer, start.byteOffset, 8).getBigUint64(0, true);
   const max = limits.headerBytesMax ?? headerBytesMax;
-  if (length > BigInt(max)) throw invalid(`a header of ${length} bytes, at most ${max} are read`);
+  if (length > BigInt(max)) {
+    if (isPickle(start)) throw invalid('this is a pickle or an archive; only safetensors are read');
+    throw invalid(`a header of ${length} bytes, at most ${max} are read`);
+  }
   const dataStart = 8 + Number(length);
   if (dataStart > source.bytes) {
     throw invalid(`the header ends at ${dataStart}, the file at ${source.bytes}`);
@@ -123,12 +125,11 @@ function readHeader(source: ByteSource, limits: SafetensorsLimits): SafetensorsH
   return { metadata: parsed.metadata, tensors };
 }
 
-/** Pickles and archives get the message that helps: these bytes read as a length only say "too large". */
-function refuseOtherFormats(start: Uint8Array): void {
-  // torch.save writes a zip of pickles; as a length "PK\x03\x04" is 67 MB, so no adapter's header is mistaken for it.
-  const isZip = start[0] === 0x50 && start[1] === 0x4b && start[2] === 3 && start[3] === 4;
-  const isPickle = start[0] === 0x80 && start[1]! >= 2 && start[1]! <= 5 && start[7] !== 0;
-  if (isZip || isPickle) throw invalid('this is a pickle or an archive; only safetensors are read');
+/** torch.save writes a zip of pickles, or a pickle of protocol 2 to 5. Read as a length both are far above any limit, so
+ *  this only picks the message that helps. */
+function isPickle(start: Uint8Array): boolean {
+  if (start[0] === 0x50 && start[1] === 0x4b) return true;
+  return start[0] === 0x80 && start[1]! >= 2 && start[1]! <= 5;
 }
 
 function checkedEntry(name: string, { dtype, shape, begin, end }: HeaderEntry): SafetensorsDtype {
