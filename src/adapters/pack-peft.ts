@@ -2,7 +2,7 @@
 
 import { GatewayError } from '../errors.ts';
 import { f16Values } from '../kernels/half.ts';
-import type { DecoderConfig } from '../model/decoder-config.ts';
+import { type DecoderConfig, projections } from '../model/decoder-config.ts';
 import { type SafetensorsTensor, writeSafetensors } from '../model/safetensors.ts';
 import { type AdaptedModule, type AdapterManifest, pageRanks } from './adapter.ts';
 import { createPacker, type PackedAdapter } from './pack.ts';
@@ -62,7 +62,7 @@ export function unpackPeft(packed: PackedAdapter, rank: number, base: DecoderCon
     tensors.set(formatTensorName(module, 'B'), f32Tensor(rows, [module.out, kept]));
   }
   return {
-    config: `${JSON.stringify(exportedConfig(manifest, rank), null, 2)}\n`,
+    config: `${JSON.stringify(exportedConfig(manifest, rank, base), null, 2)}\n`,
     weights: writeSafetensors(tensors, new Map([['format', 'pt']])),
   };
 }
@@ -101,7 +101,11 @@ function f32Tensor(values: Float32Array, shape: readonly number[]): SafetensorsT
 }
 
 /** Modules of fewer ranks than `rank` get them by pattern, and the alpha that keeps their scale at 1. */
-function exportedConfig({ modules, source }: AdapterManifest, rank: number): unknown {
+function exportedConfig(
+  { modules, source }: AdapterManifest,
+  rank: number,
+  base: DecoderConfig,
+): unknown {
   const narrow = modules.filter((module) => module.rank < rank);
   const pattern = Object.fromEntries(
     narrow.map((module) => [moduleName(module).replaceAll('.', '\\.'), module.rank]),
@@ -114,7 +118,7 @@ function exportedConfig({ modules, source }: AdapterManifest, rank: number): unk
     lora_alpha: rank,
     rank_pattern: pattern,
     alpha_pattern: pattern,
-    target_modules: targetsOf(modules),
+    target_modules: targetsOf(modules, base),
     lora_dropout: 0,
     bias: 'none',
     fan_in_fan_out: false,
@@ -127,10 +131,7 @@ function exportedConfig({ modules, source }: AdapterManifest, rank: number): unk
 }
 
 /** Short names when they name these modules only, else each module's own. */
-function targetsOf(modules: readonly AdaptedModule[]): string[] {
-  const blocks = new Set(modules.map((module) => module.block));
-  const names = new Set(modules.map((module) => targetName(module.projection)));
-  const isUniform =
-    modules.length === blocks.size * names.size && blocks.size === Math.max(...blocks) + 1;
-  return isUniform ? [...names].sort() : modules.map(moduleName);
+function targetsOf(modules: readonly AdaptedModule[], { blocks }: DecoderConfig): string[] {
+  const named = projections.filter((name) => modules.some(({ projection }) => projection === name));
+  return modules.length === blocks * named.length ? named.map(targetName) : modules.map(moduleName);
 }

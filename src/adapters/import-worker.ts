@@ -1,0 +1,64 @@
+// The thread of one import or export: it reads a tenant's files, computes for seconds and may run out of memory; the
+// gateway's event loop does none of that, and outlives it. Started by importer.ts, answers once, ends.
+
+import { parentPort, workerData } from 'node:worker_threads';
+import { asGatewayError, type ErrorCode } from '../errors.ts';
+import type { DecoderConfig } from '../model/decoder-config.ts';
+import type { Generation } from './adapter.ts';
+import { blobPath, createBlobStore } from './blobs.ts';
+import { readPacked } from './pack.ts';
+import { packPeft, unpackPeft } from './pack-peft.ts';
+import type { AdapterBase } from './peft.ts';
+import { readPeftDirectory } from './peft-directory.ts';
+import type { ImportedAdapter, PeftFiles } from './registry.ts';
+
+export type ImportJob =
+  | {
+      readonly kind: 'import';
+      readonly directory: string;
+      readonly blobDirectory: string;
+      readonly base: AdapterBase;
+      readonly acceptBaseName: string | null;
+    }
+  | {
+      readonly kind: 'export';
+      readonly blobDirectory: string;
+      readonly generation: Generation;
+      readonly rank: number;
+      readonly base: DecoderConfig;
+    };
+
+export type ImportAnswer =
+  | { readonly kind: 'imported'; readonly adapter: ImportedAdapter }
+  | { readonly kind: 'exported'; readonly files: PeftFiles }
+  | {
+      readonly kind: 'failed';
+      readonly code: ErrorCode;
+      readonly message: string;
+      readonly param: string | undefined;
+      /** Of an error that is not ours: for the log. */
+      readonly stack: string | undefined;
+    };
+
+async function answer(job: ImportJob): Promise<ImportAnswer> {
+  if (job.kind === 'export') {
+    const path = blobPath(job.blobDirectory, job.generation);
+    const packed = await readPacked(path, job.generation);
+    return { kind: 'exported', files: unpackPeft(packed, job.rank, job.base) };
+  }
+  const { base, acceptBaseName } = job;
+  const input = await readPeftDirectory(job.directory);
+  const { manifest, bytes, warnings } = packPeft({ ...input, base, acceptBaseName });
+  const generation = await createBlobStore(job.blobDirectory).put(bytes);
+  const adapter = { manifest, generation, bytes: bytes.length, warnings };
+  return { kind: 'imported', adapter };
+}
+
+function failed(error: unknown): ImportAnswer {
+  const { code, message, param, cause } = asGatewayError(error);
+  const stack = cause instanceof Error ? cause.stack : undefined;
+  return { kind: 'failed', code, message, param, stack };
+}
+
+const result = await answer(workerData as ImportJob).catch(failed);
+parentPort?.postMessage(result);

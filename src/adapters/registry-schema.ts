@@ -1,0 +1,75 @@
+// Opens the registry's database: settings, lock, tables. The version is in the file; a newer program's file is refused.
+
+import Database from 'libsql';
+import { GatewayError } from '../errors.ts';
+
+const schemaVersion = 1;
+
+const tables = `
+  CREATE TABLE schema (version INTEGER NOT NULL) STRICT;
+  INSERT INTO schema VALUES (${schemaVersion});
+  CREATE TABLE generations (
+    generation TEXT PRIMARY KEY,
+    manifest TEXT NOT NULL,
+    bytes INTEGER NOT NULL
+  ) STRICT;
+  CREATE TABLE names (
+    name TEXT PRIMARY KEY,
+    generation TEXT NOT NULL REFERENCES generations (generation),
+    updated_s INTEGER NOT NULL
+  ) STRICT;
+  CREATE INDEX names_by_generation ON names (generation);
+  CREATE TABLE previous (
+    step INTEGER PRIMARY KEY AUTOINCREMENT, -- the larger, the later
+    name TEXT NOT NULL REFERENCES names (name) ON DELETE CASCADE,
+    generation TEXT NOT NULL REFERENCES generations (generation)
+  ) STRICT;
+  CREATE INDEX previous_by_name ON previous (name, step);
+  CREATE INDEX previous_by_generation ON previous (generation);
+`;
+
+/** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for a schema from the future. */
+export function openDatabase(path: string): Database.Database {
+  const db = new Database(path);
+  try {
+    // The lock is taken at the first read and kept: leases are this process's memory, so nobody else may delete.
+    for (const setting of [
+      'busy_timeout = 2000',
+      'locking_mode = EXCLUSIVE',
+      'journal_mode = WAL',
+      'synchronous = FULL',
+      'foreign_keys = ON',
+      'trusted_schema = OFF',
+      'journal_size_limit = 4194304',
+    ]) {
+      db.pragma(setting);
+    }
+    db.transaction(() => migrate(db)).immediate();
+    return db;
+  } catch (error) {
+    db.close();
+    throw openError(error);
+  }
+}
+
+function migrate(db: Database.Database): void {
+  const known = db.prepare("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'schema'");
+  if (known.get() === undefined) {
+    db.exec(tables);
+    return;
+  }
+  const { version } = db.prepare('SELECT version FROM schema').get() as { version: number };
+  if (version === schemaVersion) return;
+  const message = `the registry has schema ${version}, this build knows ${schemaVersion}`;
+  throw new GatewayError('UNSUPPORTED', message);
+}
+
+function openError(error: unknown): GatewayError {
+  if (error instanceof GatewayError) return error;
+  const code = (error as { readonly code?: string }).code ?? 'unknown error';
+  if (code.startsWith('SQLITE_BUSY') || code.startsWith('SQLITE_LOCKED')) {
+    const message = 'another process uses this registry';
+    return new GatewayError('NO_CAPACITY', message, { cause: error });
+  }
+  return new GatewayError('INTERNAL', `the registry cannot be opened (${code})`, { cause: error });
+}
