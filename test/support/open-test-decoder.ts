@@ -18,7 +18,7 @@ export interface TestDecoderOptions {
   readonly pages?: number;
 }
 
-const defaults = { backend: 'ggml', threads: 2, cells: 2048, pages: 1 } as const;
+const defaults = { backend: 'ggml', threads: 1, cells: 2048, pages: 1 } as const;
 
 export async function openTiny(options: TestDecoderOptions = {}): Promise<OpenedDecoder> {
   return openDecoder({
@@ -42,7 +42,7 @@ export async function openBase(
     modelPath: await baseModelPath(),
     modelHash: 'test',
     cacheDirectory: null,
-    tokensMax: 512,
+    tokensMax: 768,
     segmentsMax: 32,
   });
 }
