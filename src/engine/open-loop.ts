@@ -1,0 +1,92 @@
+// From a model file and sizes to a loop that can serve: decoder, token table, adapter memory and cells put together.
+// The one place that knows which implementations stand behind the loop.
+
+import { blobPath } from '../adapters/blobs.ts';
+import { readPacked } from '../adapters/pack.ts';
+import { createResidency } from '../adapters/residency.ts';
+import type { BackendName } from '../kernels/create-kernels.ts';
+import { openGguf } from '../model/gguf.ts';
+import { openDecoder } from '../model/open-decoder.ts';
+import { endTokensOf, readTokenizerSource, tokenBytesTable } from '../model/tokenizer.ts';
+import type { WeightMode } from '../model/weights.ts';
+import type { EngineClock } from './clock.ts';
+import { EngineLoop, type LoopLimits } from './engine-loop.ts';
+import { blockCells, KvPool, reservedBlocks } from './kv-pool.ts';
+import type { FromEngine } from './messages.ts';
+import { PrefixCache } from './prefix-cache.ts';
+
+/** Plain data: it crosses to the engine process as JSON. */
+export interface EngineConfig {
+  readonly modelPath: string;
+  /** SHA-256 of the model file, hex. */
+  readonly modelHash: string;
+  readonly weights: WeightMode;
+  readonly backend: BackendName;
+  readonly threads: number;
+  /** null: the libraries that the installed package carries. */
+  readonly libraryDirectory: string | null;
+  /** Where converted weights are kept; null: nowhere. */
+  readonly cacheDirectory: string | null;
+  /** Where packed adapters lie. */
+  readonly blobDirectory: string;
+  readonly cells: number;
+  readonly pages: number;
+  /** Most tokens, and most sequences, in one step. */
+  readonly tokensMax: number;
+  readonly segmentsMax: number;
+  readonly limits: LoopLimits;
+  readonly tenantShareMax: number;
+}
+
+const noBytes = new Uint8Array();
+
+export async function openLoop(
+  config: EngineConfig,
+  clock: EngineClock,
+  emit: (message: FromEngine) => void,
+): Promise<EngineLoop> {
+  const { modelPath, modelHash, libraryDirectory } = config;
+  const { decoder, description } = await openDecoder({
+    modelPath,
+    modelHash,
+    mode: config.weights,
+    backend: config.backend,
+    threads: config.threads,
+    ...(libraryDirectory === null ? {} : { libraryDirectory }),
+    cacheDirectory: config.cacheDirectory,
+    cells: config.cells,
+    pages: config.pages,
+    tokensMax: config.tokensMax,
+    segmentsMax: config.segmentsMax,
+  });
+  try {
+    using file = openGguf(modelPath);
+    const source = readTokenizerSource(file.metadata);
+    const bytes = tokenBytesTable(source.tokens, source.tokenTypes);
+    const pool = new KvPool(decoder.cells);
+    const cellsMax = (pool.blocks - reservedBlocks) * blockCells;
+    return new EngineLoop({
+      base: {
+        config: decoder.config,
+        hash: modelHash,
+        contextMax: Math.min(decoder.config.contextLength, cellsMax),
+        endTokens: endTokensOf(source),
+        backend: description,
+      },
+      stepper: decoder,
+      residency: createResidency({
+        stepper: decoder,
+        baseHash: modelHash,
+        open: (generation) => readPacked(blobPath(config.blobDirectory, generation), generation),
+      }),
+      cache: new PrefixCache({ pool, tenantShareMax: config.tenantShareMax }),
+      limits: config.limits,
+      bytesOf: (token) => bytes[token] ?? noBytes,
+      clock,
+      emit,
+    });
+  } catch (error) {
+    decoder[Symbol.dispose]();
+    throw error;
+  }
+}
