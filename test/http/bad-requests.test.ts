@@ -21,6 +21,10 @@ async function refusal(path: string, body: unknown, headers: Record<string, stri
   return { status: response.status, ...error };
 }
 
+function manyArguments(count: number): Record<string, boolean> {
+  return Object.fromEntries(Array.from({ length: count }, (_, i) => [`a${i}`, true]));
+}
+
 describe('a chat field that is wrong is a 400 that names it', () => {
   const rows: ReadonlyArray<[Record<string, unknown>, string]> = [
     // Unknown or not implemented.
@@ -86,6 +90,7 @@ describe('a chat field that is wrong is a 400 that names it', () => {
     [{ chat_template_kwargs: { messages: true } }, 'chat_template_kwargs'],
     [{ chat_template_kwargs: { a: '<|im_start|>' } }, 'chat_template_kwargs.a'],
     [{ chat_template_kwargs: { a: {} } }, 'chat_template_kwargs.a'],
+    [{ chat_template_kwargs: manyArguments(17) }, 'chat_template_kwargs'],
     // Lengths (B60).
     [{ max_tokens: 4096 }, 'messages'],
     [{ max_tokens: 5, max_completion_tokens: 6 }, 'max_completion_tokens'],
@@ -166,6 +171,12 @@ describe('a chat field that is wrong is a 400 that names it', () => {
   it.each(headers)('%s: %s', async (name, value) => {
     const answer = await refusal('/v1/chat/completions', chat, { [name]: value });
     expect(answer).toMatchObject({ status: 400, code: 'invalid_budget', param: name });
+  });
+
+  it('takes as many template arguments as the limit says', async () => {
+    const body = { ...chat, chat_template_kwargs: manyArguments(16) };
+    expect((await harness.post('/v1/chat/completions', body)).status).toBe(200);
+    harness.engine.requests.length = 0;
   });
 
   it('names the context in the terms of OpenAI', async () => {

@@ -133,6 +133,11 @@ describe('/metrics', () => {
     const answering = harness.post(chat, ask);
     await settleTasks();
     expect(await metrics()).toContain('running_lora_adapters="",waiting_lora_adapters="support"');
+    // Resident and waited for (for cells): it counts as resident.
+    const residents = [{ generation: generationA, rank: 16, bytes: 1, uses: 0 }];
+    harness.engine.figures = { residents };
+    expect(await metrics()).toContain('running_lora_adapters="support",waiting_lora_adapters=""');
+    harness.engine.figures = {};
     feed.push(startEvent(), endEvent(0));
     await answering;
     expect(await metrics()).toContain('waiting_lora_adapters=""');

@@ -27,6 +27,17 @@ describe('resolveModel', () => {
     expect(target.lease?.name ?? null).toBe(name);
   });
 
+  it.each(['../x', 'Support', 'a/b', '', ' ', 'x'.repeat(65), 'a,b'])(
+    'asks the registry for names only: %j',
+    (asked) => {
+      const own = registry();
+      own.lease = () => {
+        throw new Error('asked');
+      };
+      expect(() => resolveModel(asked, known, own)).toThrow(/does not exist/);
+    },
+  );
+
   it('gives the base model for its own name only, and leaks no lease in refusing', () => {
     const parts = fc.constantFrom(
       'support',

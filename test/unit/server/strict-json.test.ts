@@ -64,6 +64,13 @@ describe('parseStrictJson', () => {
     expect(parseStrictJson(`"${'['.repeat(100)}"`, limits)).toBe('['.repeat(100));
   });
 
+  it.each(['{"__proto__":1}', '{"a":[{"__proto__":{}}]}', '{"a":{"\\u005f_proto__":1}}'])(
+    'refuses the key __proto__ at any depth: %s',
+    (text) => {
+      expect(() => parseStrictJson(text, limits)).toThrow(/__proto__/);
+    },
+  );
+
   it('counts keys over all objects and refuses one more', () => {
     const some = (count: number): string =>
       JSON.stringify(Array.from({ length: count }, () => ({ k: 1 })));
