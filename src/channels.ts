@@ -44,9 +44,8 @@ export interface RequestEnd {
 
 /** The engine process died and was started again. */
 export interface EngineRestart {
-  readonly reason: 'exit' | 'hang';
-  /** Requests that were re-admitted. */
-  readonly resumed: number;
+  /** `hang`, or how the process ended: few distinct texts, so it may be a metric's label. */
+  readonly reason: string;
 }
 
 export interface Events {

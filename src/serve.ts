@@ -43,8 +43,10 @@ export async function serve(config: Config, options: ServeOptions): Promise<void
   const { terminal } = options;
   const model = await fetchModel(config, options);
   // Loaded now: the other commands do without the server's modules.
-  const { startGateway } = await import('./main.ts');
-  const { url, modelName } = await startGateway(config, model);
+  const { closeOnSignals, startGateway } = await import('./main.ts');
+  const gateway = await startGateway(config, model);
+  closeOnSignals(gateway, () => process.exit(0));
+  const { url, modelName } = gateway;
   const curl = curlOf(url, modelName, config.apiKeys.length > 0);
   if (options.json) terminal.out(`${JSON.stringify({ event: 'ready', url, model: modelName })}\n`);
   else terminal.err(`\n${modelName} is served on ${url}. Try:\n\n${curl}\n\n`);

@@ -157,7 +157,7 @@ describe('/metrics', () => {
     await harness.post(chat, { ...ask, latency: { ttft_ms: 10 } });
     await (await harness.post(chat, { ...ask, stream: true })).text();
     await harness.post(chat, { ...ask, model: 'nope' });
-    publish('engine-restart', { reason: 'hang', resumed: 2 });
+    publish('engine-restart', { reason: 'hang' });
     const lines = (await metrics()).split('\n');
     for (const line of [
       'rankgate_requests_total{route="/v1/chat/completions",status="200"} 3',

@@ -1,0 +1,234 @@
+// Composition root: configuration and a verified model file → registry, engine process, text thread, router, HTTP server,
+// in that order; and the drain, in the reverse order. Every other file gets what it needs as arguments; this one knows
+// which implementation stands behind each contract.
+
+import { randomInt, randomUUID } from 'node:crypto';
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { createBlobStore } from './adapters/blobs.ts';
+import { createImporter } from './adapters/importer.ts';
+import type { Importer, Registry } from './adapters/registry.ts';
+import { openSqlRegistry } from './adapters/sql-registry.ts';
+import { publish } from './channels.ts';
+import { type Config, childEnvironment } from './config.ts';
+import { systemClock } from './engine/clock.ts';
+import type { EngineConfig } from './engine/open-loop.ts';
+import { Supervisor } from './engine/supervisor.ts';
+import type { TextService } from './engine/text.ts';
+import { createTextService } from './engine/text-service.ts';
+import { openGguf } from './model/gguf.ts';
+import { type ModelFile, modelNameOf } from './model/model-source.ts';
+import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
+import { parseBudget } from './router/budget.ts';
+import { createRouter, type Router } from './router/router.ts';
+import { createApp } from './server/app.ts';
+import type { Clock, ServerConfig } from './server/deps.ts';
+import { InFlight } from './server/in-flight.ts';
+import { createLifecycle, type Listening, listen } from './server/listen.ts';
+import { createMetrics } from './server/metrics.ts';
+
+export interface Gateway {
+  readonly url: string;
+  readonly modelName: string;
+  /** For tests: the engine's process id, undefined while it restarts. */
+  enginePid(): number | undefined;
+  /** Drains within the configured grace, then ends the engine. Idempotent. */
+  close(): Promise<void>;
+}
+
+// Guesses, generous for slow disks and machines: a start must not be taken for a hang.
+const readyMsMax = 180_000;
+const silenceMsMax = 60_000;
+const flightsMax = 4096;
+const eventsMax = 4096;
+const latencySaveMs = 60_000;
+/** Idle prefix-cache cells that one tenant may hold. */
+const tenantShareMax = 0.5;
+
+interface Paths {
+  readonly blobs: string;
+  readonly cache: string;
+  readonly registry: string;
+  readonly latency: string;
+}
+
+function makePaths(config: Config): Paths {
+  const at = (name: string): string => join(config.dataDir, name);
+  mkdirSync(config.adaptersRoot, { recursive: true });
+  mkdirSync(at('blobs'), { recursive: true });
+  return {
+    blobs: at('blobs'),
+    cache: at('cache'),
+    registry: at('registry.sqlite'),
+    latency: at('latency.json'),
+  };
+}
+
+async function startEngine(config: Config, model: ModelFile, paths: Paths): Promise<Supervisor> {
+  const engineConfig: EngineConfig = {
+    modelPath: model.path,
+    modelHash: model.sha256,
+    weights: config.weights,
+    backend: 'ggml',
+    threads: config.threads,
+    libraryDirectory: null,
+    cacheDirectory: paths.cache,
+    blobDirectory: paths.blobs,
+    cells: config.kvCells,
+    pages: config.adapterPages,
+    tokensMax: config.stepTokensMax,
+    segmentsMax: config.stepRowsMax,
+    limits: {
+      waitingMax: config.queueRequestsMax,
+      waitingTokensMax: config.queuePromptTokensMax,
+      prefillTokensMax: config.prefillTokensMax,
+    },
+    tenantShareMax,
+  };
+  const supervisor = new Supervisor({
+    entry: entryUrl(import.meta.url, './engine/engine-process'),
+    execArgv: entryExecArgv(import.meta.url),
+    argument: JSON.stringify(engineConfig),
+    environment: childEnvironment(),
+    clock: systemClock,
+    readyMsMax,
+    silenceMsMax,
+    backoffMsMin: 100,
+    backoffMsMax: 10_000,
+    flightsMax,
+    eventsMax,
+    drainMsMax: config.drainGraceMs,
+    onDeath: (why) => publish('engine-restart', { reason: why.startsWith('silent') ? 'hang' : why }),
+  });
+  await supervisor.start();
+  return supervisor;
+}
+
+/** The names that an adapter's config may call this base by. */
+function baseNames(model: ModelFile): string[] {
+  using file = openGguf(model.path);
+  const { metadata } = file;
+  const named = ['general.name', 'general.basename'].filter((key) => metadata.has(key));
+  return [model.label, ...named.map((key) => metadata.string(key))];
+}
+
+function startRouter(config: Config, engine: Supervisor, path: string): Router {
+  const { hash: baseHash, backend } = engine.base;
+  const identity = { baseHash, backend, threads: config.threads };
+  const router = createRouter({ identity, prefillTokensMax: config.prefillTokensMax });
+  if (existsSync(path)) router.restore(readFileSync(path, 'utf8'));
+  engine.onStep((report) => router.observe(report));
+  return router;
+}
+
+function saveLatency(router: Router, path: string): void {
+  writeFileSync(`${path}.part`, router.save());
+  renameSync(`${path}.part`, path);
+}
+
+function serverConfig(config: Config, modelName: string, clock: Clock): ServerConfig {
+  return {
+    modelName,
+    tiers: Object.keys(config.tiers),
+    startedS: Math.floor(clock.unixMs() / 1000),
+    apiKeys: config.apiKeys,
+    metricsPublic: config.metricsPublic,
+    hostsAllowed: config.hostsAllowed,
+    bodyBytesMax: config.bodyBytesMax,
+    chatTokensDefault: config.chatTokensDefault,
+    completionTokensDefault: config.completionTokensDefault,
+    pingMs: config.pingMs,
+    stallMsMax: config.stallMsMax,
+    tokenAgeMsMax: config.tokenAgeMsMax,
+    adaptersRoot: config.adaptersRoot,
+    runtimeLoraUpdating: config.runtimeLoraUpdating,
+  };
+}
+
+interface Parts {
+  readonly config: Config;
+  readonly modelName: string;
+  readonly engine: Supervisor;
+  readonly text: TextService;
+  readonly registry: Registry;
+  readonly importer: Importer;
+  readonly router: Router;
+}
+
+async function startServer(parts: Parts): Promise<{ listening: Listening; stop: () => void }> {
+  const { config, modelName, engine, registry, router } = parts;
+  const clock: Clock = { ...systemClock, unixMs: () => Date.now() };
+  const lifecycle = createLifecycle();
+  const inFlight = new InFlight();
+  const metrics = createMetrics({ engine, registry, inFlight, clock, modelName });
+  const app = createApp({
+    engine,
+    registry,
+    inFlight,
+    lifecycle,
+    clock,
+    text: parts.text,
+    importer: parts.importer,
+    budget: (source) => parseBudget(source, config),
+    route: (input) => router.route(input),
+    settle: (outcome) => router.settle(outcome),
+    config: serverConfig(config, modelName, clock),
+    random: { id: () => randomUUID(), seed: () => randomInt(2 ** 32) },
+    metrics: () => metrics.render(),
+    log: config.log === 'json' ? (line) => process.stdout.write(`${line}\n`) : () => {},
+  });
+  const { host, port, connectionsMax, keepAliveMs } = config;
+  const listening = await listen(app, lifecycle, { host, port, connectionsMax, keepAliveMs });
+  return { listening, stop: () => metrics.close() };
+}
+
+/** Resolves when requests are answered. Rejects, with everything stopped again, when a part cannot start. */
+export async function startGateway(config: Config, model: ModelFile): Promise<Gateway> {
+  const paths = makePaths(config);
+  const closers: Array<() => Promise<void> | void> = [];
+  const closeAll = async (): Promise<void> => {
+    for (const close of closers.splice(0).reverse()) await close();
+  };
+  try {
+    const blobs = createBlobStore(paths.blobs);
+    const nowS = (): number => Math.floor(Date.now() / 1000);
+    const registry = openSqlRegistry({ path: paths.registry, blobs, nowS });
+    closers.push(() => registry.close());
+    const engine = await startEngine(config, model, paths);
+    closers.push(() => engine.close());
+    const { contextMax, config: decoderConfig, hash } = engine.base;
+    const text = await createTextService({ modelPath: model.path, contextMax });
+    closers.push(() => text.close());
+    const base = { config: decoderConfig, hash, names: baseNames(model) };
+    const importer = createImporter({ base, registry, blobs, blobDirectory: paths.blobs });
+    closers.push(() => importer.close());
+    const router = startRouter(config, engine, paths.latency);
+    const saving = setInterval(() => saveLatency(router, paths.latency), latencySaveMs);
+    saving.unref();
+    closers.push(() => {
+      clearInterval(saving);
+      saveLatency(router, paths.latency);
+    });
+    const modelName = config.modelName ?? modelNameOf(model.label);
+    const parts = { config, modelName, engine, text, registry, importer, router };
+    const { listening, stop } = await startServer(parts);
+    closers.push(stop, () => listening.close(config.drainGraceMs));
+    const host = config.host.includes(':') ? `[${config.host}]` : config.host;
+    const url = `http://${host === '0.0.0.0' ? '127.0.0.1' : host}:${listening.port}`;
+    return { url, modelName, enginePid: () => engine.pid, close: closeAll };
+  } catch (error) {
+    await closeAll();
+    throw error;
+  }
+}
+
+/** The first signal drains, a second one ends the process at once. */
+export function closeOnSignals(gateway: Gateway, onClosed: () => void): void {
+  let isClosing = false;
+  const stop = (): void => {
+    if (isClosing) process.exit(1);
+    isClosing = true;
+    gateway.close().then(onClosed, () => process.exit(1));
+  };
+  process.on('SIGTERM', stop).on('SIGINT', stop);
+}
