@@ -5,8 +5,8 @@ import { GatewayError } from '../errors.ts';
 import { HttpError, invalidRequest } from './problem.ts';
 import { parseStrictJson } from './strict-json.ts';
 
-// Beyond any body of this API. Depth is far from any parser's stack; 10,000 keys are read in under 20 ms (bench in the
-// commit that set it), so that no body holds the event loop.
+// Beyond any body of this API. Depth is far from any parser's stack. Measured on two loaded vCPUs, Node 20.20.2: 10,000
+// keys take 9 ms of CPU to read, 4 MiB of text 17 ms; 250,000 keys, which fit the same bytes, took 400 ms.
 const jsonLimits = { depthMax: 32, keysMax: 10_000 } as const;
 
 /** Throws 415, PAYLOAD_TOO_LARGE, INVALID_REQUEST, or CANCELLED when the client goes away while sending. */
