@@ -1,5 +1,6 @@
 import { createHash } from 'node:crypto';
 import { getEventListeners } from 'node:events';
+import type { Generation } from '../../src/adapters/adapter.ts';
 import { GatewayError } from '../../src/errors.ts';
 import { parseBudget } from '../../src/router/budget.ts';
 import type { Plan, RouteInput } from '../../src/router/policy.ts';
@@ -15,8 +16,8 @@ import { FakeText } from './fake-text.ts';
 import { createManualClock, type ManualClock } from './manual-clock.ts';
 import { echoScript, ScriptedEngine } from './scripted-engine.ts';
 
-export const generationA = fakeGeneration('a1');
-export const generationB = fakeGeneration('b2');
+export const generationA: Generation = fakeGeneration('a1');
+export const generationB: Generation = fakeGeneration('b2');
 
 export const keyPlain = { inference: 'sk-inference', admin: 'sk-admin' } as const;
 export const apiKeys: readonly ApiKey[] = [
