@@ -33,6 +33,7 @@ export function curlOf(url: string, modelName: string, needsKey: boolean): strin
   const body = JSON.stringify({
     model: modelName,
     stream: true,
+    temperature: 0,
     messages: [{ role: 'user', content: 'What is the capital of France?' }],
   });
   const key = needsKey ? ` -H "authorization: Bearer $RANKGATE_API_KEY"` : '';

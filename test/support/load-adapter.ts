@@ -1,0 +1,36 @@
+// A PEFT directory → pages of a stepper, by the code that serves: packed, opened, and written page by page.
+
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { generationOf, openPacked, type PackedAdapter } from '../../src/adapters/pack.ts';
+import { packPeft } from '../../src/adapters/pack-peft.ts';
+import { type DecoderConfig, projections } from '../../src/model/decoder-config.ts';
+import type { AdapterRows, Stepper } from '../../src/model/stepper.ts';
+
+export function packDirectory(directory: string, config: DecoderConfig): PackedAdapter {
+  const { bytes } = packPeft({
+    config: readFileSync(join(directory, 'adapter_config.json'), 'utf8'),
+    weights: readFileSync(join(directory, 'adapter_model.safetensors')),
+    base: { config, hash: 'ab'.repeat(32), names: [] },
+    acceptBaseName: null,
+  });
+  return openPacked(bytes, generationOf(bytes));
+}
+
+/** Writes every module of every page, zeroes included, to pages from `firstPage` on. */
+export function writeAdapter(
+  stepper: Stepper,
+  packed: PackedAdapter,
+  firstPage: number,
+): (rank: number) => AdapterRows | null {
+  const pages = Array.from({ length: packed.pages }, (_, i) => firstPage + i);
+  for (const [index, page] of pages.entries()) {
+    for (let block = 0; block < stepper.config.blocks; block++) {
+      for (const projection of projections) {
+        const module = { block, projection };
+        stepper.writePage(page, module, packed.page(module, index));
+      }
+    }
+  }
+  return (rank) => (rank === 0 ? null : { pages, rank, scale: 1 });
+}
