@@ -98,7 +98,8 @@ async function startEngine(config: Config, model: ModelFile, paths: Paths): Prom
     flightsMax,
     eventsMax,
     drainMsMax: config.drainGraceMs,
-    onDeath: (why) => publish('engine-restart', { reason: why.startsWith('silent') ? 'hang' : why }),
+    onDeath: (why) =>
+      publish('engine-restart', { reason: why.startsWith('silent') ? 'hang' : why }),
   });
   await supervisor.start();
   return supervisor;

@@ -31,6 +31,11 @@ function affine(out: Float32Array, to: number, d: number, m: number): void {
   for (let i = to; i < to + 32; i++) out[i] = d * out[i]! + m;
 }
 
+/** 32 numbers q in place → d·(q - zero). Not affine: where q is `zero` and d negative, the result is -0, as ggml's is. */
+function centred(out: Float32Array, to: number, d: number, zero: number): void {
+  for (let i = to; i < to + 32; i++) out[i] = d * (out[i]! - zero);
+}
+
 /** Scale and minimum j of the eight sub-blocks of a Q4_K or Q5_K block: 6 bits each in 12 bytes. */
 function scaleMin(data: Uint8Array, at: number, j: number): readonly [scale: number, min: number] {
   if (j < 4) return [data[at + j]! & 63, data[at + j + 4]! & 63];
@@ -84,7 +89,7 @@ const decoders: Partial<Record<WeightType, BlockDecoder>> = {
   q4_0(data, at, out, to) {
     const d = half(data, at);
     nibbles(data, at + 2, out, to);
-    affine(out, to, d, -8 * d);
+    centred(out, to, d, 8);
   },
   q4_1(data, at, out, to) {
     nibbles(data, at + 4, out, to);
@@ -94,7 +99,7 @@ const decoders: Partial<Record<WeightType, BlockDecoder>> = {
     const d = half(data, at);
     nibbles(data, at + 6, out, to);
     addFifths(data, at + 2, out, to);
-    affine(out, to, d, -16 * d);
+    centred(out, to, d, 16);
   },
   q5_1(data, at, out, to) {
     nibbles(data, at + 8, out, to);

@@ -5,7 +5,7 @@
 import { existsSync, readdirSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
-import koffi, { type LibraryHandle, type TypeObject } from 'koffi';
+import koffi, { type LibraryHandle } from 'koffi';
 import { GatewayError } from '../../errors.ts';
 import type { DType } from '../kernels.ts';
 
@@ -35,63 +35,100 @@ export const ggmlType: Readonly<Record<DType, number>> = {
   bf16: 30,
 };
 
-const p = 'void *';
-const initParams = koffi.struct({ mem_size: 'size_t', mem_buffer: p, no_alloc: 'bool' });
+koffi.struct('rankgate_init_params', {
+  mem_size: 'size_t',
+  mem_buffer: 'void *',
+  no_alloc: 'bool',
+});
 
 /** name → [library, result, arguments]. `base` is libggml-base (tensors, graphs, buffers), `core` is libggml (backends). */
 const prototypes = {
   ggml_version: ['base', 'str', []],
   ggml_tensor_overhead: ['base', 'size_t', []],
   ggml_graph_overhead_custom: ['base', 'size_t', ['size_t', 'bool']],
-  ggml_init: ['base', p, [initParams]],
-  ggml_free: ['base', 'void', [p]],
-  ggml_nbytes: ['base', 'size_t', [p]],
-  ggml_get_data: ['base', p, [p]],
-  ggml_new_tensor_4d: ['base', p, [p, 'int', 'int64_t', 'int64_t', 'int64_t', 'int64_t']],
-  ggml_new_graph_custom: ['base', p, [p, 'size_t', 'bool']],
-  ggml_build_forward_expand: ['base', 'void', [p, p]],
-  ggml_graph_n_nodes: ['base', 'int', [p]],
-  ggml_set_input: ['base', 'void', [p]],
-  ggml_set_output: ['base', 'void', [p]],
-  ggml_get_rows: ['base', p, [p, p, p]],
-  ggml_set_rows: ['base', p, [p, p, p, p]],
-  ggml_rms_norm: ['base', p, [p, p, 'float']],
-  ggml_add: ['base', p, [p, p, p]],
-  ggml_mul: ['base', p, [p, p, p]],
-  ggml_mul_mat: ['base', p, [p, p, p]],
-  ggml_mul_mat_id: ['base', p, [p, p, p, p]],
-  ggml_swiglu_split: ['base', p, [p, p, p]],
-  ggml_reshape_4d: ['base', p, [p, p, 'int64_t', 'int64_t', 'int64_t', 'int64_t']],
-  ggml_cont: ['base', p, [p, p]],
-  ggml_view_2d: ['base', p, [p, p, 'int64_t', 'int64_t', 'size_t', 'size_t']],
-  ggml_view_3d: ['base', p, [p, p, 'int64_t', 'int64_t', 'int64_t', 'size_t', 'size_t', 'size_t']],
-  ggml_rope_ext: ['base', p, [p, p, p, p, ...Array(3).fill('int'), ...Array(6).fill('float')]],
-  ggml_flash_attn_ext: ['base', p, [p, p, p, p, p, 'float', 'float', 'float']],
-  ggml_backend_get_default_buffer_type: ['base', p, [p]],
-  ggml_backend_buft_alloc_buffer: ['base', p, [p, 'size_t']],
-  ggml_backend_buft_get_alloc_size: ['base', 'size_t', [p, p]],
-  ggml_backend_buffer_get_base: ['base', p, [p]],
-  ggml_backend_buffer_set_usage: ['base', 'void', [p, 'int']],
-  ggml_backend_buffer_clear: ['base', 'void', [p, 'uint8_t']],
-  ggml_backend_buffer_free: ['base', 'void', [p]],
-  ggml_backend_tensor_alloc: ['base', 'int', [p, p, p]],
-  ggml_backend_tensor_set: ['base', 'void', [p, p, 'size_t', 'size_t']],
-  ggml_backend_tensor_get: ['base', 'void', [p, p, 'size_t', 'size_t']],
-  ggml_backend_graph_compute: ['base', 'int', [p, p]],
-  ggml_backend_free: ['base', 'void', [p]],
-  ggml_backend_get_device: ['base', p, [p]],
-  ggml_backend_dev_backend_reg: ['base', p, [p]],
-  ggml_backend_dev_description: ['base', 'str', [p]],
-  ggml_backend_reg_get_proc_address: ['base', p, [p, 'str']],
-  ggml_gallocr_new: ['base', p, [p]],
-  ggml_gallocr_free: ['base', 'void', [p]],
-  ggml_gallocr_alloc_graph: ['base', 'bool', [p, p]],
-  ggml_gallocr_get_buffer_size: ['base', 'size_t', [p, 'int']],
-  ggml_threadpool_params_init: ['base', 'void', [p, 'int']],
+  ggml_init: ['base', 'void *', ['rankgate_init_params']],
+  ggml_free: ['base', 'void', ['void *']],
+  ggml_nbytes: ['base', 'size_t', ['void *']],
+  ggml_get_data: ['base', 'void *', ['void *']],
+  ggml_new_tensor_4d: [
+    'base',
+    'void *',
+    ['void *', 'int', 'int64_t', 'int64_t', 'int64_t', 'int64_t'],
+  ],
+  ggml_new_graph_custom: ['base', 'void *', ['void *', 'size_t', 'bool']],
+  ggml_build_forward_expand: ['base', 'void', ['void *', 'void *']],
+  ggml_graph_n_nodes: ['base', 'int', ['void *']],
+  ggml_set_input: ['base', 'void', ['void *']],
+  ggml_set_output: ['base', 'void', ['void *']],
+  ggml_get_rows: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_set_rows: ['base', 'void *', ['void *', 'void *', 'void *', 'void *']],
+  ggml_rms_norm: ['base', 'void *', ['void *', 'void *', 'float']],
+  ggml_add: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_mul: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_mul_mat: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_mul_mat_id: ['base', 'void *', ['void *', 'void *', 'void *', 'void *']],
+  ggml_swiglu_split: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_reshape_4d: [
+    'base',
+    'void *',
+    ['void *', 'void *', 'int64_t', 'int64_t', 'int64_t', 'int64_t'],
+  ],
+  ggml_cont: ['base', 'void *', ['void *', 'void *']],
+  ggml_view_2d: ['base', 'void *', ['void *', 'void *', 'int64_t', 'int64_t', 'size_t', 'size_t']],
+  ggml_view_3d: [
+    'base',
+    'void *',
+    ['void *', 'void *', 'int64_t', 'int64_t', 'int64_t', 'size_t', 'size_t', 'size_t'],
+  ],
+  ggml_rope_ext: [
+    'base',
+    'void *',
+    [
+      'void *',
+      'void *',
+      'void *',
+      'void *',
+      'int',
+      'int',
+      'int',
+      'float',
+      'float',
+      'float',
+      'float',
+      'float',
+      'float',
+    ],
+  ],
+  ggml_flash_attn_ext: [
+    'base',
+    'void *',
+    ['void *', 'void *', 'void *', 'void *', 'void *', 'float', 'float', 'float'],
+  ],
+  ggml_backend_get_default_buffer_type: ['base', 'void *', ['void *']],
+  ggml_backend_buft_alloc_buffer: ['base', 'void *', ['void *', 'size_t']],
+  ggml_backend_buft_get_alloc_size: ['base', 'size_t', ['void *', 'void *']],
+  ggml_backend_buffer_get_base: ['base', 'void *', ['void *']],
+  ggml_backend_buffer_set_usage: ['base', 'void', ['void *', 'int']],
+  ggml_backend_buffer_clear: ['base', 'void', ['void *', 'uint8_t']],
+  ggml_backend_buffer_free: ['base', 'void', ['void *']],
+  ggml_backend_tensor_alloc: ['base', 'int', ['void *', 'void *', 'void *']],
+  ggml_backend_tensor_set: ['base', 'void', ['void *', 'void *', 'size_t', 'size_t']],
+  ggml_backend_tensor_get: ['base', 'void', ['void *', 'void *', 'size_t', 'size_t']],
+  ggml_backend_graph_compute: ['base', 'int', ['void *', 'void *']],
+  ggml_backend_free: ['base', 'void', ['void *']],
+  ggml_backend_get_device: ['base', 'void *', ['void *']],
+  ggml_backend_dev_backend_reg: ['base', 'void *', ['void *']],
+  ggml_backend_dev_description: ['base', 'str', ['void *']],
+  ggml_backend_reg_get_proc_address: ['base', 'void *', ['void *', 'str']],
+  ggml_gallocr_new: ['base', 'void *', ['void *']],
+  ggml_gallocr_free: ['base', 'void', ['void *']],
+  ggml_gallocr_alloc_graph: ['base', 'bool', ['void *', 'void *']],
+  ggml_gallocr_get_buffer_size: ['base', 'size_t', ['void *', 'int']],
+  ggml_threadpool_params_init: ['base', 'void', ['void *', 'int']],
   ggml_backend_load_all_from_path: ['core', 'void', ['str']],
-  ggml_backend_init_by_type: ['core', p, ['int', p]],
+  ggml_backend_init_by_type: ['core', 'void *', ['int', 'void *']],
   ggml_backend_reg_count: ['core', 'size_t', []],
-} as const satisfies Record<string, readonly ['base' | 'core', string, readonly unknown[]]>;
+} as const;
 
 type FunctionName = keyof typeof prototypes;
 // koffi's functions take numbers, bigints, buffers and structs alike; each call site's shapes are checked in TypeScript.
@@ -158,7 +195,7 @@ function bind(directory: string): GgmlLibrary {
   const functions = new Map<string, ForeignFunction>();
   for (const [name, [object, result, parameters]] of Object.entries(prototypes)) {
     try {
-      functions.set(name, objects[object].func(name, result, [...parameters] as TypeObject[]));
+      functions.set(name, objects[object].func(name, result, [...parameters]));
     } catch (cause) {
       throw new GatewayError(
         'UNSUPPORTED',
