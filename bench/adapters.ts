@@ -8,6 +8,7 @@ import {
   type Entrant,
   idleShareMax,
   median,
+  probeDistance,
   type Report,
   round,
   runRounds,
@@ -123,14 +124,23 @@ function summarise(results: ReadonlyMap<string, JobResult[]>): Omit<Report, 'sid
       faithful_cpu_ratio_to_llamacpp: round(opponentCpu / value('faithful_cpu')),
       cpu_ratio_to_no_adapter: round(value('faithful_no_adapter_cpu') / value('faithful_cpu')),
       ids_equal_parity: agreement(last('parity'), last('llamacpp_serial')),
-      ids_equal_no_adapter: agreement(last('parity'), last('parity_no_adapter')),
+      first_logits_distance_parity: probeDistance(
+        last('llamacpp_serial'),
+        last('parity'),
+        last('llamacpp_no_adapter'),
+      ),
+      first_logits_distance_faithful: probeDistance(
+        last('llamacpp_serial'),
+        last('faithful'),
+        last('llamacpp_no_adapter'),
+      ),
       idle_core_share_max: idleShareMax(results),
     },
     series,
     notes: [
       'throughput ratios: against the better of llamacpp_serial and llamacpp_round_robin',
       'ttft_p50_ratio: faithful against llamacpp_serial, the order in which llama-server serves different LoRA sets',
-      'ids_equal_no_adapter is small when the adapters change the answers; ids_equal_parity shows that both sides applied the same ones',
+      'first_logits_distance: RMS to llamacpp_serial over the RMS that the adapters cause: ≪ 1, both sides applied the same',
     ],
   };
 }

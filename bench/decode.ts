@@ -31,7 +31,7 @@ function generate(prompts: number[][]): Job {
 }
 
 /** Tokens per second of what the job is about: prompt tokens, or all streams' tokens after the first. */
-export function rateOf(job: Job, result: JobResult): number {
+function rateOf(job: Job, result: JobResult): number {
   if (job.kind === 'prefill') return (1000 * job.prompt.length) / result.totalMs;
   return (1000 * job.prompts.length * (job.newTokens - 1)) / result.decodeMs;
 }

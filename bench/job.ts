@@ -57,6 +57,8 @@ export interface JobResult {
   readonly idleCpuMs: number;
   /** The generated ids of each stream: the sides must agree, or one of them did other work. */
   readonly ids: ReadonlyArray<readonly number[]>;
+  /** Logits of each stream's first token at the ids of `probeOf`: what the sides computed, before any choice. */
+  readonly probes: ReadonlyArray<readonly number[]>;
 }
 
 export interface Side {
@@ -68,6 +70,14 @@ export interface Side {
 
 /** What a side measures itself; child.ts adds the CPU figures. */
 export type RawResult = Omit<JobResult, 'cpuMs' | 'idleCpuMs'>;
+
+const probeStride = 768; // 64 of SmolLM2's 49,152
+
+export function probeOf(row: Float32Array): number[] {
+  const values: number[] = [];
+  for (let id = 0; id < row.length; id += probeStride) values.push(row[id]!);
+  return values;
+}
 
 export function argmax(row: Float32Array): number {
   let best = 0;

@@ -16,6 +16,7 @@ import {
   type AdapterUse,
   argmax,
   type Job,
+  probeOf,
   type RawResult,
   type Side,
   type SideOptions,
@@ -87,7 +88,14 @@ function prefill(context: LlamaContext, prompt: readonly number[]): RawResult {
   const start = performance.now();
   const logits = context.append(prompt, 0);
   const totalMs = performance.now() - start;
-  return { totalMs, decodeMs: 0, ttftMs: [totalMs], stepMs: [], ids: [[argmax(logits)]] };
+  return {
+    totalMs,
+    decodeMs: 0,
+    ttftMs: [totalMs],
+    stepMs: [],
+    ids: [[argmax(logits)]],
+    probes: [probeOf(logits)],
+  };
 }
 
 function generate(groups: readonly Group[], job: GenerateJob): RawResult {
@@ -96,10 +104,14 @@ function generate(groups: readonly Group[], job: GenerateJob): RawResult {
   const ids: number[][] = job.prompts.map(() => []);
   const ttftMs: number[] = job.prompts.map(() => 0);
   const stepMs: number[] = [];
+  const probes: number[][] = job.prompts.map(() => []);
 
   const admit = (group: Group): void => {
-    step(group, promptBatch(group, job.prompts), ids);
-    for (const stream of group.streams) ttftMs[stream] = performance.now() - start;
+    const rows = step(group, promptBatch(group, job.prompts), ids);
+    group.streams.forEach((stream, sequence) => {
+      ttftMs[stream] = performance.now() - start;
+      probes[stream] = probeOf(rows[sequence]!);
+    });
   };
   const decode = (group: Group): void => {
     const batch = group.streams.map((stream, sequence) => ({
@@ -125,7 +137,7 @@ function generate(groups: readonly Group[], job: GenerateJob): RawResult {
     }
   }
   const totalMs = performance.now() - start;
-  return { totalMs, decodeMs: totalMs - Math.max(...ttftMs), ttftMs, stepMs, ids };
+  return { totalMs, decodeMs: totalMs - Math.max(...ttftMs), ttftMs, stepMs, ids, probes };
 }
 
 function promptBatch({ streams }: Group, prompts: GenerateJob['prompts']): BatchToken[] {
@@ -140,10 +152,19 @@ function promptBatch({ streams }: Group, prompts: GenerateJob['prompts']): Batch
   });
 }
 
-/** Runs the batch and appends each stream's greedy token. */
-function step({ context, streams }: Group, batch: readonly BatchToken[], ids: number[][]): void {
+/** Runs the batch, appends each stream's greedy token, and returns the rows of logits, valid until the next decode. */
+function step(
+  { context, streams }: Group,
+  batch: readonly BatchToken[],
+  ids: number[][],
+): Float32Array[] {
   context.decode(batch);
+  const rows: Float32Array[] = [];
   batch.forEach(({ wantsLogits, sequence }, index) => {
-    if (wantsLogits) ids[streams[sequence]!]!.push(argmax(context.logits(index)));
+    if (!wantsLogits) return;
+    const row = context.logits(index);
+    ids[streams[sequence]!]!.push(argmax(row));
+    rows.push(row);
   });
+  return rows;
 }

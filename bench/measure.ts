@@ -87,6 +87,18 @@ export function agreement(a: JobResult, b: JobResult): number {
   return round(equal / total);
 }
 
+/** RMS distance between two sides' first logits, as a share of that between `a` and a run that should differ: ≪ 1 when
+ *  both sides applied the same adapters. */
+export function probeDistance(a: JobResult, b: JobResult, different: JobResult): number {
+  return round(distance(a.probes, b.probes) / distance(a.probes, different.probes));
+}
+
+function distance(a: JobResult['probes'], b: JobResult['probes']): number {
+  const [x, y] = [a.flat(), b.flat()];
+  const sum = x.reduce((total, value, i) => total + (value - y[i]!) ** 2, 0);
+  return Math.sqrt(sum / x.length);
+}
+
 /** Most CPU time, as a share of one core, that a side used while another one worked. */
 export function idleShareMax(results: ReadonlyMap<string, readonly JobResult[]>): number {
   const all = [...results.values()];

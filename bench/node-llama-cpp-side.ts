@@ -58,7 +58,7 @@ async function prefill(sequence: LlamaSequence, prompt: readonly number[]): Prom
     break;
   }
   const totalMs = performance.now() - start;
-  return { totalMs, decodeMs: 0, ttftMs: [totalMs], stepMs: [], ids: [ids] };
+  return { totalMs, decodeMs: 0, ttftMs: [totalMs], stepMs: [], ids: [ids], probes: [] };
 }
 
 async function generate(
@@ -80,5 +80,5 @@ async function generate(
     }),
   );
   const totalMs = performance.now() - start;
-  return { totalMs, decodeMs: totalMs - Math.max(...ttftMs), ttftMs, stepMs: [], ids };
+  return { totalMs, decodeMs: totalMs - Math.max(...ttftMs), ttftMs, stepMs: [], ids, probes: [] };
 }

@@ -7,9 +7,16 @@ import { scrapCells } from '../src/model/decoder.ts';
 import { type DecoderConfig, readDecoderConfig } from '../src/model/decoder-config.ts';
 import { openGguf } from '../src/model/gguf.ts';
 import { openDecoder } from '../src/model/open-decoder.ts';
-import type { AdapterRows, Segment, Stepper, StepResult } from '../src/model/stepper.ts';
+import type { AdapterRows, Segment, Stepper } from '../src/model/stepper.ts';
 import { type AdapterModule, adapterModules } from './adapter-numbers.ts';
-import type { AdapterUse, Job, RawResult, Side, SideOptions } from './job.ts';
+import {
+  type AdapterUse,
+  type Job,
+  probeOf,
+  type RawResult,
+  type Side,
+  type SideOptions,
+} from './job.ts';
 
 type GenerateJob = Extract<Job, { kind: 'generate' }>;
 
@@ -97,9 +104,11 @@ class Runner {
 
   prefill(prompt: readonly number[]): RawResult {
     const start = performance.now();
-    const [id] = this.#step([this.#segment(0, 0, prompt)]);
+    const result = this.#stepper.step([this.#segment(0, 0, prompt)]);
+    const ids = [[result.argmax(0)]];
     const totalMs = performance.now() - start;
-    return { totalMs, decodeMs: 0, ttftMs: [totalMs], stepMs: [], ids: [[id!]] };
+    const probes = [probeOf(result.logits(0))];
+    return { totalMs, decodeMs: 0, ttftMs: [totalMs], stepMs: [], ids, probes };
   }
 
   generate(job: GenerateJob, rowsOf: (use: AdapterUse | null) => AdapterRows | null): RawResult {
@@ -107,15 +116,18 @@ class Runner {
     const start = performance.now();
     const ids: number[][] = job.prompts.map(() => []);
     const ttftMs: number[] = job.prompts.map(() => 0);
+    const probes: number[][] = job.prompts.map(() => []);
     const streams = job.prompts.map((_, stream) => stream);
     for (const group of this.#admissions(job.prompts)) {
       const segments = group.map((stream) => ({
         ...this.#segment(stream, 0, job.prompts[stream]!),
         adapter: adapters[stream]!,
       }));
-      this.#step(segments).forEach((id, index) => {
-        ids[group[index]!]!.push(id);
-        ttftMs[group[index]!] = performance.now() - start;
+      const result = this.#stepper.step(segments);
+      group.forEach((stream, index) => {
+        ids[stream]!.push(result.argmax(index));
+        ttftMs[stream] = performance.now() - start;
+        probes[stream] = probeOf(result.logits(index));
       });
     }
     const stepMs: number[] = [];
@@ -125,13 +137,12 @@ class Runner {
         ...this.#segment(stream, job.prompts[stream]!.length + i - 1, [ids[stream]!.at(-1)!]),
         adapter: adapters[stream]!,
       }));
-      this.#step(segments).forEach((id, stream) => {
-        ids[stream]!.push(id);
-      });
+      const result = this.#stepper.step(segments);
+      for (const stream of streams) ids[stream]!.push(result.argmax(stream));
       stepMs.push(performance.now() - before);
     }
     const totalMs = performance.now() - start;
-    return { totalMs, decodeMs: totalMs - Math.max(...ttftMs), ttftMs, stepMs, ids };
+    return { totalMs, decodeMs: totalMs - Math.max(...ttftMs), ttftMs, stepMs, ids, probes };
   }
 
   /** Streams whose prompts fit into one step together, in order. */
@@ -147,10 +158,5 @@ class Runner {
       room -= prompt.length;
     });
     return groups;
-  }
-
-  #step(segments: readonly Segment[]): number[] {
-    const result: StepResult = this.#stepper.step(segments);
-    return segments.map((_, index) => result.argmax(index));
   }
 }

@@ -1,6 +1,13 @@
 import { describe, expect, it } from 'vitest';
 import type { Job, JobResult } from '../../../bench/job.ts';
-import { agreement, idleShareMax, median, runRounds, seriesOf } from '../../../bench/measure.ts';
+import {
+  agreement,
+  idleShareMax,
+  median,
+  probeDistance,
+  runRounds,
+  seriesOf,
+} from '../../../bench/measure.ts';
 import type { SideProcess } from '../../../bench/side-process.ts';
 
 const result = (ids: number[][], rest: Partial<JobResult> = {}): JobResult => ({
@@ -11,6 +18,7 @@ const result = (ids: number[][], rest: Partial<JobResult> = {}): JobResult => ({
   cpuMs: 100,
   idleCpuMs: 0,
   ids,
+  probes: [],
   ...rest,
 });
 
@@ -58,6 +66,16 @@ describe('bench measure', () => {
         ]),
       ),
     ).toBe(0.5);
+  });
+
+  it('tells the same adapter from another one by the first logits', () => {
+    const [a, near, far] = [
+      [1, 2],
+      [1.1, 2],
+      [4, -2],
+    ].map((probe) => result([], { probes: [probe] }));
+    expect(probeDistance(a!, near!, far!)).toBeCloseTo(0.02, 6);
+    expect(probeDistance(a!, far!, far!)).toBe(1);
   });
 
   it('notices a side that computes while another one is measured', () => {
