@@ -1,9 +1,10 @@
-// One step's batch: the plan's ids and counts turned into the stepper's segments, and the figures of it that the latency
-// model learns from.
+// Both ends of a step: what goes into the stepper as segments, and what comes of it as figures for the latency model and
+// as the token that a reader is told of.
 
 import { pageRanks } from '../adapters/adapter.ts';
 import type { Segment } from '../model/stepper.ts';
-import type { StepReport } from './messages.ts';
+import type { GeneratedToken, GenerateRequest, StepReport } from './messages.ts';
+import { logprobsOf } from './sampler.ts';
 import type { Sequence } from './sequence.ts';
 
 export interface Chosen {
@@ -43,4 +44,17 @@ export function reportOf(batch: readonly Chosen[], ms: number): StepReport {
     }
   }
   return { ms, ...report };
+}
+
+/** The chosen token with its bytes and, when asked for, the log-probabilities of the raw logits [V]. */
+export function describeToken(
+  request: GenerateRequest,
+  logits: Float32Array,
+  token: number,
+  bytesOf: (token: number) => Uint8Array,
+): GeneratedToken {
+  const bytes = bytesOf(token);
+  if (request.topLogprobs === null) return { token, bytes, logprob: Number.NaN, top: [] };
+  const { logprob, top } = logprobsOf(logits, token, request.topLogprobs);
+  return { token, bytes, logprob, top: top.map((one) => ({ ...one, bytes: bytesOf(one.token) })) };
 }

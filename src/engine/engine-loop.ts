@@ -7,20 +7,14 @@ import type { Generation } from '../adapters/adapter.ts';
 import type { Residency } from '../adapters/residency.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
 import type { Stepper, StepResult } from '../model/stepper.ts';
-import { AdapterLoader, type Wants } from './adapter-loading.ts';
+import { AdapterLoader } from './adapter-loading.ts';
 import { Admission } from './admission.ts';
-import { type Chosen, chooseSegment, reportOf } from './batch.ts';
+import { type Chosen, chooseSegment, describeToken, reportOf } from './batch.ts';
 import type { EngineClock } from './clock.ts';
-import type {
-  BaseInfo,
-  EngineStats,
-  FromEngine,
-  GeneratedToken,
-  GenerateRequest,
-} from './messages.ts';
+import type { BaseInfo, EngineStats, FromEngine, GenerateRequest } from './messages.ts';
 import { Outbox } from './outbox.ts';
 import type { PrefixCache } from './prefix-cache.ts';
-import { logprobsOf, Sampler } from './sampler.ts';
+import { Sampler } from './sampler.ts';
 import { planStep, type StepLimits } from './scheduler.ts';
 import { Sequence, type SequenceEnd } from './sequence.ts';
 
@@ -55,14 +49,7 @@ export class EngineLoop {
   readonly #admission: Admission;
   readonly #waiting: Map<string, Sequence> = new Map();
   readonly #running: Map<string, Sequence> = new Map();
-  readonly #tickets: Array<{ readonly generation: Generation; readonly ticket: number }> = [];
   readonly #outbox: Outbox;
-  readonly #wants: Wants = {
-    bySequence: (generation) => [...this.#waiting.values()].some((one) => one.needs(generation)),
-    byTicket: (generation) => this.#tickets.some((one) => one.generation === generation),
-  };
-  /** Loads for tickets and for sequences take turns, so that neither starves the other. */
-  #isTicketTurn = false;
   #arrivals = 0;
   #steps = 0;
   #tokens = 0;
@@ -80,8 +67,9 @@ export class EngineLoop {
     this.#sampler = new Sampler(base.config.vocabSize);
     this.#loader = new AdapterLoader(options.residency, {
       wake: () => this.#wake(),
-      onLoaded: (generation) => this.#settleTickets(generation, null),
+      isAwaited: (generation) => [...this.#waiting.values()].some((one) => one.needs(generation)),
       onFailed: (generation, error) => this.#failGeneration(generation, error),
+      onTicket: (ticket, error) => this.#outbox.ticket(ticket, error),
     });
     this.#admission = new Admission({ ...options, loader: this.#loader });
   }
@@ -115,17 +103,12 @@ export class EngineLoop {
     this.#waiting.delete(id);
     const sequence = this.#running.get(id);
     if (sequence !== undefined) this.#leave(sequence, 'cells-valid');
-    this.#loader.letGo(this.#wants);
+    this.#loader.letGo();
     this.#wake();
   }
 
   load(generation: Generation, ticket: number): void {
-    if (this.#tickets.length >= this.#options.limits.waitingMax) {
-      const error = new GatewayError('CONTENDED', 'too many adapter loads wait');
-      this.#outbox.ticket(ticket, error);
-      return;
-    }
-    this.#tickets.push({ generation, ticket });
+    this.#loader.ask(generation, ticket);
     this.#wake();
   }
 
@@ -180,20 +163,18 @@ export class EngineLoop {
 
   #tick(): void {
     const waiting = this.#waiting.size;
-    this.#loader.advance();
-    this.#loader.letGo(this.#wants);
+    this.#loader.beginTick();
     this.#admit();
+    this.#loader.endTick();
     this.#outbox.flush(); // a start is out before the step that may kill the process: supervisor.ts counts on it
     const isRunning = this.#running.size > 0;
     if (isRunning) this.#step();
     else this.#outbox.stats(this.stats());
-    if (isRunning || this.#loader.isWriting || this.#waiting.size !== waiting) this.#wake();
+    if (isRunning || this.#loader.needsTick || this.#waiting.size !== waiting) this.#wake();
     else if (waiting > 0 && !this.#loader.isReading) this.#giveUp();
   }
 
   #admit(): void {
-    if (this.#isTicketTurn && this.#loader.isIdle) this.#loadForTicket();
-    const isFree = this.#loader.isIdle;
     for (const decision of this.#admission.run(this.#waiting.values(), this.#running.values())) {
       const { sequence, outcome } = decision;
       this.#waiting.delete(sequence.id);
@@ -206,16 +187,6 @@ export class EngineLoop {
       const { cachedTokens } = outcome.holdings.cells;
       this.#outbox.event(sequence.id, { kind: 'start', queueMs, cachedTokens });
     }
-    if (isFree && this.#loader.isIdle) this.#loadForTicket();
-    else if (isFree) this.#isTicketTurn = true; // a sequence started a load
-    this.#loader.letGo(this.#wants);
-  }
-
-  #loadForTicket(): void {
-    const next = this.#tickets[0];
-    if (next === undefined) return;
-    this.#isTicketTurn = false;
-    this.#loader.want(next.generation);
   }
 
   /** An idle engine has room for whatever Admission.check let in, so this is a bug: better one failed request with a
@@ -278,7 +249,7 @@ export class EngineLoop {
       }
       this.#tokens += 1;
       sequence.firstTokenMs ??= this.#options.clock.nowMs();
-      const generated = this.#describe(sequence.request, logits, token);
+      const generated = describeToken(sequence.request, logits, token, this.#options.bytesOf);
       const { text, end } = sequence.accept(token);
       this.#outbox.event(sequence.id, { kind: 'piece', text, tokens: [generated] });
       if (end !== null) this.#end(sequence, end);
@@ -290,15 +261,6 @@ export class EngineLoop {
   #sample(sequence: Sequence, logits: Float32Array): number {
     const { sampling } = sequence.request;
     return this.#sampler.sample(logits, sampling, sequence.history, sequence.generatedCount);
-  }
-
-  #describe(request: GenerateRequest, logits: Float32Array, token: number): GeneratedToken {
-    const { bytesOf } = this.#options;
-    const bytes = bytesOf(token);
-    if (request.topLogprobs === null) return { token, bytes, logprob: Number.NaN, top: [] };
-    const { logprob, top } = logprobsOf(logits, token, request.topLogprobs);
-    const alternatives = top.map((one) => ({ ...one, bytes: bytesOf(one.token) }));
-    return { token, bytes, logprob, top: alternatives };
   }
 
   #end(sequence: Sequence, end: SequenceEnd): void {
@@ -337,15 +299,6 @@ export class EngineLoop {
       if (!sequence.needs(generation)) continue;
       this.#waiting.delete(sequence.id);
       this.#outbox.failed(sequence.id, error);
-    }
-    this.#settleTickets(generation, error);
-  }
-
-  #settleTickets(generation: Generation, error: GatewayError | null): void {
-    for (let i = this.#tickets.length - 1; i >= 0; i--) {
-      if (this.#tickets[i]!.generation !== generation) continue;
-      const [settled] = this.#tickets.splice(i, 1);
-      this.#outbox.ticket(settled!.ticket, error);
     }
   }
 }

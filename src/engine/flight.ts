@@ -3,10 +3,12 @@
 
 import type { GatewayError } from '../errors.ts';
 import type { EventStream } from './event-stream.ts';
-import type { EngineEvent, GenerateRequest } from './messages.ts';
+import type { EngineEvent, GenerateRequest, ToEngine } from './messages.ts';
 
 export interface FlightOptions {
   readonly request: GenerateRequest;
+  /** Its name in the messages: a caller may use an id again while the last events of the first are under way. */
+  readonly wireId: string;
   readonly stream: EventStream;
   readonly submittedMs: number;
   /** Called once, however it ends. */
@@ -15,6 +17,7 @@ export interface FlightOptions {
 
 export class Flight {
   readonly request: GenerateRequest;
+  readonly wireId: string;
   /** `held`: not with the engine. `sent`: waits there. `computing`: has its cells; a death now is counted. */
   state: 'held' | 'sent' | 'computing' = 'held';
   /** Deaths while computing, and those of them since its last token. */
@@ -29,14 +32,16 @@ export class Flight {
 
   constructor(options: FlightOptions) {
     this.request = options.request;
+    this.wireId = options.wireId;
     this.#stream = options.stream;
     this.#submittedMs = options.submittedMs;
     this.#onLand = options.onLand;
   }
 
-  /** Tokens of the answer that were delivered, all of them with their text. */
-  generated(): Int32Array {
-    return Int32Array.from(this.#generated);
+  /** What the engine is asked: from the start, or from the tokens that were delivered, all of them with their text. */
+  message(): ToEngine {
+    const request = { ...this.request, id: this.wireId };
+    return { kind: 'submit', request, generated: Int32Array.from(this.#generated) };
   }
 
   /** Passes an event on. True when it brought a token. */

@@ -36,6 +36,7 @@ class LocalEngine implements Engine {
   readonly #loop: EngineLoop;
   readonly #nowMs: () => number;
   readonly #streams: Map<string, EventStream> = new Map();
+  readonly #onLand: Map<string, () => void> = new Map();
   readonly #tickets: LoadTickets = new LoadTickets();
   readonly #stepListeners: Set<(report: StepReport) => void> = new Set();
   #lastTokenMs: number | null = null;
@@ -50,7 +51,7 @@ class LocalEngine implements Engine {
   submit(request: GenerateRequest, signal: AbortSignal): AsyncIterable<EngineEvent> {
     const { id } = request;
     const stream = new EventStream(eventsMax, () => {
-      this.#streams.delete(id);
+      this.#land(id);
       this.#loop.cancel(id);
     });
     if (this.#isClosed || this.#streams.has(id)) {
@@ -65,10 +66,18 @@ class LocalEngine implements Engine {
       stream.fail(new GatewayError('CANCELLED', 'cancelled by the caller'));
       return stream;
     }
-    signal.addEventListener('abort', () => stream.cancel(), { once: true });
+    const abort = (): void => stream.cancel();
+    signal.addEventListener('abort', abort, { once: true });
     this.#streams.set(id, stream);
+    this.#onLand.set(id, () => signal.removeEventListener('abort', abort));
     this.#loop.submit(request);
     return stream;
+  }
+
+  #land(id: string): void {
+    this.#streams.delete(id);
+    this.#onLand.get(id)?.();
+    this.#onLand.delete(id);
   }
 
   hear(message: FromEngine): void {
@@ -77,13 +86,13 @@ class LocalEngine implements Engine {
         for (const { id, event } of message.batch) {
           if (event.kind === 'piece') this.#lastTokenMs = this.#nowMs();
           const stream = this.#streams.get(id);
-          if (event.kind === 'end') this.#streams.delete(id);
+          if (event.kind === 'end') this.#land(id);
           stream?.push(event);
         }
         break;
       case 'failed': {
         const stream = this.#streams.get(message.id);
-        this.#streams.delete(message.id);
+        this.#land(message.id);
         stream?.fail(new GatewayError(message.code as ErrorCode, message.message));
         break;
       }
@@ -136,8 +145,10 @@ class LocalEngine implements Engine {
     this.#isClosed = true;
     this.#loop.stop();
     const error = new GatewayError('NO_CAPACITY', 'the engine is shutting down');
-    for (const stream of this.#streams.values()) stream.fail(error);
-    this.#streams.clear();
+    for (const [id, stream] of [...this.#streams]) {
+      this.#land(id);
+      stream.fail(error);
+    }
     this.#tickets.failAll(error);
     return Promise.resolve();
   }

@@ -9,6 +9,7 @@ import type { Engine } from './engine.ts';
 import { type ChildOptions, EngineChild } from './engine-child.ts';
 import { EventStream } from './event-stream.ts';
 import { Flight } from './flight.ts';
+import { FlightTable } from './flight-table.ts';
 import { LoadTickets } from './load-tickets.ts';
 import type {
   BaseInfo,
@@ -18,6 +19,7 @@ import type {
   GenerateRequest,
   StepReport,
 } from './messages.ts';
+import { RestartPolicy } from './restart-policy.ts';
 
 export interface SupervisorOptions extends ChildOptions {
   /** First pause before a restart; doubles with every death until something is produced. */
@@ -33,39 +35,29 @@ export interface SupervisorOptions extends ChildOptions {
   readonly onDeath?: (why: string) => void;
 }
 
-/** Deaths without a token between after which a request is taken for their cause. */
-const strikesMax = 2;
-/** Deaths under one request in all: nothing is retried for ever. Guess. */
-const deathsMax = 10;
-/** Deaths within the window, with nothing produced, that make the engine count as down. */
-const crashLoopDeaths = 5;
-const crashLoopMs = 60_000;
-
 type Life =
   | { readonly kind: 'down'; readonly cancelRestart: () => void }
   | { readonly kind: 'starting' | 'ready'; readonly child: EngineChild };
 
 export class Supervisor implements Engine {
   readonly #options: SupervisorOptions;
-  readonly #flights: Map<string, Flight> = new Map();
-  /** Were computing at a death and have had no token since; the first of them is with the engine, alone. */
-  #suspects: Flight[] = [];
+  readonly #flights: FlightTable = new FlightTable();
   readonly #tickets: LoadTickets = new LoadTickets();
+  readonly #policy: RestartPolicy;
   readonly #stepListeners: Set<(report: StepReport) => void> = new Set();
   #life: Life = { kind: 'down', cancelRestart: () => {} };
   #base: BaseInfo | null = null;
   #stats: EngineStats = noStats;
   #lastTokenMs: number | null = null;
-  /** Times of the deaths since the last token. */
-  #deathsMs: number[] = [];
   #isCrashLooping = false;
   #isClosing = false;
+  #submitted = 0;
   #restarts = 0;
-  #onEmpty: () => void = () => {};
   #settleStart: { resolve: () => void; reject: (error: GatewayError) => void } | null = null;
 
   constructor(options: SupervisorOptions) {
     this.#options = options;
+    this.#policy = new RestartPolicy(options);
   }
 
   /** Starts the first process. Rejects when the engine refuses its configuration or only crashes. */
@@ -95,21 +87,23 @@ export class Supervisor implements Engine {
     const leave = (): void => this.#leave(flight);
     const stream = new EventStream(this.#options.eventsMax, leave);
     const abort = (): void => stream.cancel();
+    this.#submitted += 1;
     const flight = new Flight({
       request,
+      wireId: String(this.#submitted),
       stream,
       submittedMs: this.#options.clock.nowMs(),
       onLand: () => {
         signal.removeEventListener('abort', abort);
-        this.#land(flight);
+        this.#flights.remove(flight);
       },
     });
-    const refusal = this.#refusal(request);
+    const refusal = this.#refusal();
     if (refusal !== null) {
       stream.fail(refusal);
       return stream;
     }
-    this.#flights.set(request.id, flight);
+    this.#flights.add(flight);
     signal.addEventListener('abort', abort, { once: true });
     if (signal.aborted) abort();
     else this.#dispatch();
@@ -128,9 +122,8 @@ export class Supervisor implements Engine {
   }
 
   stats(): EngineStats {
-    let running = 0;
-    for (const flight of this.#flights.values()) if (flight.state === 'computing') running += 1;
-    return { ...this.#stats, running, waiting: this.#flights.size - running };
+    const { running, size } = this.#flights;
+    return { ...this.#stats, running, waiting: size - running };
   }
 
   onStep(listener: (report: StepReport) => void): () => void {
@@ -150,7 +143,7 @@ export class Supervisor implements Engine {
   async close(): Promise<void> {
     this.#isClosing = true;
     if (this.#life.kind !== 'down') await this.#drained();
-    this.#failAll(new GatewayError('NO_CAPACITY', 'the engine is shutting down'));
+    this.#flights.failAll(new GatewayError('NO_CAPACITY', 'the engine is shutting down'));
     this.#tickets.failAll(downError());
     this.#settleStart?.reject(downError());
     this.#settleStart = null;
@@ -162,58 +155,37 @@ export class Supervisor implements Engine {
   #drained(): Promise<void> {
     return new Promise((resolve) => {
       const cancel = this.#options.clock.after(this.#options.drainMsMax, resolve);
-      this.#onEmpty = () => {
+      this.#flights.whenEmpty(() => {
         cancel();
         resolve();
-      };
-      if (this.#flights.size === 0) this.#onEmpty();
+      });
     });
   }
 
-  #land(flight: Flight): void {
-    if (this.#flights.get(flight.request.id) === flight) this.#flights.delete(flight.request.id);
-    this.#suspects = this.#suspects.filter((one) => one !== flight);
-    if (this.#flights.size === 0) this.#onEmpty();
-  }
-
-  #refusal(request: GenerateRequest): GatewayError | null {
+  #refusal(): GatewayError | null {
     if (this.#isClosing) return new GatewayError('NO_CAPACITY', 'the engine is draining');
     if (this.#isCrashLooping) return downError();
-    if (this.#flights.has(request.id)) {
-      return new GatewayError('INTERNAL', `request id ${request.id} is in use`);
-    }
     if (this.#flights.size < this.#options.flightsMax) return null;
     return new GatewayError('CONTENDED', `${this.#flights.size} requests are in flight`);
   }
 
-  /** Sends what may be sent now: one suspect alone, or, when there are none, everybody. */
+  /** Sends what may be sent now. */
   #dispatch(): void {
     const life = this.#life;
     if (life.kind !== 'ready') return;
-    const suspect = this.#suspects[0];
-    const candidates = suspect === undefined ? this.#flights.values() : [suspect];
-    for (const flight of candidates) {
-      if (flight.state !== 'held') continue;
+    for (const flight of this.#flights.due()) {
       flight.state = 'sent';
-      const { request } = flight;
-      life.child.send({ kind: 'submit', request, generated: flight.generated() });
+      life.child.send(flight.message());
     }
-    this.#expectSigns();
+    life.child.expectSigns(this.#flights.isBusy);
   }
 
   #leave(flight: Flight): void {
     const life = this.#life;
     const isWithEngine = flight.state !== 'held' && life.kind === 'ready';
     flight.fail(new GatewayError('CANCELLED', 'cancelled')); // the stream is over already: this only lands it
-    if (isWithEngine) life.child.send({ kind: 'cancel', id: flight.request.id });
+    if (isWithEngine) life.child.send({ kind: 'cancel', id: flight.wireId });
     this.#dispatch();
-  }
-
-  #expectSigns(): void {
-    if (this.#life.kind === 'down') return;
-    let isBusy = false;
-    for (const flight of this.#flights.values()) isBusy ||= flight.state !== 'held';
-    this.#life.child.expectSigns(isBusy);
   }
 
   #spawn(): void {
@@ -230,27 +202,22 @@ export class Supervisor implements Engine {
         this.#becomeReady(message.base);
         break;
       case 'refused':
-        this.#settleStart?.reject(new GatewayError(message.code as ErrorCode, message.message));
+        this.#settleStart?.reject(errorOf(message));
         this.#settleStart = null;
         break;
       case 'events':
         for (const { id, event } of message.batch) this.#deliver(id, event);
-        this.#expectSigns();
+        this.#dispatch(); // a suspect may have been cleared, an engine may have become idle
         break;
       case 'failed':
-        this.#flights
-          .get(message.id)
-          ?.fail(new GatewayError(message.code as ErrorCode, message.message));
+        this.#flights.find(message.id)?.fail(errorOf(message));
         this.#dispatch();
         break;
       case 'loaded':
         this.#tickets.settle(message.ticket, null);
         break;
       case 'load-failed':
-        this.#tickets.settle(
-          message.ticket,
-          new GatewayError(message.code as ErrorCode, message.message),
-        );
+        this.#tickets.settle(message.ticket, errorOf(message));
         break;
       case 'step':
         this.#stats = message.stats;
@@ -278,70 +245,47 @@ export class Supervisor implements Engine {
     this.#dispatch();
   }
 
-  #deliver(id: string, event: EngineEvent): void {
-    const flight = this.#flights.get(id);
+  #deliver(wireId: string, event: EngineEvent): void {
+    const flight = this.#flights.find(wireId);
     if (flight === undefined) return; // cancelled while this was under way
     const nowMs = this.#options.clock.nowMs();
-    const isFirst = this.#suspects[0] === flight;
-    if (flight.deliver(event, nowMs)) {
-      this.#lastTokenMs = nowMs;
-      this.#deathsMs = [];
-      if (isFirst) this.#suspects.shift();
-    }
-    if (isFirst) this.#dispatch();
+    if (!flight.deliver(event, nowMs)) return;
+    this.#lastTokenMs = nowMs;
+    this.#policy.produced();
+    this.#flights.clear(flight);
   }
 
   #die(why: string): void {
-    const { clock, backoffMsMin, backoffMsMax } = this.#options;
-    this.#options.onDeath?.(why);
+    const { clock, onDeath } = this.#options;
+    onDeath?.(why);
     this.#stats = { ...noStats, kvCellsMax: this.#stats.kvCellsMax };
-    const nowMs = clock.nowMs();
-    this.#deathsMs = [...this.#deathsMs, nowMs].slice(-crashLoopDeaths);
-    this.#strike();
+    const { isLoop, delayMs } = this.#policy.died(clock.nowMs());
+    this.#flights.strike();
     this.#life = { kind: 'down', cancelRestart: () => {} };
     if (this.#isClosing || (this.#base === null && this.#settleStart === null)) {
-      this.#failAll(downError());
+      this.#flights.failAll(downError());
       return;
     }
-    const isLoop =
-      this.#deathsMs.length === crashLoopDeaths && nowMs - this.#deathsMs[0]! < crashLoopMs;
     if (isLoop) this.#giveUp();
     if (isLoop && this.#base === null) return; // it never worked: start() has been rejected
-    const delayMs = Math.min(backoffMsMax, backoffMsMin * 2 ** (this.#deathsMs.length - 1));
-    const cancelRestart = clock.after(isLoop ? backoffMsMax : delayMs, () => {
+    const cancelRestart = clock.after(delayMs, () => {
       this.#restarts += 1;
       this.#spawn();
     });
     this.#life = { kind: 'down', cancelRestart };
   }
 
-  /** Counts the death to those that were computing, and refuses whom it has happened to too often. */
-  #strike(): void {
-    for (const flight of [...this.#flights.values()]) {
-      const wasComputing = flight.state === 'computing';
-      flight.state = 'held';
-      if (!wasComputing) continue;
-      flight.deaths += 1;
-      flight.strikes += 1;
-      if (flight.strikes >= strikesMax || flight.deaths >= deathsMax) {
-        flight.fail(
-          new GatewayError('ENGINE_POISONED', 'the engine died under this request twice'),
-        );
-      } else if (!this.#suspects.includes(flight)) this.#suspects.push(flight);
-    }
-  }
-
   #giveUp(): void {
     this.#isCrashLooping = true;
-    this.#failAll(downError());
+    this.#flights.failAll(downError());
     this.#tickets.failAll(downError());
     this.#settleStart?.reject(downError());
     this.#settleStart = null;
   }
+}
 
-  #failAll(error: GatewayError): void {
-    for (const flight of [...this.#flights.values()]) flight.fail(error);
-  }
+function errorOf({ code, message }: { code: string; message: string }): GatewayError {
+  return new GatewayError(code as ErrorCode, message);
 }
 
 function downError(): GatewayError {

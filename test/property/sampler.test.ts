@@ -66,9 +66,9 @@ function naiveDraw(kept: Distribution, seed: number, index: number): number {
 const logitsArbitrary = fc.oneof(
   fc.array(
     fc.integer({ min: -1920, max: 1920 }).map((n) => n / 64),
-    { minLength: 2, maxLength: 300 },
+    { minLength: 2, maxLength: 300, size: 'max' },
   ),
-  fc.array(fc.constantFrom(0, -0, 1, 1, 2, -1, -20), { minLength: 2, maxLength: 300 }),
+  fc.array(fc.constantFrom(0, -0, 1, 1, 2, -1, -20), { minLength: 2, maxLength: 300, size: 'max' }),
 );
 const samplingArbitrary: fc.Arbitrary<Sampling> = fc.record({
   temperature: fc.constantFrom(0.2, 0.7, 1, 1.7),

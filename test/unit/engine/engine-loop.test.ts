@@ -421,6 +421,7 @@ describe('EngineLoop', () => {
     const harness = new LoopHarness();
     harness.submit(makeRequest({ id: 'r', tokensMax: 2 }));
     await harness.drain();
+    await harness.ticks(2); // the last one finds nothing to do
     const { messages } = harness;
     const count = messages.length;
     await harness.ticks(50);

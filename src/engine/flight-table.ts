@@ -1,0 +1,86 @@
+// All requests that are in flight, and which of them may be with the engine now. After a death those that were computing
+// are suspects: they come back one at a time, each alone until its next token, so that a second death convicts one
+// request and not those that only ran beside it.
+
+import { GatewayError } from '../errors.ts';
+import type { Flight } from './flight.ts';
+
+/** Deaths without a token between after which a request is taken for their cause. */
+const strikesMax = 2;
+/** Deaths under one request in all: nothing is retried for ever. Guess. */
+const deathsMax = 10;
+
+export class FlightTable {
+  readonly #flights: Map<string, Flight> = new Map();
+  /** Were computing at a death and have had no token since. Only the first may be with the engine. */
+  #suspects: Flight[] = [];
+  #onEmpty: () => void = () => {};
+
+  get size(): number {
+    return this.#flights.size;
+  }
+
+  /** Requests that have their cells. */
+  get running(): number {
+    let count = 0;
+    for (const flight of this.#flights.values()) if (flight.state === 'computing') count += 1;
+    return count;
+  }
+
+  /** Whether the engine has anything to do. */
+  get isBusy(): boolean {
+    for (const flight of this.#flights.values()) if (flight.state !== 'held') return true;
+    return false;
+  }
+
+  add(flight: Flight): void {
+    this.#flights.set(flight.wireId, flight);
+  }
+
+  find(wireId: string): Flight | undefined {
+    return this.#flights.get(wireId);
+  }
+
+  remove(flight: Flight): void {
+    this.#flights.delete(flight.wireId);
+    this.clear(flight);
+    if (this.#flights.size === 0) this.#onEmpty();
+  }
+
+  /** It made a token: no suspect any more. */
+  clear(flight: Flight): void {
+    this.#suspects = this.#suspects.filter((one) => one !== flight);
+  }
+
+  /** Held requests that may go to the engine now, oldest first. */
+  due(): Flight[] {
+    const suspect = this.#suspects[0];
+    const candidates = suspect === undefined ? [...this.#flights.values()] : [suspect];
+    return candidates.filter((flight) => flight.state === 'held');
+  }
+
+  /** The engine died: everything is held again, and whom it has happened to too often is refused. */
+  strike(): void {
+    for (const flight of [...this.#flights.values()]) {
+      const wasComputing = flight.state === 'computing';
+      flight.state = 'held';
+      if (!wasComputing) continue;
+      flight.deaths += 1;
+      flight.strikes += 1;
+      if (flight.strikes >= strikesMax || flight.deaths >= deathsMax) {
+        const message = `the engine died ${flight.deaths} times under this request`;
+        flight.fail(new GatewayError('ENGINE_POISONED', message));
+      } else if (!this.#suspects.includes(flight)) this.#suspects.push(flight);
+    }
+  }
+
+  failAll(error: GatewayError): void {
+    for (const flight of [...this.#flights.values()]) flight.fail(error);
+  }
+
+  /** Calls back once nothing is in flight, at once when nothing is. */
+  whenEmpty(callback: () => void): void {
+    this.#onEmpty = callback;
+    if (this.#flights.size === 0) callback();
+  }
+}
