@@ -44,7 +44,7 @@ const tensorTypes = {
   I64: [27, 1, 8],
   F64: [28, 1, 8],
   BF16: [30, 1, 2],
-} as const satisfies Record<string, readonly [number, number, number]>;
+} as const;
 export type GgufType = keyof typeof tensorTypes;
 const typeByNumber: ReadonlyMap<number, GgufType> = new Map(
   Object.entries(tensorTypes).map(([name, [number]]) => [number, name as GgufType]),
