@@ -165,6 +165,20 @@ describe('PrefixCache', () => {
     expect(hits).toBeGreaterThan(1000); // it was about something
   });
 
+  it('no two identities share a cell, and each finds its own', () => {
+    const tokens = Int32Array.from({ length: 40 }, (_, i) => i);
+    for (const one of identities) {
+      const cache = new PrefixCache({ pool: new KvPool(20 * blockCells), tenantShareMax: 1 });
+      const { hold } = cache.admit(one, tokens, 40)!;
+      cache.fill(hold, tokens, 40);
+      for (const other of identities) {
+        const { hold: its, cachedTokens } = cache.admit(other, tokens, 40)!;
+        expect(cachedTokens).toBe(other === one ? 32 : 0);
+        cache.drop(its);
+      }
+    }
+  });
+
   it('copies while the source lives or is longer, continues in place when it is a whole prefix', () => {
     const cache = new PrefixCache({ pool: new KvPool(20 * blockCells), tenantShareMax: 1 });
     const identity = identities[0]!;

@@ -3,11 +3,11 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { systemClock } from '../../../src/engine/clock.ts';
-import { createLocalEngine } from '../../../src/engine/local-engine.ts';
 import type { EngineEvent, GenerateRequest } from '../../../src/engine/messages.ts';
 import { type EngineConfig, openLoop } from '../../../src/engine/open-loop.ts';
 import { Supervisor } from '../../../src/engine/supervisor.ts';
 import { entryExecArgv, entryUrl } from '../../../src/model/spawn-entry.ts';
+import { createLocalEngine } from '../../support/local-engine.ts';
 import { makeRequest } from '../../support/loop-harness.ts';
 import { tinyPath } from '../../support/open-test-decoder.ts';
 

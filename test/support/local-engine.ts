@@ -1,12 +1,11 @@
-// The same Engine without a process between: the loop runs in the caller's. For tests and debugging only: a signal in
-// native code would take the caller with it, and every step holds its event loop.
+// An Engine without a process between: the loop runs in the test's own. Not for serving: a signal in native code would
+// take the gateway with it, and every step holds its event loop.
 
-import type { Generation } from '../adapters/adapter.ts';
-import { type ErrorCode, GatewayError } from '../errors.ts';
-import type { Engine } from './engine.ts';
-import type { EngineLoop } from './engine-loop.ts';
-import { EventStream } from './event-stream.ts';
-import { LoadTickets } from './load-tickets.ts';
+import type { Generation } from '../../src/adapters/adapter.ts';
+import type { Engine } from '../../src/engine/engine.ts';
+import type { EngineLoop } from '../../src/engine/engine-loop.ts';
+import { EventStream } from '../../src/engine/event-stream.ts';
+import { LoadTickets } from '../../src/engine/load-tickets.ts';
 import type {
   BaseInfo,
   EngineEvent,
@@ -14,7 +13,8 @@ import type {
   FromEngine,
   GenerateRequest,
   StepReport,
-} from './messages.ts';
+} from '../../src/engine/messages.ts';
+import { type ErrorCode, GatewayError } from '../../src/errors.ts';
 
 /** `createLoop` gets the loop's `emit`. */
 export async function createLocalEngine(
