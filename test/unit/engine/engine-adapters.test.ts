@@ -1,0 +1,168 @@
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type { Generation } from '../../../src/adapters/adapter.ts';
+import { blobPath } from '../../../src/adapters/blobs.ts';
+import { generationOf } from '../../../src/adapters/pack.ts';
+import { packPeft } from '../../../src/adapters/pack-peft.ts';
+import { systemClock } from '../../../src/engine/clock.ts';
+import type { GeneratedToken, GenerateRequest } from '../../../src/engine/messages.ts';
+import { Supervisor } from '../../../src/engine/supervisor.ts';
+import { sha256OfFile } from '../../../src/model/file-hash.ts';
+import { entryExecArgv, entryUrl } from '../../../src/model/spawn-entry.ts';
+import { makeRequest } from '../../support/loop-harness.ts';
+import { openTiny, tinyPath } from '../../support/open-test-decoder.ts';
+
+// The whole way of an adapter: PEFT files → packed blob → engine process → one batch in which every row has another
+// adapter or rank. Log-probabilities must be those that PEFT computed for that adapter cut to that rank
+// (test/golden/adapters). The adapter memory is smaller than the adapters together, so they also take turns.
+
+const names = ['plain-r4', 'rslora-r8', 'patterns-r16', 'qv-r8', 'bf16-r8', 'regex-r64'];
+const folder = join(import.meta.dirname, '../../golden/adapters');
+/** Measured: 0.0024 at most. Another adapter's answer is 1.1 away at least. */
+const tolerance = 0.005;
+
+interface Case {
+  readonly request: GenerateRequest;
+  /** Log-probabilities of the token after the prompt, [V]. */
+  readonly want: readonly number[];
+}
+
+function logSoftmax(logits: Float32Array): number[] {
+  const max = Math.max(...logits);
+  const total = max + Math.log(logits.reduce((sum, x) => sum + Math.exp(x - max), 0));
+  return [...logits].map((x) => x - total);
+}
+
+function readCases(name: string, generation: Generation): Case[] {
+  const golden = JSON.parse(readFileSync(join(folder, name, 'logits.json'), 'utf8')) as {
+    readonly ids: readonly number[];
+    readonly rows: ReadonlyArray<number | 'peft'>;
+    readonly shape: readonly [number, number, number];
+  };
+  const bytes = readFileSync(join(folder, name, 'logits.f32'));
+  const logits = new Float32Array(new Uint8Array(bytes).buffer);
+  const [, tokens, vocab] = golden.shape;
+  return golden.rows.flatMap((rank, row) => {
+    if (rank === 'peft') return [];
+    const last = ((row + 1) * tokens - 1) * vocab;
+    const request = makeRequest({
+      id: `${name}@${rank}`,
+      tokens: Int32Array.from(golden.ids),
+      tokensMax: 1,
+      topLogprobs: 20,
+      adapter: { generation, rank },
+    });
+    return [{ request, want: logSoftmax(logits.subarray(last, last + vocab)) }];
+  });
+}
+
+function distance(token: GeneratedToken, want: readonly number[]): number {
+  return Math.max(...token.top.map((one) => Math.abs(one.logprob - want[one.token]!)));
+}
+
+describe('adapters through the engine process', () => {
+  const blobDirectory = join(mkdtempSync(join(tmpdir(), 'rankgate-engine-')), 'blobs');
+  const cases: Case[] = [];
+  let engine: Supervisor;
+
+  beforeAll(async () => {
+    mkdirSync(blobDirectory, { recursive: true });
+    const modelHash = await sha256OfFile(tinyPath);
+    const { decoder, config } = await openTiny({ backend: 'reference' });
+    decoder[Symbol.dispose]();
+    for (const name of names) {
+      const { bytes } = packPeft({
+        config: readFileSync(join(folder, name, 'adapter_config.json'), 'utf8'),
+        weights: readFileSync(join(folder, name, 'adapter_model.safetensors')),
+        base: { config, hash: modelHash, names: ['tiny-random'] },
+        acceptBaseName: null,
+      });
+      const generation = generationOf(bytes);
+      writeFileSync(blobPath(blobDirectory, generation), bytes);
+      cases.push(...readCases(name, generation));
+    }
+    engine = new Supervisor({
+      entry: entryUrl(import.meta.url, '../../../src/engine/engine-process'),
+      execArgv: entryExecArgv(import.meta.url),
+      argument: JSON.stringify({
+        modelPath: tinyPath,
+        modelHash,
+        weights: 'exact',
+        backend: 'ggml',
+        threads: 1,
+        libraryDirectory: null,
+        cacheDirectory: null,
+        blobDirectory,
+        cells: 1024,
+        pages: 12, // 11 that count; the six adapters have 14
+        tokensMax: 128,
+        segmentsMax: 8,
+        limits: { waitingMax: 100, waitingTokensMax: 10_000, prefillTokensMax: 128 },
+        tenantShareMax: 0.5,
+      }),
+      environment: {},
+      clock: systemClock,
+      readyMsMax: 60_000,
+      silenceMsMax: 30_000,
+      backoffMsMin: 1,
+      backoffMsMax: 100,
+      flightsMax: 100,
+      eventsMax: 1000,
+      drainMsMax: 5000,
+    });
+    await engine.start();
+  });
+  afterAll(async () => {
+    await engine.close();
+    rmSync(join(blobDirectory, '..'), { recursive: true, force: true });
+  });
+
+  async function ask(request: GenerateRequest): Promise<GeneratedToken> {
+    for await (const event of engine.submit(request, new AbortController().signal)) {
+      if (event.kind === 'piece' && event.tokens[0] !== undefined) return event.tokens[0];
+    }
+    throw new Error(`${request.id} got no token`);
+  }
+
+  it('each row of mixed batches has the log-probabilities of its own adapter and rank', async () => {
+    const shuffled = cases
+      .filter((_, i) => i % 2 === 0)
+      .concat(cases.filter((_, i) => i % 2 === 1));
+    const tokens = await Promise.all(shuffled.map((one) => ask(one.request)));
+    expect(tokens.length).toBeGreaterThan(25);
+    for (const [i, token] of tokens.entries()) {
+      const { request, want } = shuffled[i]!;
+      expect(token.top, request.id).toHaveLength(20);
+      expect(distance(token, want), request.id).toBeLessThan(tolerance);
+    }
+  });
+
+  it('and would not have those of another adapter, nor of rank 0', async () => {
+    const full = names.map((name) => cases.findLast((one) => one.request.id.startsWith(name))!);
+    for (const one of full) {
+      const token = await ask(one.request);
+      for (const other of full) {
+        if (other === one || other.request.tokens.join() !== one.request.tokens.join()) continue;
+        expect(distance(token, other.want)).toBeGreaterThan(100 * tolerance);
+      }
+      const base = cases.find((other) => other.request.id === one.request.id.replace(/@.*/, '@0'))!;
+      expect(distance(token, base.want), one.request.id).toBeGreaterThan(10 * tolerance);
+    }
+  });
+
+  it('a blob with a flipped bit is corrupt to its own requests and to nobody else', async () => {
+    const [broken, fine] = [cases.at(-1)!, cases[3]!];
+    const { generation } = broken.request.adapter!;
+    engine.unload(generation);
+    const path = blobPath(blobDirectory, generation);
+    const bytes = readFileSync(path);
+    bytes[bytes.length >> 1]! ^= 1;
+    writeFileSync(path, bytes);
+    const failing = ask(broken.request);
+    const going = ask(fine.request);
+    await expect(failing).rejects.toMatchObject({ code: 'ADAPTER_CORRUPT' });
+    expect(distance(await going, fine.want)).toBeLessThan(tolerance);
+  });
+});
