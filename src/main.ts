@@ -12,6 +12,7 @@ import { openSqlRegistry } from './adapters/sql-registry.ts';
 import { publish } from './channels.ts';
 import { type Config, childEnvironment } from './config.ts';
 import { systemClock } from './engine/clock.ts';
+import type { GenerateRequest, Sampling } from './engine/messages.ts';
 import type { EngineConfig } from './engine/open-loop.ts';
 import { Supervisor } from './engine/supervisor.ts';
 import type { TextService } from './engine/text.ts';
@@ -146,6 +147,38 @@ function serverConfig(config: Config, modelName: string, clock: Clock): ServerCo
   };
 }
 
+/** A first answer that nobody asked for: it records the programs that serving needs first and gives the latency model
+ *  enough steps to predict by. Its failure is no reason not to serve. */
+async function warmUp(engine: Supervisor): Promise<void> {
+  const request: GenerateRequest = {
+    id: 'warm-up',
+    tokens: Int32Array.from({ length: 32 }, (_, i) => i % engine.base.config.vocabSize),
+    tokensMax: 12,
+    sampling: greedy,
+    stop: [],
+    topLogprobs: null,
+    adapter: null,
+    tenant: 'warm-up',
+  };
+  try {
+    for await (const _ of engine.submit(request, new AbortController().signal));
+  } catch {
+    // The supervisor has restarted the engine or says so to the next request.
+  }
+}
+
+const greedy: Sampling = {
+  temperature: 0,
+  topP: 1,
+  topK: 0,
+  minP: 0,
+  seed: 0,
+  presencePenalty: 0,
+  frequencyPenalty: 0,
+  repetitionPenalty: 1,
+  logitBias: [],
+};
+
 interface Parts {
   readonly config: Config;
   readonly modelName: string;
@@ -210,6 +243,7 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
       clearInterval(saving);
       saveLatency(router, paths.latency);
     });
+    await warmUp(engine);
     const modelName = config.modelName ?? modelNameOf(model.label);
     const parts = { config, modelName, engine, text, registry, importer, router };
     const { listening, stop } = await startServer(parts);
