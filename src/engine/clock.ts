@@ -3,7 +3,8 @@
 export interface EngineClock {
   /** Monotonic, the time base of performance.now(). */
   nowMs(): number;
-  /** Calls back once after `ms`; the returned function cancels it. Does not keep the process alive. */
+  /** Calls back once after `ms`; the returned function cancels it. Keeps the process alive until then: with the engine
+   *  dead, the timer of its restart may be all that is left to do so. */
   after(ms: number, callback: () => void): () => void;
 }
 
@@ -11,7 +12,6 @@ export const systemClock: EngineClock = {
   nowMs: () => performance.now(),
   after(ms, callback) {
     const timer = setTimeout(callback, ms);
-    timer.unref();
     return () => clearTimeout(timer);
   },
 };

@@ -112,7 +112,10 @@ export class EngineChild {
         this.#why = signal === null ? `exit code ${code}` : `signal ${signal}`;
       }
       if (!this.#process.connected) isClosed = true;
-      else this.#options.clock.after(channelMsMax, () => this.#die());
+      else {
+        this.#cancelTimer();
+        this.#cancelTimer = this.#options.clock.after(channelMsMax, () => this.#die());
+      }
       check();
     });
     this.#process.once('disconnect', () => {

@@ -257,7 +257,7 @@ export class Supervisor implements Engine {
 
   #die(why: string): void {
     const { clock, onDeath } = this.#options;
-    onDeath?.(why);
+    if (!this.#isClosing) onDeath?.(why);
     this.#stats = { ...noStats, kvCellsMax: this.#stats.kvCellsMax };
     const { isLoop, delayMs } = this.#policy.died(clock.nowMs());
     this.#flights.strike();
