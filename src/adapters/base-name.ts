@@ -14,7 +14,7 @@ export function judgeBaseName(theirs: string, ours: readonly string[]): NameVerd
 }
 
 const noise: ReadonlySet<string> = new Set(['gguf', 'hf', 'f16', 'f32', 'bf16', 'fp16', 'fp32']);
-const quantisation = /^(i?q\d+(_\w+)*)$/;
+const quantisation = /[-._ ]i?q\d(_(k|s|m|l|xs|xxs|nl|\d))*(?=$|[-._ ])/g; // Q4_1, IQ3_XXS, Q4_K_M
 const size = /^\d+(\.\d+)?[bm]$/;
 
 /** `HuggingFaceTB/SmolLM2-135M-Instruct-GGUF`, `SmolLM2-135M-Instruct.Q4_1.gguf` → smollm2 135m instruct. */
@@ -22,9 +22,10 @@ function words(name: string): string[] {
   const last = name.split('/').at(-1) ?? '';
   return last
     .toLowerCase()
-    .replaceAll(/(?<!\d)\.|\.(?!\d)/g, ' ')
-    .split(/[^a-z0-9._]+/)
-    .filter((word) => word !== '' && !noise.has(word) && !quantisation.test(word));
+    .replaceAll(quantisation, ' ')
+    .replaceAll(/(?<!\d)\.|\.(?!\d)/g, ' ') // A dot between digits is a version: Llama-3.2.
+    .split(/[^a-z0-9.]+/)
+    .filter((word) => word !== '' && !noise.has(word));
 }
 
 function mayBeOne(ours: readonly string[], theirs: readonly string[]): boolean {

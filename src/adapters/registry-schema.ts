@@ -28,16 +28,27 @@ const tables = `
   CREATE INDEX previous_by_generation ON previous (generation);
 `;
 
+export interface RegistryDatabase {
+  readonly db: Database.Database;
+  close(): void;
+}
+
 /** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for a schema from the future. */
-export function openDatabase(path: string): Database.Database {
-  const db = new Database(path);
+export function openDatabase(path: string): RegistryDatabase {
+  const opened: Database.Database[] = [];
   try {
-    // The lock is taken at the first read and kept: leases are this process's memory, so nobody else may delete.
+    // Leases are this process's memory, so nobody else may delete what they keep: a transaction that is held on a file of
+    // its own keeps others out, and the system ends it with the process. (locking_mode = EXCLUSIVE would do, but libsql 0.5
+    // finalises statements at garbage collection only, and until then a closed database stays locked.)
+    const lock = new Database(path === ':memory:' ? path : `${path}.lock`);
+    opened.push(lock);
+    lock.exec('BEGIN EXCLUSIVE');
+    const db = new Database(path);
+    opened.push(db);
     for (const setting of [
-      'busy_timeout = 2000',
-      'locking_mode = EXCLUSIVE',
       'journal_mode = WAL',
       'synchronous = FULL',
+      'busy_timeout = 2000', // A backup may read the file meanwhile.
       'foreign_keys = ON',
       'trusted_schema = OFF',
       'journal_size_limit = 4194304',
@@ -45,11 +56,19 @@ export function openDatabase(path: string): Database.Database {
       db.pragma(setting);
     }
     db.transaction(() => migrate(db)).immediate();
-    return db;
+    return { db, close: () => closeAll(lock, db) };
   } catch (error) {
-    db.close();
+    for (const database of opened) database.close();
     throw openError(error);
   }
+}
+
+function closeAll(lock: Database.Database, db: Database.Database): void {
+  if (!db.open) return;
+  db.pragma('wal_checkpoint(TRUNCATE)'); // SQLite does it at close only once the statements are gone.
+  db.close();
+  lock.exec('ROLLBACK');
+  lock.close();
 }
 
 function migrate(db: Database.Database): void {

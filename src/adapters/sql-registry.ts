@@ -41,6 +41,7 @@ interface NameRow {
 
 class SqlRegistry implements Registry {
   readonly #db: Database.Database;
+  readonly #closeDatabase: () => void;
   readonly #blobs: BlobStore;
   readonly #nowS: () => number;
   readonly #namesMax: number;
@@ -49,7 +50,9 @@ class SqlRegistry implements Registry {
   readonly #statements: Map<string, Database.Statement> = new Map();
 
   constructor({ path, blobs, nowS, namesMax = namesMaxDefault }: SqlRegistryOptions) {
-    this.#db = openDatabase(path);
+    const { db, close } = openDatabase(path);
+    this.#db = db;
+    this.#closeDatabase = close;
     this.#blobs = blobs;
     this.#nowS = () => Math.floor(nowS());
     this.#namesMax = namesMax;
@@ -169,7 +172,7 @@ class SqlRegistry implements Registry {
   }
 
   close(): void {
-    this.#db.close();
+    this.#closeDatabase();
   }
 
   #release(generation: Generation): void {

@@ -1,0 +1,284 @@
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import fc from 'fast-check';
+import { describe, expect, it } from 'vitest';
+import type { Generation } from '../../src/adapters/adapter.ts';
+import type { BlobStore } from '../../src/adapters/blobs.ts';
+import type { Lease, Registry } from '../../src/adapters/registry.ts';
+import { openSqlRegistry } from '../../src/adapters/sql-registry.ts';
+import { GatewayError } from '../../src/errors.ts';
+import { fakeGeneration, fakeManifest } from '../support/fake-registry.ts';
+
+const generations: readonly Generation[] = ['a', 'b', 'c', 'd', 'e'].map(fakeGeneration);
+const names = ['x', 'y', 'z'] as const;
+
+/** Blobs as a set. */
+function memoryBlobs() {
+  const held = new Set<Generation>();
+  const store: BlobStore = {
+    put: () => Promise.reject(new Error('not used')),
+    has: (generation) => held.has(generation),
+    remove: (generation) => void held.delete(generation),
+    sweep: (isKnown) => {
+      for (const generation of held) if (!isKnown(generation)) held.delete(generation);
+    },
+  };
+  return { held, store };
+}
+
+interface Entry {
+  generation: Generation;
+  previous: Generation[];
+}
+
+/** What the registry should hold, written plainly. */
+class Model {
+  readonly entries: Map<string, Entry> = new Map();
+  readonly stored: Set<Generation> = new Set();
+  readonly leases: { readonly generation: Generation; open: boolean }[] = [];
+
+  isNamed(generation: Generation): boolean {
+    return [...this.entries.values()].some(
+      (entry) => entry.generation === generation || entry.previous.includes(generation),
+    );
+  }
+
+  count(generation: Generation): number {
+    return this.leases.filter((lease) => lease.open && lease.generation === generation).length;
+  }
+
+  /** Called for generations that just lost a name or a lease. */
+  drop(lost: readonly Generation[]): void {
+    for (const generation of lost) {
+      if (!this.isNamed(generation) && this.count(generation) === 0) this.stored.delete(generation);
+    }
+  }
+}
+
+type Command =
+  | { readonly kind: 'store'; readonly generation: Generation }
+  | { readonly kind: 'create'; readonly name: string; readonly generation: Generation }
+  | {
+      readonly kind: 'swap';
+      readonly name: string;
+      readonly generation: Generation;
+      readonly expected: Generation | null;
+    }
+  | { readonly kind: 'rollback'; readonly name: string }
+  | { readonly kind: 'remove'; readonly name: string; readonly expected: Generation | null }
+  | { readonly kind: 'lease'; readonly name: string; readonly fixed: Generation | null }
+  | { readonly kind: 'release'; readonly index: number }
+  | { readonly kind: 'reopen' };
+
+const name = fc.constantFrom(...names);
+const generation = fc.constantFrom(...generations);
+const maybe = fc.option(generation, { freq: 3 });
+const command: fc.Arbitrary<Command> = fc.oneof(
+  { weight: 4, arbitrary: fc.record({ kind: fc.constant('store' as const), generation }) },
+  { weight: 3, arbitrary: fc.record({ kind: fc.constant('create' as const), name, generation }) },
+  {
+    weight: 6,
+    arbitrary: fc.record({ kind: fc.constant('swap' as const), name, generation, expected: maybe }),
+  },
+  { weight: 3, arbitrary: fc.record({ kind: fc.constant('rollback' as const), name }) },
+  {
+    weight: 1,
+    arbitrary: fc.record({ kind: fc.constant('remove' as const), name, expected: maybe }),
+  },
+  { weight: 4, arbitrary: fc.record({ kind: fc.constant('lease' as const), name, fixed: maybe }) },
+  {
+    weight: 4,
+    arbitrary: fc.record({ kind: fc.constant('release' as const), index: fc.nat(50) }),
+  },
+  { weight: 1, arbitrary: fc.constant({ kind: 'reopen' as const }) },
+);
+
+/** What a call returned, or the code it threw. */
+function outcome<T>(act: () => T): T | string {
+  try {
+    return act();
+  } catch (error) {
+    if (error instanceof GatewayError) return error.code;
+    throw error;
+  }
+}
+
+class Run {
+  readonly model: Model = new Model();
+  readonly blobs = memoryBlobs();
+  readonly leases: Lease[] = [];
+  readonly #open: () => Registry;
+  registry: Registry;
+
+  constructor(path: string) {
+    this.#open = () => openSqlRegistry({ path, blobs: this.blobs.store, nowS: () => 1_000.7 });
+    this.registry = this.#open();
+  }
+
+  apply(step: Command): void {
+    const { model, registry } = this;
+    switch (step.kind) {
+      case 'store':
+        this.blobs.held.add(step.generation);
+        registry.store(step.generation, fakeManifest(8), 123);
+        model.stored.add(step.generation);
+        return;
+      case 'create': {
+        const isFree = !model.entries.has(step.name);
+        const isStored = model.stored.has(step.generation);
+        const wanted = isFree ? (isStored ? 'done' : 'ADAPTER_NOT_FOUND') : 'ADAPTER_EXISTS';
+        this.expectOutcome(() => registry.create(step.name, step.generation), wanted);
+        if (wanted !== 'done') return;
+        model.entries.set(step.name, { generation: step.generation, previous: [] });
+        return;
+      }
+      case 'swap':
+        this.swap(step);
+        return;
+      case 'rollback':
+        this.rollback(step.name);
+        return;
+      case 'remove': {
+        const wanted = this.expected(step.name, step.expected);
+        this.expectOutcome(() => registry.remove(step.name, step.expected), wanted);
+        const entry = model.entries.get(step.name);
+        if (wanted !== 'done' || entry === undefined) return;
+        model.entries.delete(step.name);
+        model.drop([entry.generation, ...entry.previous]);
+        return;
+      }
+      case 'lease':
+        this.lease(step.name, step.fixed);
+        return;
+      case 'release':
+        this.release(step.index);
+        return;
+      case 'reopen':
+        this.reopen();
+        return;
+    }
+  }
+
+  expected(name: string, expected: Generation | null): string {
+    const entry = this.model.entries.get(name);
+    if (entry === undefined) return 'ADAPTER_NOT_FOUND';
+    return expected === null || expected === entry.generation ? 'done' : 'GENERATION_MISMATCH';
+  }
+
+  expectOutcome(act: () => unknown, wanted: string): void {
+    const got = outcome(act);
+    expect(typeof got === 'string' ? got : 'done').toBe(wanted);
+  }
+
+  swap(step: Command & { kind: 'swap' }): void {
+    const before = this.expected(step.name, step.expected);
+    const isStored = this.model.stored.has(step.generation);
+    const wanted = before === 'done' && !isStored ? 'ADAPTER_NOT_FOUND' : before;
+    this.expectOutcome(() => this.registry.swap(step.name, step.generation, step.expected), wanted);
+    const entry = this.model.entries.get(step.name);
+    if (wanted !== 'done' || entry === undefined || entry.generation === step.generation) return;
+    entry.previous.unshift(entry.generation);
+    entry.generation = step.generation;
+    this.model.drop(entry.previous.splice(8));
+  }
+
+  rollback(name: string): void {
+    const entry = this.model.entries.get(name);
+    const [before] = entry?.previous ?? [];
+    const none = entry === undefined ? 'ADAPTER_NOT_FOUND' : 'GENERATION_MISMATCH';
+    this.expectOutcome(() => this.registry.rollback(name), before === undefined ? none : 'done');
+    if (entry === undefined || before === undefined) return;
+    const left = entry.generation;
+    entry.previous.shift();
+    entry.generation = before;
+    this.model.drop([left]);
+  }
+
+  lease(name: string, fixed: Generation | null): void {
+    const entry = this.model.entries.get(name);
+    const generation = fixed ?? entry?.generation;
+    const isTheirs =
+      entry !== undefined && [entry.generation, ...entry.previous].some((g) => g === generation);
+    const got = outcome(() => this.registry.lease(fixed === null ? name : `${name}@${fixed}`));
+    if (!isTheirs || generation === undefined || typeof got === 'string') {
+      expect(got).toBe('ADAPTER_NOT_FOUND');
+      expect(isTheirs).toBe(false);
+      return;
+    }
+    expect(got.generation).toBe(generation);
+    this.leases.push(got);
+    this.model.leases.push({ generation, open: true });
+  }
+
+  /** Any lease, also one that was released already. */
+  release(index: number): void {
+    if (this.leases.length === 0) return;
+    const at = index % this.leases.length;
+    this.leases[at]!.release();
+    const lease = this.model.leases[at]!;
+    if (!lease.open) return;
+    lease.open = false;
+    this.model.drop([lease.generation]);
+  }
+
+  /** A new process: leases are gone, and with them what only they kept. */
+  reopen(): void {
+    this.registry.close();
+    this.blobs.held.add(fakeGeneration('f')); // A blob that a crash left.
+    for (const lease of this.model.leases) lease.open = false;
+    this.registry = this.#open();
+    this.model.drop([...this.model.stored]);
+  }
+
+  check(): void {
+    const { model, registry } = this;
+    const wanted = [...model.entries].sort(([a], [b]) => (a < b ? -1 : 1));
+    expect(
+      registry
+        .list()
+        .map((record) => [
+          record.name,
+          { generation: record.generation, previous: record.previous },
+        ]),
+    ).toEqual(wanted);
+    expect(this.blobs.held).toEqual(model.stored);
+    for (const generation of generations) {
+      expect(registry.leases(generation)).toBe(model.count(generation));
+      // Nothing that is named or leased was ever deleted.
+      if (model.isNamed(generation) || model.count(generation) > 0) {
+        expect(this.blobs.held.has(generation)).toBe(true);
+      }
+    }
+    for (const name of names) {
+      const record = registry.find(name);
+      expect(record?.generation).toBe(model.entries.get(name)?.generation);
+      if (record !== null) expect(record).toMatchObject({ bytes: 123, updatedS: 1_000 });
+    }
+  }
+}
+
+describe('the registry', () => {
+  it('agrees with a plain model under any order of calls, also across reopening', () => {
+    const directory = mkdtempSync(join(tmpdir(), 'rankgate-registry-'));
+    let runs = 0;
+    try {
+      fc.assert(
+        fc.property(fc.array(command, { maxLength: 60 }), (steps) => {
+          const run = new Run(join(directory, `${runs++}.db`));
+          try {
+            for (const step of [...steps, { kind: 'reopen' } as const]) {
+              run.apply(step);
+              run.check();
+            }
+          } finally {
+            run.registry.close();
+          }
+        }),
+        { numRuns: 100 },
+      );
+    } finally {
+      rmSync(directory, { recursive: true });
+    }
+  });
+});
