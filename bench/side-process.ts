@@ -36,9 +36,14 @@ export class SideProcess {
 
   static async open(name: SideName, options: SideOptions): Promise<SideProcess> {
     const side = new SideProcess(name);
-    const answer = await side.#ask({ kind: 'open', side: name, options });
-    if (answer.kind === 'opened') side.description = answer.description;
-    return side;
+    try {
+      const answer = await side.#ask({ kind: 'open', side: name, options });
+      if (answer.kind === 'opened') side.description = answer.description;
+      return side;
+    } catch (error) {
+      side.#child.kill('SIGKILL'); // its channel would keep this process alive
+      throw error;
+    }
   }
 
   async run(job: Job): Promise<JobResult> {
