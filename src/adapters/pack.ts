@@ -24,7 +24,7 @@ export interface PackedAdapter {
 }
 
 /** Largest packed file. Rank 256 on all projections of SmolLM2-135M is 156 MB. */
-export const packedBytesMax: number = 1024 ** 3;
+const packedBytesMax: number = 1024 ** 3;
 const headerBytesMax = 16 * 1024 * 1024;
 
 export function generationOf(bytes: Uint8Array): Generation {

@@ -8,7 +8,7 @@ import { GatewayError } from '../errors.ts';
 import { configBytesMax } from './peft-config.ts';
 
 /** Largest adapter_model.safetensors. */
-export const weightsBytesMax: number = 2 * 1024 ** 3;
+const weightsBytesMax: number = 2 * 1024 ** 3;
 /** A read of 2 GiB or more at once is refused by Node 20. */
 const readBytesMax = 256 * 1024 * 1024;
 

@@ -277,7 +277,7 @@ function checkBatch(segments: readonly Segment[], limits: Decoder): Batch {
 }
 
 /** Padding costs compute, every size costs a program: exact up to 8 rows, then steps of at most a quarter. */
-export function roundUpRows(rows: number, max: number): number {
+function roundUpRows(rows: number, max: number): number {
   if (rows <= 8) return Math.min(rows, max);
   const step = 2 ** Math.max(1, Math.floor(Math.log2(rows - 1)) - 2);
   return Math.min(Math.ceil(rows / step) * step, max);

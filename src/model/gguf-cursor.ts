@@ -6,7 +6,7 @@ import type { ByteSource } from './byte-source.ts';
 import { quoted } from './quoted.ts';
 
 /** Of everything before the data. The largest vocabularies in use (262,144 tokens, 514,906 merges) need 20 MB. */
-export const headerBytesMax: number = 64 * 1024 * 1024;
+const headerBytesMax: number = 64 * 1024 * 1024;
 const windowBytes = 1024 * 1024;
 export const stringBytesMax: number = 16 * 1024 * 1024;
 const arrayLengthMax = 4 * 1024 * 1024;

@@ -178,7 +178,7 @@ function lowRankCase(rows: number, pagesPerRow: number): KernelCase {
   };
 }
 
-export const kernelCases: readonly KernelCase[] = [
+const kernelCases: readonly KernelCase[] = [
   linearCase('f32', 1, sums),
   linearCase('f32', 33, sums),
   linearCase('f16', 7, halves),
@@ -294,7 +294,7 @@ function runCase(kernels: Kernels, test: KernelCase, seed: number): Record<strin
   return results;
 }
 
-export function nmse(got: Float32Array, wanted: Float32Array): number {
+function nmse(got: Float32Array, wanted: Float32Array): number {
   let [error, power] = [0, 0];
   for (let i = 0; i < wanted.length; i++) {
     error += (got[i]! - wanted[i]!) ** 2;

@@ -17,10 +17,10 @@ import type {
 import { GatewayError } from '../../src/errors.ts';
 import { createManualClock, type ManualClock } from './manual-clock.ts';
 
-export const fakeVocabSize = 512;
-export const fakeEndToken = 2;
+const fakeVocabSize = 512;
+const fakeEndToken = 2;
 
-export const fakeBase: BaseInfo = {
+const fakeBase: BaseInfo = {
   config: {
     family: 'llama',
     name: 'fake',
@@ -61,16 +61,13 @@ const onsets = ['b', 'd', 'f', 'g', 'k', 'l', 'm', 'n', 'p', 'r', 's', 't', 'v',
 const vowels = ['a', 'e', 'i', 'o', 'u', 'ai', 'ou', 'ei'];
 
 /** Every token of the fake vocabulary is a word with a space before it. */
-export function fakeTokenText(token: number): string {
+function fakeTokenText(token: number): string {
   const first = onsets[token % 16]! + vowels[(token >>> 4) % 8]!;
   return token >>> 7 === 0 ? ` ${first}` : ` ${first}${onsets[(token >>> 7) % 16]!}o`;
 }
 
 /** What the fake engine answers: `count` token ids, for any prompt, adapter and rank. Never the end token. */
-export function fakeAnswer(
-  request: Pick<GenerateRequest, 'tokens' | 'adapter'>,
-  count: number,
-): number[] {
+function fakeAnswer(request: Pick<GenerateRequest, 'tokens' | 'adapter'>, count: number): number[] {
   let hash = 0x811c9dc5;
   for (const token of request.tokens) hash = mix(hash, token);
   // Rank 0 is the base model's answer, whatever the adapter.

@@ -38,7 +38,7 @@ export const fakeConfig: DecoderConfig = {
   tiedEmbeddings: true,
 };
 
-export const fakeBaseHash = 'b'.repeat(64);
+export const fakeBaseHash: string = 'b'.repeat(64);
 
 export function fakeBaseInfo(over: Partial<BaseInfo> = {}): BaseInfo {
   return {

@@ -12,7 +12,7 @@ import { GatewayError } from '../../src/errors.ts';
 
 export type Script = (request: GenerateRequest, signal: AbortSignal) => AsyncIterable<EngineEvent>;
 
-export const fakeBase: BaseInfo = {
+const fakeBase: BaseInfo = {
   config: {
     family: 'llama',
     name: 'tiny',

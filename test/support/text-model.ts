@@ -10,7 +10,7 @@ export interface TextModel {
 }
 
 /** The special tokens of the vocabulary; the other tokens are the 256 bytes and `ab`. */
-export const textModelSpecials = ['<s>', '<|im_end|>'] as const;
+const textModelSpecials = ['<s>', '<|im_end|>'] as const;
 
 export function writeTextModel(path: string, model: TextModel = {}): void {
   const tokens = [...textModelSpecials, ...byteCharacters, 'ab'];

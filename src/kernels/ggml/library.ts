@@ -161,7 +161,7 @@ function platformPackage(): string {
 }
 
 /** The folder with the shared objects, from the installed npm package. */
-export function findLibraryDirectory(): string {
+function findLibraryDirectory(): string {
   const name = platformPackage();
   const wanted = `@node-llama-cpp/${name}`;
   try {
