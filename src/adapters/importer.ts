@@ -3,7 +3,7 @@
 
 import { Worker } from 'node:worker_threads';
 import { GatewayError } from '../errors.ts';
-import { entryExecArgv, entryUrl } from '../model/spawn-entry.ts';
+import { workerUrl } from '../model/spawn-entry.ts';
 import { type Generation, isGeneration } from './adapter.ts';
 import type { BlobStore } from './blobs.ts';
 import type { ImportAnswer, ImportJob } from './import-worker.ts';
@@ -105,9 +105,8 @@ class ThreadedImporter implements Importer {
 
   /** What the thread answers; throws what it failed with. */
   async #run(job: ImportJob): Promise<Exclude<ImportAnswer, { kind: 'failed' }>> {
-    const worker = new Worker(entryUrl(import.meta.url, './import-worker'), {
+    const worker = new Worker(workerUrl(import.meta.url, './import-worker'), {
       workerData: job,
-      execArgv: entryExecArgv(import.meta.url),
       resourceLimits: { maxOldGenerationSizeMb: heapMbMax },
     });
     const answer = await answerOf(worker, this.#jobMsMax, this.#closing.signal);

@@ -264,7 +264,7 @@ describe('the registry', () => {
     let runs = 0;
     try {
       fc.assert(
-        fc.property(fc.array(command, { maxLength: 60 }), (steps) => {
+        fc.property(fc.array(command, { maxLength: 60, size: 'max' }), (steps) => {
           const run = new Run(join(directory, `${runs++}.db`));
           try {
             for (const step of [...steps, { kind: 'reopen' } as const]) {
@@ -275,7 +275,7 @@ describe('the registry', () => {
             run.registry.close();
           }
         }),
-        { numRuns: 100 },
+        { numRuns: 60 },
       );
     } finally {
       rmSync(directory, { recursive: true });

@@ -1,0 +1,152 @@
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import Database from 'libsql';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import type { Generation } from '../../../src/adapters/adapter.ts';
+import { createBlobStore } from '../../../src/adapters/blobs.ts';
+import type { Registry } from '../../../src/adapters/registry.ts';
+import { openSqlRegistry } from '../../../src/adapters/sql-registry.ts';
+import { fakeGeneration, fakeManifest } from '../../support/fake-registry.ts';
+
+let directory: string;
+let registry: Registry;
+const blobs = () => createBlobStore(join(directory, 'blobs'));
+const open = (namesMax = 100) =>
+  openSqlRegistry({
+    path: join(directory, 'registry.db'),
+    blobs: blobs(),
+    nowS: () => 5,
+    namesMax,
+  });
+
+beforeEach(() => {
+  directory = mkdtempSync(join(tmpdir(), 'rankgate-registry-'));
+  registry = open();
+});
+afterEach(() => {
+  registry.close();
+  rmSync(directory, { recursive: true });
+});
+
+async function stored(count: number): Promise<Generation[]> {
+  const made: Generation[] = [];
+  for (let i = 0; i < count; i++) {
+    const generation = await blobs().put(Uint8Array.of(i));
+    registry.store(generation, fakeManifest(8), 1);
+    made.push(generation);
+  }
+  return made;
+}
+
+describe('the registry over SQLite', () => {
+  it('keeps eight generations before the present one, and the blobs of no others', async () => {
+    const made = await stored(12);
+    registry.create('a', made[0]!);
+    for (const generation of made.slice(1)) registry.swap('a', generation, null);
+    expect(registry.find('a')?.previous).toEqual(made.slice(3, 11).reverse());
+    expect(made.map((generation) => blobs().has(generation))).toEqual(made.map((_, i) => i >= 3));
+  });
+
+  it('keeps a removed adapter’s blob until its last lease', async () => {
+    const [first] = await stored(1);
+    registry.create('a', first!);
+    const leases = [registry.lease('a'), registry.lease(`a@${first}`)];
+    registry.remove('a', first!);
+    leases[0]!.release();
+    leases[0]!.release();
+    expect([registry.leases(first!), blobs().has(first!)]).toEqual([1, true]);
+    leases[1]!.release();
+    expect([registry.leases(first!), blobs().has(first!)]).toEqual([0, false]);
+  });
+
+  it('leases no generation by the name of another adapter', async () => {
+    const [first, second] = await stored(2);
+    registry.create('a', first!);
+    registry.create('b', second!);
+    const notFound = expect.objectContaining({ code: 'ADAPTER_NOT_FOUND' });
+    expect(() => registry.lease(`a@${second}`)).toThrow(notFound);
+    for (const reference of ['', 'c', 'a@', 'a@sha256:1', '@', '../a', `c@${first}`]) {
+      expect(() => registry.lease(reference)).toThrow(notFound);
+    }
+  });
+
+  it('stores nothing without its blob', () => {
+    expect(() => registry.store(fakeGeneration('a'), fakeManifest(8), 1)).toThrow(
+      expect.objectContaining({ code: 'ADAPTER_NOT_FOUND' }),
+    );
+  });
+
+  it('forgets the oldest of many generations that nobody named', async () => {
+    const made = await stored(20);
+    expect(made.filter((generation) => blobs().has(generation))).toEqual(made.slice(4));
+  });
+
+  it.each(['', 'A', 'a/b', '..', 'a..b', '-a', 'a\0', 'é', 'a'.repeat(65)])(
+    'takes no name %j',
+    async (name) => {
+      const [first] = await stored(1);
+      expect(() => registry.create(name, first!)).toThrow(
+        expect.objectContaining({ code: 'INVALID_REQUEST' }),
+      );
+    },
+  );
+
+  it('refuses names beyond its limit', async () => {
+    registry.close();
+    registry = open(1);
+    const [first] = await stored(1);
+    registry.create('a', first!);
+    expect(() => registry.create('b', first!)).toThrow(
+      expect.objectContaining({ code: 'NO_CAPACITY' }),
+    );
+  });
+
+  it('is one process’s', () => {
+    expect(() => open()).toThrow(expect.objectContaining({ code: 'NO_CAPACITY' }));
+    registry.close();
+    registry.close();
+    registry = open();
+  });
+
+  it('refuses a schema that is newer', () => {
+    registry.close();
+    const db = new Database(join(directory, 'registry.db'));
+    db.exec('UPDATE schema SET version = 2');
+    db.close();
+    expect(() => open()).toThrow(expect.objectContaining({ code: 'UNSUPPORTED' }));
+  });
+
+  it('releases a lease after it was closed', async () => {
+    const [first] = await stored(1);
+    registry.create('a', first!);
+    const lease = registry.lease('a');
+    registry.close();
+    lease.release();
+    expect(blobs().has(first!)).toBe(true);
+  });
+
+  it('has what it acknowledged after kill -9', () => {
+    registry.close();
+    const script = `
+      import { createBlobStore } from './src/adapters/blobs.ts';
+      import { openSqlRegistry } from './src/adapters/sql-registry.ts';
+      import { fakeManifest } from './test/support/fake-registry.ts';
+      const blobs = createBlobStore(${JSON.stringify(join(directory, 'blobs'))});
+      const path = ${JSON.stringify(join(directory, 'registry.db'))};
+      const registry = openSqlRegistry({ path, blobs, nowS: () => 7 });
+      const generation = await blobs.put(Uint8Array.of(1, 2, 3));
+      registry.store(generation, fakeManifest(4), 3);
+      registry.create('survivor', generation);
+      process.kill(process.pid, 'SIGKILL');
+    `;
+    const args = ['--import', 'tsx', '--input-type=module', '-e', script];
+    const { signal } = spawnSync(process.execPath, args);
+    expect(signal).toBe('SIGKILL');
+    registry = open();
+    const record = registry.find('survivor');
+    expect(record).toMatchObject({ updatedS: 7, bytes: 3, manifest: { rankMax: 4 } });
+    expect(blobs().has(record!.generation)).toBe(true);
+  });
+});
