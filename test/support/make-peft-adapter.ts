@@ -1,0 +1,88 @@
+// Writes a PEFT LoRA of any rank for any base from a seed: the same bytes on every machine, so that a real-size adapter
+// need not be committed for the oracle (test/oracle/peft-smollm2.py) and the test to mean the same one.
+//
+//   npx tsx test/support/make-peft-adapter.ts <directory>      (rank 16, alpha 32, seed 135, SmolLM2-135M)
+
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { formatTensorName, targetName } from '../../src/adapters/peft-names.ts';
+import type { PeftFiles } from '../../src/adapters/registry.ts';
+import {
+  type DecoderConfig,
+  projectionShape,
+  projections,
+} from '../../src/model/decoder-config.ts';
+import { type SafetensorsTensor, writeSafetensors } from '../../src/model/safetensors.ts';
+import { createRng } from './random.ts';
+
+export type AdapterShape = Pick<
+  DecoderConfig,
+  'blocks' | 'width' | 'heads' | 'kvHeads' | 'headSize' | 'ffnWidth'
+>;
+
+export const smolShape: AdapterShape = {
+  blocks: 30,
+  width: 576,
+  heads: 9,
+  kvHeads: 3,
+  headSize: 64,
+  ffnWidth: 1536,
+};
+
+export interface PeftAdapterOptions {
+  readonly shape: AdapterShape;
+  readonly rank: number;
+  readonly alpha: number;
+  readonly seed: number;
+}
+
+export const smolAdapter: PeftAdapterOptions = { shape: smolShape, rank: 16, alpha: 32, seed: 135 };
+
+/** All seven projections of every block. Only + - * / and sqrt: nothing that a machine may round its own way. */
+export function makePeftAdapter({ shape, rank, alpha, seed }: PeftAdapterOptions): PeftFiles {
+  const config = shape as DecoderConfig;
+  const draw = bellDraws(seed);
+  const tensors = new Map<string, SafetensorsTensor>();
+  for (let block = 0; block < shape.blocks; block++) {
+    for (const projection of projections) {
+      const sizes = projectionShape(config, projection);
+      const module = { block, projection };
+      const a = Float32Array.from({ length: rank * sizes.in }, () => draw() / Math.sqrt(sizes.in));
+      const b = new Float32Array(sizes.out * rank);
+      for (let o = 0; o < sizes.out; o++) {
+        // Falling by column, so that ranks differ in weight.
+        for (let r = 0, gain = 0.05; r < rank; r++, gain *= 0.85) b[o * rank + r] = gain * draw();
+      }
+      tensors.set(formatTensorName(module, 'A'), f32(a, [rank, sizes.in]));
+      tensors.set(formatTensorName(module, 'B'), f32(b, [sizes.out, rank]));
+    }
+  }
+  const fields = {
+    peft_type: 'LORA',
+    task_type: 'CAUSAL_LM',
+    base_model_name_or_path: 'HuggingFaceTB/SmolLM2-135M-Instruct',
+    r: rank,
+    lora_alpha: alpha,
+    target_modules: projections.map(targetName),
+    bias: 'none',
+  };
+  return { config: JSON.stringify(fields, null, 2), weights: writeSafetensors(tensors) };
+}
+
+function f32(values: Float32Array, shape: readonly number[]): SafetensorsTensor {
+  return { dtype: 'F32', shape, data: new Uint8Array(values.buffer) };
+}
+
+/** Sums of four uniform draws, variance 1: a bell without logarithms. */
+function bellDraws(seed: number): () => number {
+  const { next } = createRng(seed);
+  return () => (next() + next() + next() + next() - 2) * Math.sqrt(3);
+}
+
+const [, script, directory] = process.argv;
+if (script?.endsWith('make-peft-adapter.ts') === true && directory !== undefined) {
+  mkdirSync(directory, { recursive: true });
+  const { config, weights } = makePeftAdapter(smolAdapter);
+  writeFileSync(join(directory, 'adapter_config.json'), config);
+  writeFileSync(join(directory, 'adapter_model.safetensors'), weights);
+}
