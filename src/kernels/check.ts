@@ -6,6 +6,7 @@ import {
   type AttentionSegment,
   type DType,
   dtypeLayout,
+  type LowRank,
   type RopeOptions,
   ranksPerPage,
   type Tensor,
@@ -156,34 +157,31 @@ export function checkSegments(
   }
 }
 
-export function checkShrink(x: Tensor, a: Tensor, pages: Tensor): number[] {
+export function checkLowRank(y: Tensor, x: Tensor, { a, b, pages, active }: LowRank): number[] {
+  const [rows, count] = pages.shape;
   require(x.shape.length === 2 &&
-    x.dtype === 'f32' &&
+    y.shape.length === 2 &&
     a.shape.length === 3 &&
-    a.shape[1] === ranksPerPage &&
-    a.shape[2] === x.shape[1] &&
-    pages.dtype === 'i32' &&
-    pages.shape.length === 2 &&
-    pages.shape[0] === x.shape[0], 'shrink', () =>
-    `x [T,K] f32, a [pages,${ranksPerPage},K], pages [T,P] i32 wanted, got ${show(x)}, ${show(a)}, ${show(pages)}`);
-  return [x.shape[0]!, pages.shape[1]!, ranksPerPage];
-}
-
-export function checkExpand(y: Tensor, h: Tensor, b: Tensor, pages: Tensor): number[] {
-  require(y.shape.length === 2 &&
-    y.dtype === 'f32' &&
-    h.shape.length === 3 &&
-    h.shape[2] === ranksPerPage &&
     b.shape.length === 3 &&
-    b.shape[1] === y.shape[1] &&
-    b.shape[2] === ranksPerPage &&
-    pages.dtype === 'i32' &&
     pages.shape.length === 2 &&
-    pages.shape[0] === y.shape[0] &&
-    h.shape[0] === y.shape[0] &&
-    h.shape[1] === pages.shape[1], 'expand', () =>
-    `y [T,N], h [T,P,${ranksPerPage}], b [pages,N,${ranksPerPage}], pages [T,P] wanted, got ${show(y)}, ` +
-    `${show(h)}, ${show(b)}, ${show(pages)}`);
+    active.shape.length === 3 &&
+    x.dtype === 'f32' &&
+    y.dtype === 'f32' &&
+    pages.dtype === 'i32' &&
+    active.dtype === 'f32' &&
+    a.dtype === b.dtype &&
+    a.shape[0] === b.shape[0] &&
+    a.shape[1] === ranksPerPage &&
+    b.shape[2] === ranksPerPage &&
+    active.shape[2] === ranksPerPage &&
+    a.shape[2] === x.shape[1] &&
+    b.shape[1] === y.shape[1] &&
+    x.shape[0] === rows &&
+    y.shape[0] === rows &&
+    active.shape[0] === rows &&
+    active.shape[1] === count, 'addLowRank', () =>
+    `y [T,N], x [T,K], a [pages,8,K], b [pages,N,8], pages [T,P] i32, active [T,P,8] wanted, got ` +
+    [y, x, a, b, pages, active].map(show).join(', '));
   return [...y.shape];
 }
 

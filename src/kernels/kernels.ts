@@ -52,6 +52,13 @@ export interface RopeOptions {
   readonly style: 'norm' | 'neox';
 }
 
+export interface LowRank {
+  readonly a: Tensor;
+  readonly b: Tensor;
+  readonly pages: Tensor;
+  readonly active: Tensor;
+}
+
 export interface Ops {
   /** A value given at each run; `write` it before `run`. */
   input(name: string, dtype: 'f32' | 'i32' | 'i64', shape: readonly number[]): Tensor;
@@ -75,10 +82,11 @@ export interface Ops {
   /** Grouped-query attention of q [T,H,D] over the run of cells of each row's segment: `y[T,H·D]`. k, v stored
    *  [cells,Hkv·D]. The segments are given at each run; rows in no segment are undefined. Scale 1/sqrt(D). */
   attend(q: Tensor, k: Tensor, v: Tensor): Tensor;
-  /** `h[T,P,8] = a[pages[t,p]] · x[t]`: a stored [pages,8,K], x [T,K], pages [T,P] i32 (page 0 is zero). */
-  shrink(x: Tensor, a: Tensor, pages: Tensor): Tensor;
-  /** `y[T,N] + Σ_p b[pages[t,p]] · h[t,p]`: b stored [pages,N,8], h [T,P,8]. Returns a new tensor. */
-  expand(y: Tensor, h: Tensor, b: Tensor, pages: Tensor): Tensor;
+  /** `y[t] += Σ_p b[pages[t,p]] · (active[t,p] ⊙ (a[pages[t,p]] · x[t]))`: the low-rank deltas of rows that use
+   *  different adapters and ranks. x [T,K], y [T,N] f32, a stored [pages,8,K], b stored [pages,N,8], pages an input [T,P]
+   *  i32, active [T,P,8] f32. Page 0 adds nothing. Consumes y and returns the sum. A row costs what its own pages cost when
+   *  rows are ordered by falling page count and unused pages are 0; the result does not depend on the order. */
+  addLowRank(y: Tensor, x: Tensor, delta: LowRank): Tensor;
   /** `y[i] = x[rows[i]]`: x [T,N] f32, rows [R] i32. */
   gatherRows(x: Tensor, rows: Tensor): Tensor;
 }
@@ -117,7 +125,7 @@ export interface ByteMove {
   readonly bytes: number;
 }
 
-/** Ranks per adapter page as shrink and expand see them. */
+/** Ranks per adapter page as addLowRank sees them. */
 export const ranksPerPage = 8;
 
 /** Block length in numbers and block size in bytes of each type. */

@@ -17,6 +17,7 @@ import type {
   ByteMove,
   DType,
   Kernels,
+  LowRank,
   Ops,
   Program,
   ProgramShape,
@@ -286,35 +287,22 @@ class EagerOps implements Ops {
     return y;
   }
 
-  shrink(x: Tensor, a: Tensor, pages: Tensor): Tensor {
-    const [rows, width] = x.shape as [number, number];
-    const [count, ranks] = [pages.shape[1]!, a.shape[1]!];
-    const h = f32([rows, count, ranks]);
-    const [weight, ids] = [stored(a).values, (pages as Value).values];
-    for (let slot = 0; slot < rows * count; slot++) {
-      const t = Math.floor(slot / count);
-      for (let r = 0; r < ranks; r++) {
-        let sum = 0;
-        const from = (ids[slot]! * ranks + r) * width;
-        for (let i = 0; i < width; i++) sum += weight[from + i]! * values(x)[t * width + i]!;
-        h.values[slot * ranks + r] = sum;
-      }
-    }
-    return h;
-  }
-
-  expand(y: Tensor, h: Tensor, b: Tensor, pages: Tensor): Tensor {
+  addLowRank(y: Tensor, x: Tensor, { a, b, pages, active }: LowRank): Tensor {
     const [rows, width] = y.shape as [number, number];
-    const [count, ranks] = [pages.shape[1]!, h.shape[2]!];
+    const [count, ranks, inner] = [pages.shape[1]!, a.shape[1]!, x.shape[1]!];
     const out: Value = { dtype: 'f32', shape: y.shape, values: values(y).slice() };
-    const [weight, ids] = [stored(b).values, (pages as Value).values];
+    const [shrink, expand, ids] = [stored(a).values, stored(b).values, (pages as Value).values];
     for (let slot = 0; slot < rows * count; slot++) {
-      const t = Math.floor(slot / count);
-      for (let n = 0; n < width; n++) {
-        let sum = 0;
-        const from = (ids[slot]! * width + n) * ranks;
-        for (let r = 0; r < ranks; r++) sum += weight[from + r]! * values(h)[slot * ranks + r]!;
-        out.values[t * width + n]! += sum;
+      const [t, page] = [Math.floor(slot / count), ids[slot]!];
+      if (page === 0) continue;
+      for (let r = 0; r < ranks; r++) {
+        let h = 0;
+        const from = (page * ranks + r) * inner;
+        for (let i = 0; i < inner; i++) h += shrink[from + i]! * values(x)[t * inner + i]!;
+        h *= values(active)[slot * ranks + r]!;
+        for (let n = 0; n < width; n++) {
+          out.values[t * width + n]! += expand[(page * width + n) * ranks + r]! * h;
+        }
       }
     }
     return out;

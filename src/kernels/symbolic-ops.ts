@@ -2,7 +2,7 @@
 // reserve, and finds the limit of every index input, all before native code is touched.
 
 import * as check from './check.ts';
-import type { DType, Ops, RopeOptions, Tensor } from './kernels.ts';
+import type { DType, LowRank, Ops, RopeOptions, Tensor } from './kernels.ts';
 
 export interface InputPlan {
   readonly dtype: 'f32' | 'i32' | 'i64';
@@ -89,16 +89,12 @@ export class SymbolicOps implements Ops {
     return this.#result('f32', check.checkAttend(q, k, v), 6 + 6 * this.#segments);
   }
 
-  shrink(x: Tensor, a: Tensor, pages: Tensor): Tensor {
-    const shape = check.checkShrink(x, a, pages);
-    this.#limit(pages, a.shape[0]!);
-    return this.#result('f32', shape, 3);
-  }
-
-  expand(y: Tensor, h: Tensor, b: Tensor, pages: Tensor): Tensor {
-    const shape = check.checkExpand(y, h, b, pages);
-    this.#limit(pages, b.shape[0]!);
-    return this.#result('f32', shape, 2 + 2 * pages.shape[1]!);
+  addLowRank(y: Tensor, x: Tensor, delta: LowRank): Tensor {
+    const shape = check.checkLowRank(y, x, delta);
+    this.#limit(delta.pages, delta.a.shape[0]!);
+    // Per tier (at most log2 P + 1): views of x, pages, active, h; three products; per page a view, a target, a sum.
+    const count = delta.pages.shape[1]!;
+    return this.#result('f32', shape, 1 + 10 * (Math.log2(count) + 2) + 4 * count);
   }
 
   gatherRows(x: Tensor, rows: Tensor): Tensor {

@@ -4,7 +4,6 @@
 
 import { GatewayError } from '../errors.ts';
 import {
-  type AttentionSegment,
   type Kernels,
   type Ops,
   type Program,
@@ -100,8 +99,16 @@ export class Decoder implements Stepper {
     const batch = checkBatch(segments, this);
     const size = programSize(batch, this);
     const program = this.#program(size);
-    const outputs = writeInputs(program, segments, size);
-    program.run(attentionSegments(segments));
+    const placed = placeRows(segments);
+    const outputs = writeInputs(program, placed, size);
+    program.run(
+      placed.map(({ segment, rowStart }) => ({
+        rowStart,
+        rowCount: segment.tokens.length,
+        cellBase: segment.cellBase,
+        cells: segment.position + segment.tokens.length,
+      })),
+    );
     return new Logits(program, outputs, this.config.vocabSize);
   }
 
@@ -175,9 +182,9 @@ export class Decoder implements Stepper {
     const active = ops.input('active', 'f32', [rows, pagesPerRow, ranksPerPage]);
     return (block, x, names) =>
       names.map((name) => {
-        const pool = this.#pools.get(poolKey({ block, projection: name }))!;
-        const h = ops.mul(ops.shrink(x, pool.a, pages), active); // [T, P, 8]
-        return ops.expand(ops.linear(x, weight(block, name)), h, pool.b, pages); // [T, out]
+        const { a, b } = this.#pools.get(poolKey({ block, projection: name }))!;
+        const y = ops.linear(x, weight(block, name)); // [T, out]
+        return ops.addLowRank(y, x, { a, b, pages, active });
       });
   }
 
@@ -258,7 +265,7 @@ function checkBatch(segments: readonly Segment[], limits: Decoder): Batch {
     }
     rows += tokens.length;
     if (adapter === null) continue;
-    const need = Math.ceil(adapter.rank / ranksPerPage);
+    const need = pagesOf(segment);
     if (adapter.rank < 1 || need > pagesPerRowMax || adapter.pages.length < need) {
       throw new GatewayError(
         'SHAPE_MISMATCH',
@@ -295,10 +302,34 @@ function programSize(batch: Batch, limits: Decoder): ProgramSize {
   };
 }
 
-/** Fills the inputs; returns the output row of each segment that wants logits, in the order of `segments`. */
+interface PlacedSegment {
+  /** Index in the caller's order. */
+  readonly index: number;
+  readonly segment: Segment;
+  readonly rowStart: number;
+}
+
+function pagesOf({ adapter }: Segment): number {
+  return adapter === null ? 0 : Math.ceil(adapter.rank / ranksPerPage);
+}
+
+/** Rows in the order of falling page counts, so that a row costs its own pages only (Ops.addLowRank). */
+function placeRows(segments: readonly Segment[]): readonly PlacedSegment[] {
+  let rowStart = 0;
+  return segments
+    .map((segment, index) => ({ segment, index }))
+    .sort((a, b) => pagesOf(b.segment) - pagesOf(a.segment))
+    .map(({ segment, index }) => {
+      const placed = { index, segment, rowStart };
+      rowStart += segment.tokens.length;
+      return placed;
+    });
+}
+
+/** Fills the inputs; returns the output row of each segment that wants logits, by the caller's index. */
 function writeInputs(
   program: Program,
-  segments: readonly Segment[],
+  placed: readonly PlacedSegment[],
   size: ProgramSize,
 ): ReadonlyMap<number, number> {
   const tokens = new Int32Array(size.rows);
@@ -308,24 +339,23 @@ function writeInputs(
   const pages = new Int32Array(size.rows * size.pages); // page 0 is zero
   const active = new Float32Array(size.rows * size.pages * ranksPerPage);
   const outputs = new Map<number, number>();
-  let row = 0;
-  segments.forEach((segment, index) => {
-    for (let i = 0; i < segment.tokens.length; i++, row++) {
+  for (const { index, segment, rowStart } of placed) {
+    const { adapter, position, cellBase } = segment;
+    for (let i = 0; i < segment.tokens.length; i++) {
+      const row = rowStart + i;
       tokens[row] = segment.tokens[i]!;
-      positions[row] = segment.position + i;
-      cells[row] = BigInt(segment.cellBase + segment.position + i);
-      const { adapter } = segment;
+      positions[row] = position + i;
+      cells[row] = BigInt(cellBase + position + i);
       if (adapter === null) continue;
-      const used = Math.ceil(adapter.rank / ranksPerPage);
-      for (let page = 0; page < used; page++) pages[row * size.pages + page] = adapter.pages[page]!;
+      pages.set(adapter.pages.slice(0, pagesOf(segment)), row * size.pages);
       const from = row * size.pages * ranksPerPage;
       active.fill(adapter.scale, from, from + adapter.rank);
     }
     if (segment.wantsLogits) {
-      outputRows[outputs.size] = row - 1;
+      outputRows[outputs.size] = rowStart + segment.tokens.length - 1;
       outputs.set(index, outputs.size);
     }
-  });
+  }
   program.write('tokens', tokens);
   program.write('positions', positions);
   program.write('cells', cells);
@@ -335,20 +365,6 @@ function writeInputs(
     program.write('active', active);
   }
   return outputs;
-}
-
-function attentionSegments(segments: readonly Segment[]): AttentionSegment[] {
-  let rowStart = 0;
-  return segments.map(({ tokens, cellBase, position }) => {
-    const segment = {
-      rowStart,
-      rowCount: tokens.length,
-      cellBase,
-      cells: position + tokens.length,
-    };
-    rowStart += tokens.length;
-    return segment;
-  });
 }
 
 /** Reads rows of logits once each. */

@@ -12,7 +12,14 @@ import type { AttentionSegment, Ops, Program, ProgramShape, Tensor } from '../ke
 import { type InputPlan, SymbolicOps } from '../symbolic-ops.ts';
 import { ggmlType, tensorLayout } from './library.ts';
 import { Arena, TensorBuffer } from './memory.ts';
-import { type AttendSite, type Node, type ProgramHost, pointerOf, Recorder } from './recorder.ts';
+import {
+  type AttendSite,
+  type Node,
+  type ProgramHost,
+  pointerOf,
+  Recorder,
+  tierStart,
+} from './recorder.ts';
 
 const { ne, nb, src, data: dataField } = tensorLayout;
 const word = 8; // bytes of a size, stride or pointer field
@@ -95,6 +102,8 @@ export class GgmlProgram implements Program {
   /** Input values, kept so that a program that must record itself again loses nothing. */
   readonly #values: Map<string, InputData> = new Map();
   #recording: Recording | undefined;
+  /** What the tiers of the recording are set to. */
+  #tierRows: readonly number[] = [];
 
   constructor(
     host: ProgramHost,
@@ -139,6 +148,7 @@ export class GgmlProgram implements Program {
     if (recording === undefined) throw new GatewayError('INTERNAL', 'the program was disposed');
     if (recording.version === this.#host.scratch.version) return recording;
     release(recording);
+    this.#tierRows = [];
     const again = this.#record();
     this.#recording = again;
     for (const [name, values] of this.#values) this.#copyIn(again, name, values);
@@ -173,6 +183,7 @@ export class GgmlProgram implements Program {
       checkSegments(segments, { rows, cells: k.shape[0]!, segmentsMax: views.length });
     }
     this.#aimMasks(arena, recorder, segments);
+    this.#aimTiers(arena, recorder);
     for (const [i, site] of recorder.sites.entries()) aim(arena, site, qAddresses[i]!, segments);
     const { library, device } = this.#host;
     const status = library.number('ggml_backend_graph_compute', device.backend, recorder.graph);
@@ -195,6 +206,23 @@ export class GgmlProgram implements Program {
         arena.patch(views[i]!.result, src + 3 * word, masked ? address : 0);
       }
     });
+  }
+
+  /** Sets how many rows each tier of adapter pages serves: up to the last row with a page in it. */
+  #aimTiers(arena: Arena, recorder: Recorder): void {
+    const { lowRankPages, tierFields } = recorder;
+    if (lowRankPages === undefined) return;
+    const [name] = [...recorder.inputs].find(([, node]) => node === lowRankPages)!;
+    const rows = tierRows(
+      this.#values.get(name) as Int32Array,
+      lowRankPages.shape[1]!,
+      tierFields.length,
+    );
+    for (const [tier, fields] of tierFields.entries()) {
+      if (this.#tierRows[tier] === rows[tier]) continue;
+      for (const { word: at, axis } of fields) arena.patch(at, ne + axis * word, rows[tier]!);
+    }
+    this.#tierRows = rows;
   }
 
   read(name: string, start: number, out: Float32Array | Int32Array): void {
@@ -240,6 +268,18 @@ function aim(
     arena.patch(view.v, dataField, v.address + cellBase * cellBytes);
     arena.patch(view.v, ne + word, cells);
   });
+}
+
+function tierRows(pages: Int32Array, count: number, tiers: number): number[] {
+  const rows: number[] = Array(tiers).fill(0);
+  for (let tier = 0; tier < tiers; tier++) {
+    const [first, end] = [tierStart(tier), Math.min(tierStart(tier + 1), count)];
+    for (let row = pages.length / count - 1; row >= 0 && rows[tier] === 0; row--) {
+      if (pages.subarray(row * count + first, row * count + end).some((page) => page !== 0))
+        rows[tier] = row + 1;
+    }
+  }
+  return rows;
 }
 
 function isOfType(values: InputData, dtype: 'f32' | 'i32' | 'i64'): boolean {

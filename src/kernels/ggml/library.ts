@@ -64,6 +64,7 @@ const prototypes = {
   ggml_set_rows: ['base', 'void *', ['void *', 'void *', 'void *', 'void *']],
   ggml_rms_norm: ['base', 'void *', ['void *', 'void *', 'float']],
   ggml_add: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_add_inplace: ['base', 'void *', ['void *', 'void *', 'void *']],
   ggml_mul: ['base', 'void *', ['void *', 'void *', 'void *']],
   ggml_mul_mat: ['base', 'void *', ['void *', 'void *', 'void *']],
   ggml_mul_mat_id: ['base', 'void *', ['void *', 'void *', 'void *', 'void *']],

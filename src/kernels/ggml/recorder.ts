@@ -3,8 +3,8 @@
 // Order: every op is put into the graph as it is called, so that writes to caches and to the shared attention result
 // happen in program order although ggml sees no data dependency there.
 
-import { byteLength } from '../check.ts';
-import type { DType, Ops, RopeOptions, Tensor } from '../kernels.ts';
+import { byteLength, mismatch } from '../check.ts';
+import type { DType, LowRank, Ops, RopeOptions, Tensor } from '../kernels.ts';
 import { type GgmlLibrary, ggmlType, type Pointer } from './library.ts';
 import {
   type Arena,
@@ -56,6 +56,18 @@ export interface AttendSite {
   readonly views: readonly SegmentViews[];
 }
 
+/** The size of one axis of a tensor struct, counted in rows. */
+export interface RowField {
+  readonly word: number;
+  readonly axis: number;
+}
+
+/** Pages are added in tiers that double: 0, 1, 2–3, 4–7, … so that a graph has few nodes per projection and a row still
+ *  pays for at most twice its own pages (exactly for them when they are a power of two). */
+export function tierStart(tier: number): number {
+  return tier === 0 ? 0 : 2 ** (tier - 1);
+}
+
 interface Placed {
   readonly pointer: Pointer;
   readonly buffer: TensorBuffer;
@@ -68,6 +80,10 @@ export class Recorder implements Ops {
   readonly buffers: TensorBuffer[] = [];
   /** One mask tensor per segment, shared by every attend: all of them see the same segments. */
   readonly masks: MaskSlot[] = [];
+  /** Per tier of pages, the fields that hold how many rows reach it. */
+  readonly tierFields: RowField[][] = [];
+  /** The input that tells which rows reach which tier. */
+  lowRankPages: Tensor | undefined;
   readonly #host: ProgramHost;
   readonly #arena: Arena;
   readonly #maskPointers: Pointer[] = [];
@@ -220,30 +236,61 @@ export class Recorder implements Ops {
     return this.#op('ggml_view_3d', cache.pointer, headSize, 1, kvHeads, cellBytes, headBytes, 0);
   }
 
-  shrink(x: Tensor, a: Tensor, pages: Tensor): Node {
-    const [rows, width] = x.shape as [number, number];
-    const single = this.#op('ggml_reshape_4d', pointerOf(x), width, 1, rows, 1);
-    const pointer = this.#op('ggml_mul_mat_id', pointerOf(a), single, pointerOf(pages));
-    return this.#node(pointer, [rows, pages.shape[1]!, a.shape[1]!]);
+  addLowRank(y: Tensor, x: Tensor, delta: LowRank): Node {
+    const count = delta.pages.shape[1]!;
+    this.lowRankPages ??= delta.pages;
+    if (this.lowRankPages !== delta.pages)
+      throw mismatch('addLowRank', 'one pages input per program');
+    for (let tier = 0; tierStart(tier) < count; tier++) this.#addTier(y, x, { ...delta, tier });
+    return { pointer: pointerOf(y), shape: y.shape, dtype: 'f32' };
   }
 
-  expand(y: Tensor, h: Tensor, b: Tensor, pages: Tensor): Node {
-    const [rows, width] = y.shape as [number, number];
-    const count = pages.shape[1]!;
-    const parts = this.#op('ggml_mul_mat_id', pointerOf(b), pointerOf(h), pointerOf(pages)); // [T, P, N]
-    let sum = pointerOf(y);
-    for (let page = 0; page < count; page++) {
-      const part = this.#op(
-        'ggml_view_2d',
-        parts,
+  /** Pages tierStart(g) … tierEnd(g)-1 of the rows that reach them, added into y. Every node's row count is a field that
+   *  a run sets (`tierFields`): rows beyond it cost nothing. */
+  #addTier(y: Tensor, x: Tensor, { a, b, pages, active, tier }: LowRank & { tier: number }): void {
+    const [rows, count] = pages.shape as [number, number];
+    const [inner, outer] = [x.shape[1]!, y.shape[1]!];
+    const [first, ranks] = [tierStart(tier), a.shape[1]!];
+    const width = Math.min(tierStart(tier + 1), count) - first;
+    const fields = (this.tierFields[tier] ??= []);
+    const rowsAt = (tensor: Pointer, axis: number): Pointer => {
+      fields.push({ word: this.#arena.locate(tensor), axis });
+      return tensor;
+    };
+    const pageBytes = ranks * 4;
+    const xView = rowsAt(
+      this.#op('ggml_view_3d', pointerOf(x), inner, 1, rows, inner * 4, inner * 4, 0),
+      2,
+    );
+    const ids = rowsAt(
+      this.#op('ggml_view_2d', pointerOf(pages), width, rows, count * 4, first * 4),
+      1,
+    );
+    const scales = rowsAt(
+      this.#op(
+        'ggml_view_3d',
+        pointerOf(active),
+        ranks,
         width,
         rows,
-        width * count * 4,
-        page * width * 4,
+        pageBytes,
+        count * pageBytes,
+        first * pageBytes,
+      ),
+      2,
+    );
+    const h = rowsAt(this.#op('ggml_mul_mat_id', pointerOf(a), xView, ids), 2); // [T, w, 8]
+    const scaled = rowsAt(this.#op('ggml_mul', h, scales), 2);
+    const parts = rowsAt(this.#op('ggml_mul_mat_id', pointerOf(b), scaled, ids), 2); // [T, w, N]
+    for (let page = 0; page < width; page++) {
+      const partBytes = outer * 4;
+      const part = rowsAt(
+        this.#op('ggml_view_2d', parts, outer, rows, width * partBytes, page * partBytes),
+        1,
       );
-      sum = this.#op('ggml_add', sum, part);
+      const target = rowsAt(this.#op('ggml_view_2d', pointerOf(y), outer, rows, partBytes, 0), 1);
+      this.#node(rowsAt(this.#op('ggml_add_inplace', target, part), 1), y.shape);
     }
-    return this.#node(sum, y.shape);
   }
 
   gatherRows(x: Tensor, rows: Tensor): Node {
