@@ -12,7 +12,6 @@ import { openSqlRegistry } from './adapters/sql-registry.ts';
 import { publish } from './channels.ts';
 import { type Config, childEnvironment } from './config.ts';
 import { systemClock } from './engine/clock.ts';
-import type { GenerateRequest, Sampling } from './engine/messages.ts';
 import type { EngineConfig } from './engine/open-loop.ts';
 import { Supervisor } from './engine/supervisor.ts';
 import type { TextService } from './engine/text.ts';
@@ -24,6 +23,7 @@ import { parseBudget } from './router/budget.ts';
 import { createRouter, type Router } from './router/router.ts';
 import { createApp } from './server/app.ts';
 import type { Clock, ServerConfig } from './server/deps.ts';
+import { probeEngine } from './server/health.ts';
 import { InFlight } from './server/in-flight.ts';
 import { createLifecycle, type Listening, listen } from './server/listen.ts';
 import { createMetrics } from './server/metrics.ts';
@@ -150,34 +150,9 @@ function serverConfig(config: Config, modelName: string, clock: Clock): ServerCo
 /** A first answer that nobody asked for: it records the programs that serving needs first and gives the latency model
  *  enough steps to predict by. Its failure is no reason not to serve. */
 async function warmUp(engine: Supervisor): Promise<void> {
-  const request: GenerateRequest = {
-    id: 'warm-up',
-    tokens: Int32Array.from({ length: 32 }, (_, i) => i % engine.base.config.vocabSize),
-    tokensMax: 12,
-    sampling: greedy,
-    stop: [],
-    topLogprobs: null,
-    adapter: null,
-    tenant: 'warm-up',
-  };
-  try {
-    for await (const _ of engine.submit(request, new AbortController().signal));
-  } catch {
-    // The supervisor has restarted the engine or says so to the next request.
-  }
+  const tokens = Int32Array.from({ length: 32 }, (_, i) => i % engine.base.config.vocabSize);
+  await probeEngine(engine, { id: 'warm-up', tokens, tokensMax: 12 }, new AbortController().signal);
 }
-
-const greedy: Sampling = {
-  temperature: 0,
-  topP: 1,
-  topK: 0,
-  minP: 0,
-  seed: 0,
-  presencePenalty: 0,
-  frequencyPenalty: 0,
-  repetitionPenalty: 1,
-  logitBias: [],
-};
 
 interface Parts {
   readonly config: Config;

@@ -8,47 +8,36 @@ import { type Generation, isAdapterName, isGeneration } from '../adapters/adapte
 import type { AdapterRecord, ImportedAdapter } from '../adapters/registry.ts';
 import { GatewayError } from '../errors.ts';
 import type { ServerDeps } from './deps.ts';
-import type { Env, Route } from './env.ts';
-import { readJson } from './limits.ts';
+import type { Env } from './env.ts';
+import { readBody } from './limits.ts';
 import { invalidRequest } from './problem.ts';
-import { addAdapterSchema, parseBody, swapSchema } from './schemas.ts';
+import { addAdapterSchema, swapSchema } from './schemas.ts';
 import { packTar } from './tar.ts';
 
-export function adapterRoutes(deps: ServerDeps): readonly Route[] {
-  const { registry } = deps;
-  const admin = (method: Route['method'], path: string, handle: Route['handle']): Route => ({
-    method,
-    path: `/v1/adapters${path}`,
-    access: 'admin',
-    handle,
-  });
-  return [
-    admin('POST', '', (c) => addAdapter(c, deps)),
-    admin('GET', '', (c) =>
-      c.json({
-        object: 'list',
-        data: registry.list().map((record) => describeAdapter(record, deps)),
-      }),
-    ),
-    admin('GET', '/:name', (c) => c.json(describeAdapter(recordOf(c, deps), deps))),
-    admin('PUT', '/:name', (c) => swapAdapter(c, deps)),
-    admin('POST', '/:name/rollback', (c) => {
-      const before = recordOf(c, deps);
-      const after = registry.rollback(before.name);
-      unloadUnused(before.generation, deps);
-      return c.json(describeAdapter(after, deps));
-    }),
-    admin('DELETE', '/:name', (c) => {
-      const before = recordOf(c, deps);
-      removeAdapter(before, expectedOf(c), deps);
-      return c.json({ id: before.name, object: 'adapter', deleted: true });
-    }),
-    admin('GET', '/:name/export', (c) => exportAdapter(c, deps)),
-  ];
+export function listAdapters(c: Context<Env>, deps: ServerDeps): Response {
+  const data = deps.registry.list().map((record) => describeAdapter(record, deps));
+  return c.json({ object: 'list', data });
 }
 
-async function addAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
-  const body = parseBody(addAdapterSchema, await readJson(c.req.raw, deps.config.bodyBytesMax));
+export function showAdapter(c: Context<Env>, deps: ServerDeps): Response {
+  return c.json(describeAdapter(recordOf(c, deps), deps));
+}
+
+export function rollBackAdapter(c: Context<Env>, deps: ServerDeps): Response {
+  const before = recordOf(c, deps);
+  const after = deps.registry.rollback(before.name);
+  unloadUnused(before.generation, deps);
+  return c.json(describeAdapter(after, deps));
+}
+
+export function deleteAdapter(c: Context<Env>, deps: ServerDeps): Response {
+  const record = recordOf(c, deps);
+  removeAdapter(record, expectedOf(c), deps);
+  return c.json({ id: record.name, object: 'adapter', deleted: true });
+}
+
+export async function addAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+  const body = await readBody(c, deps, addAdapterSchema);
   const isReplace = body.replace === true;
   if (body.if_generation !== undefined && !isReplace) {
     throw invalidRequest('if_generation needs replace: true', 'if_generation');
@@ -147,9 +136,9 @@ async function jailedDirectory(publication: Publication, root: string | null): P
   return real;
 }
 
-async function swapAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+export async function swapAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const before = recordOf(c, deps);
-  const body = parseBody(swapSchema, await readJson(c.req.raw, deps.config.bodyBytesMax));
+  const body = await readBody(c, deps, swapSchema);
   const generation = asGeneration(body.generation);
   if (generation === null) throw invalidRequest('generation: not a generation', 'generation');
   const record = deps.registry.swap(before.name, generation, expectedOf(c));
@@ -166,7 +155,7 @@ export function removeAdapter(
   unloadUnused(record.generation, deps);
 }
 
-async function exportAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+export async function exportAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const record = recordOf(c, deps);
   const { rankMax } = record.manifest;
   const unknown = Object.keys(c.req.query()).find((key) => key !== 'rank');

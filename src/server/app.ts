@@ -4,17 +4,17 @@
 
 import { type Context, Hono } from 'hono';
 import { GatewayError } from '../errors.ts';
-import { adapterRoutes } from './adapters.ts';
-import { createAuthenticate, readCredentials } from './auth.ts';
-import { chatRoutes } from './chat.ts';
-import { completionRoutes } from './completions.ts';
+import * as adapters from './adapters.ts';
+import { authenticate } from './auth.ts';
+import { completeChat } from './chat.ts';
+import { completeText } from './completions.ts';
 import type { ServerDeps } from './deps.ts';
-import type { Env, Route } from './env.ts';
-import { healthRoutes } from './health.ts';
-import { modelRoutes } from './models.ts';
+import type { Access, Env, Handle, Route } from './env.ts';
+import { createReadyz, livez, metricsPage } from './health.ts';
+import { listModels, showModel } from './models.ts';
 import { HttpError, problemOf } from './problem.ts';
 import { RequestRecord } from './request-record.ts';
-import { vllmRoutes } from './vllm-lora.ts';
+import { loadLora, unloadLora } from './vllm-lora.ts';
 
 export interface App {
   readonly hono: Hono<Env>;
@@ -22,15 +22,38 @@ export interface App {
   readonly routes: readonly Route[];
 }
 
-export function createApp(deps: ServerDeps): App {
-  const routes: readonly Route[] = [
-    ...chatRoutes(deps),
-    ...completionRoutes(deps),
-    ...modelRoutes(deps),
-    ...adapterRoutes(deps),
-    ...vllmRoutes(deps),
-    ...healthRoutes(deps),
+function routeTable(metricsPublic: boolean): readonly Route[] {
+  const at =
+    (access: Access) =>
+    (method: Route['method'], path: string, handle: Handle): Route => ({
+      method,
+      path,
+      access,
+      handle,
+    });
+  const [open, inference, admin] = [at('public'), at('inference'), at('admin')];
+  return [
+    inference('POST', '/v1/chat/completions', completeChat),
+    inference('POST', '/v1/completions', completeText),
+    inference('GET', '/v1/models', listModels),
+    inference('GET', '/v1/models/:id', showModel),
+    admin('POST', '/v1/adapters', adapters.addAdapter),
+    admin('GET', '/v1/adapters', adapters.listAdapters),
+    admin('GET', '/v1/adapters/:name', adapters.showAdapter),
+    admin('PUT', '/v1/adapters/:name', adapters.swapAdapter),
+    admin('DELETE', '/v1/adapters/:name', adapters.deleteAdapter),
+    admin('POST', '/v1/adapters/:name/rollback', adapters.rollBackAdapter),
+    admin('GET', '/v1/adapters/:name/export', adapters.exportAdapter),
+    admin('POST', '/v1/load_lora_adapter', loadLora),
+    admin('POST', '/v1/unload_lora_adapter', unloadLora),
+    open('GET', '/livez', livez),
+    open('GET', '/readyz', createReadyz()),
+    (metricsPublic ? open : inference)('GET', '/metrics', metricsPage),
   ];
+}
+
+export function createApp(deps: ServerDeps): App {
+  const routes = routeTable(deps.config.metricsPublic);
   const hono = new Hono<Env>();
   hono.use(async function observe(c, next) {
     const record = new RequestRecord(
@@ -54,16 +77,13 @@ export function createApp(deps: ServerDeps): App {
 }
 
 function mount(hono: Hono<Env>, routes: readonly Route[], deps: ServerDeps): void {
-  const authenticate = createAuthenticate(deps.config.apiKeys, deps.config.hostsAllowed);
   for (const route of routes) {
     hono.on(route.method, route.path, (c) => {
       const record = c.get('record');
       record.route = route.path;
-      const peer = c.env?.incoming?.socket.remoteAddress ?? null;
-      const caller = authenticate(route.access, readCredentials(c.req.raw, peer));
-      record.tenant = caller.tenant;
-      c.set('caller', caller);
-      return route.handle(c);
+      record.tenant = authenticate(c, route.access, deps.config);
+      c.set('tenant', record.tenant);
+      return route.handle(c, deps);
     });
   }
   for (const path of new Set(routes.map((route) => route.path))) {

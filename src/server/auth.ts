@@ -3,9 +3,9 @@
 // calls are for this machine alone: a loopback peer, no proxy's header, no browser origin (faults.md B67-B71, B84).
 
 import { createHash, timingSafeEqual } from 'node:crypto';
+import type { Context } from 'hono';
 import { GatewayError } from '../errors.ts';
-
-export type Access = 'public' | 'inference' | 'admin';
+import type { Access, Env } from './env.ts';
 
 export interface ApiKey {
   /** SHA-256 of the key, 32 bytes. The key itself is kept nowhere. */
@@ -14,59 +14,32 @@ export interface ApiKey {
   readonly access: 'inference' | 'admin';
 }
 
-export interface Caller {
-  /** Part of the prefix cache's identity: callers with different keys share nothing. */
-  readonly tenant: string;
-}
-
-export interface Credentials {
-  readonly authorization: string | null;
-  /** The peer's address as the socket has it; null when there is no socket (tests). */
-  readonly peer: string | null;
-  /** Host that the request was sent to, without its port. */
-  readonly host: string;
-  readonly origin: string | null;
-  /** Some proxy's forwarding header is present. */
-  readonly isForwarded: boolean;
-}
-
 /** RFC 6750's b64token, with a length limit. */
 const bearerPattern = /^Bearer ([A-Za-z0-9._~+/-]{1,512}={0,2})$/;
-const forwardingHeaders = ['forwarded', 'x-forwarded-for', 'x-real-ip', 'x-forwarded-host'];
+/** Some proxy's, or a browser's: whoever asks is not this machine's user at a prompt. */
+const relayHeaders = ['forwarded', 'x-forwarded-for', 'x-real-ip', 'x-forwarded-host', 'origin'];
 
-export function readCredentials(request: Request, peer: string | null): Credentials {
-  return {
-    authorization: request.headers.get('authorization'),
-    peer,
-    host: new URL(request.url).hostname,
-    origin: request.headers.get('origin'),
-    isForwarded: forwardingHeaders.some((name) => request.headers.has(name)),
-  };
-}
-
-export type Authenticate = (access: Access, credentials: Credentials) => Caller;
-
-/** Throws UNAUTHENTICATED (no key or a wrong one) or FORBIDDEN (a right one that is not enough). */
-export function createAuthenticate(
-  keys: readonly ApiKey[],
-  hostsAllowed: readonly string[],
-): Authenticate {
-  for (const key of keys) {
-    if (key.digest.byteLength !== 32) throw new RangeError('an API key digest is not 32 bytes');
+/** The caller's tenant, which is part of the prefix cache's identity: callers with different keys share nothing. Throws
+ *  UNAUTHENTICATED (no key or a wrong one) or FORBIDDEN (a right one that is not enough). */
+export function authenticate(
+  c: Context<Env>,
+  access: Access,
+  config: { readonly apiKeys: readonly ApiKey[]; readonly hostsAllowed: readonly string[] },
+): string {
+  if (access === 'public') return 'public';
+  if (config.apiKeys.length === 0) {
+    admitKeyless(c, access, config.hostsAllowed);
+    return 'local';
   }
-  return function authenticate(access, credentials): Caller {
-    if (access === 'public') return { tenant: 'public' };
-    if (keys.length === 0) return admitKeyless(access, credentials, hostsAllowed);
-    const key = matchKey(keys, credentials.authorization);
-    if (access === 'admin' && key.access !== 'admin') {
-      throw new GatewayError('FORBIDDEN', 'this call needs an admin key');
-    }
-    return { tenant: `key-${Buffer.from(key.digest).toString('hex', 0, 8)}` };
-  };
+  const key = matchKey(config.apiKeys, c.req.header('authorization') ?? '');
+  if (access === 'admin' && key.access !== 'admin') {
+    throw new GatewayError('FORBIDDEN', 'this call needs an admin key');
+  }
+  return `key-${Buffer.from(key.digest).toString('hex', 0, 8)}`;
 }
 
-function matchKey(keys: readonly ApiKey[], authorization: string | null): ApiKey {
-  const token = bearerPattern.exec(authorization ?? '')?.[1];
+function matchKey(keys: readonly ApiKey[], authorization: string): ApiKey {
+  const token = bearerPattern.exec(authorization)?.[1];
   const digest = createHash('sha256')
     .update(token ?? '')
     .digest();
@@ -82,25 +55,22 @@ function matchKey(keys: readonly ApiKey[], authorization: string | null): ApiKey
   return matched;
 }
 
-function admitKeyless(
-  access: Access,
-  credentials: Credentials,
-  hostsAllowed: readonly string[],
-): Caller {
-  const { peer, host, origin, isForwarded } = credentials;
-  const isLocal = peer !== null && isLoopback(peer);
+function admitKeyless(c: Context<Env>, access: Access, hostsAllowed: readonly string[]): void {
+  // Absent in tests that have no socket: then nobody is local.
+  const isLocal = isLoopback(c.env?.incoming?.socket.remoteAddress ?? '');
+  const host = new URL(c.req.url).hostname;
   // A web page on this machine can point its own name at 127.0.0.1 and then read our answers; it cannot choose the Host
   // header. So a local caller must have used a local name.
   if (isLocal && !isLocalHost(host) && !hostsAllowed.includes(host)) {
     throw new GatewayError('FORBIDDEN', 'this host name is not served without API keys');
   }
-  if (access === 'admin' && (!isLocal || isForwarded || origin !== null)) {
+  const isRelayed = relayHeaders.some((name) => c.req.header(name) !== undefined);
+  if (access === 'admin' && (!isLocal || isRelayed)) {
     throw new GatewayError(
       'FORBIDDEN',
       'admin calls are for this machine only until an admin key is configured',
     );
   }
-  return { tenant: 'local' };
 }
 
 function isLoopback(address: string): boolean {

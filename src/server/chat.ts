@@ -3,28 +3,17 @@
 import type { Context } from 'hono';
 import type { ChatMessage } from '../engine/text.ts';
 import type { ServerDeps } from './deps.ts';
-import type { Env, Route } from './env.ts';
+import type { Env } from './env.ts';
 import { openAnswer } from './generation.ts';
-import { readJson } from './limits.ts';
+import { readBody } from './limits.ts';
 import { chatLogprobs } from './logprobs.ts';
 import { invalidRequest } from './problem.ts';
 import { reply, type Shape } from './reply.ts';
-import { type ChatBody, chatSchema, parseBody } from './schemas.ts';
+import { type ChatBody, chatSchema } from './schemas.ts';
 
-export function chatRoutes(deps: ServerDeps): readonly Route[] {
-  return [
-    {
-      method: 'POST',
-      path: '/v1/chat/completions',
-      access: 'inference',
-      handle: (c) => completeChat(c, deps),
-    },
-  ];
-}
-
-async function completeChat(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+export async function completeChat(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const { config, text } = deps;
-  const body = parseBody(chatSchema, await readJson(c.req.raw, config.bodyBytesMax));
+  const body = await readBody(c, deps, chatSchema);
   if (body.top_logprobs !== undefined && body.logprobs !== true) {
     throw invalidRequest('top_logprobs needs logprobs: true', 'top_logprobs');
   }

@@ -5,28 +5,17 @@ import type { Context } from 'hono';
 import type { TextService } from '../engine/text.ts';
 import { GatewayError } from '../errors.ts';
 import type { ServerDeps } from './deps.ts';
-import type { Env, Route } from './env.ts';
+import type { Env } from './env.ts';
 import { openAnswer } from './generation.ts';
-import { readJson } from './limits.ts';
+import { readBody } from './limits.ts';
 import { LegacyLogprobs } from './logprobs.ts';
 import { invalidRequest } from './problem.ts';
 import { reply, type Shape } from './reply.ts';
-import { type CompletionBody, completionSchema, parseBody } from './schemas.ts';
+import { type CompletionBody, completionSchema } from './schemas.ts';
 
-export function completionRoutes(deps: ServerDeps): readonly Route[] {
-  return [
-    {
-      method: 'POST',
-      path: '/v1/completions',
-      access: 'inference',
-      handle: (c) => complete(c, deps),
-    },
-  ];
-}
-
-async function complete(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+export async function completeText(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const { config, text, engine } = deps;
-  const body = parseBody(completionSchema, await readJson(c.req.raw, config.bodyBytesMax));
+  const body = await readBody(c, deps, completionSchema);
   if (body.echo === true && body.logprobs !== undefined) {
     throw new GatewayError(
       'UNSUPPORTED',

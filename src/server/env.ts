@@ -2,19 +2,22 @@
 
 import type { HttpBindings } from '@hono/node-server';
 import type { Context } from 'hono';
-import type { Access, Caller } from './auth.ts';
+import type { ServerDeps } from './deps.ts';
 import type { RequestRecord } from './request-record.ts';
 
 export interface Env {
   /** Absent members when there is no socket: app.request() in tests. */
   Bindings: Partial<HttpBindings>;
-  Variables: { record: RequestRecord; caller: Caller };
+  Variables: { record: RequestRecord; tenant: string };
 }
+
+export type Access = 'public' | 'inference' | 'admin';
+export type Handle = (c: Context<Env>, deps: ServerDeps) => Response | Promise<Response>;
 
 /** The only way to add a call: `access` is not optional, so no route is open by omission (faults.md B43). */
 export interface Route {
   readonly method: 'GET' | 'POST' | 'PUT' | 'DELETE';
   readonly path: string;
   readonly access: Access;
-  readonly handle: (c: Context<Env>) => Response | Promise<Response>;
+  readonly handle: Handle;
 }

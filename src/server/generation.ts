@@ -72,7 +72,7 @@ async function planAnswer(c: Context<Env>, deps: ServerDeps, ask: ResolvedAsk): 
     deps,
     {
       id: `${ask.idPrefix}${deps.random.id()}`,
-      tenant: c.get('caller').tenant,
+      tenant: c.get('tenant'),
       receivedMs: record.receivedMs,
       target,
       prompts,

@@ -1,8 +1,13 @@
 // What a request body may be before anything looks inside: UTF-8 JSON, uncompressed, counted while it arrives. A
 // Content-Length can only shorten the wait for the refusal; it is never trusted to be true (faults.md B61, B64, section 5).
 
+import type { Context } from 'hono';
+import type { z } from 'zod';
 import { GatewayError } from '../errors.ts';
+import type { ServerDeps } from './deps.ts';
+import type { Env } from './env.ts';
 import { HttpError, invalidRequest } from './problem.ts';
+import { parseBody } from './schemas.ts';
 import { parseStrictJson } from './strict-json.ts';
 
 // Beyond any body of this API. Depth is far from any parser's stack. Measured on two loaded vCPUs, Node 20.20.2: 10,000
@@ -10,13 +15,19 @@ import { parseStrictJson } from './strict-json.ts';
 const jsonLimits = { depthMax: 32, keysMax: 10_000 } as const;
 
 /** Throws 415, PAYLOAD_TOO_LARGE, INVALID_REQUEST, or CANCELLED when the client goes away while sending. */
-export async function readJson(request: Request, bytesMax: number): Promise<unknown> {
+export async function readBody<T>(
+  c: Context<Env>,
+  { config }: ServerDeps,
+  schema: z.ZodType<T>,
+): Promise<T> {
+  const request = c.req.raw;
+  const bytesMax = config.bodyBytesMax;
   checkMediaType(request.headers);
   const declared = Number(request.headers.get('content-length') ?? 0);
   if (declared > bytesMax) throw tooLarge(bytesMax);
   const bytes = await readBytes(request, bytesMax);
   if (bytes.length === 0) throw invalidRequest('the body is empty; a JSON object is wanted');
-  return parseStrictJson(decodeUtf8(bytes), jsonLimits);
+  return parseBody(schema, parseStrictJson(decodeUtf8(bytes), jsonLimits));
 }
 
 function checkMediaType(headers: Headers): void {

@@ -6,31 +6,14 @@ import { isAdapterName } from '../adapters/adapter.ts';
 import { GatewayError } from '../errors.ts';
 import { publishAdapter, removeAdapter } from './adapters.ts';
 import type { ServerDeps } from './deps.ts';
-import type { Env, Route } from './env.ts';
-import { readJson } from './limits.ts';
+import type { Env } from './env.ts';
+import { readBody } from './limits.ts';
 import { HttpError, invalidRequest } from './problem.ts';
-import { loadLoraSchema, parseBody, unloadLoraSchema } from './schemas.ts';
+import { loadLoraSchema, unloadLoraSchema } from './schemas.ts';
 
-export function vllmRoutes(deps: ServerDeps): readonly Route[] {
-  return [
-    {
-      method: 'POST',
-      path: '/v1/load_lora_adapter',
-      access: 'admin',
-      handle: (c) => loadLora(c, deps),
-    },
-    {
-      method: 'POST',
-      path: '/v1/unload_lora_adapter',
-      access: 'admin',
-      handle: (c) => unloadLora(c, deps),
-    },
-  ];
-}
-
-async function loadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+export async function loadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   checkEnabled(deps);
-  const body = parseBody(loadLoraSchema, await readJson(c.req.raw, deps.config.bodyBytesMax));
+  const body = await readBody(c, deps, loadLoraSchema);
   const isReplace = body.load_inplace === true;
   if (!isReplace && deps.registry.find(body.lora_name) !== null) {
     // vLLM answers 400 here, where /v1/adapters answers 409.
@@ -49,9 +32,9 @@ async function loadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   return c.text(`Success: LoRA adapter '${body.lora_name}' added successfully.`);
 }
 
-async function unloadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
+export async function unloadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   checkEnabled(deps);
-  const body = parseBody(unloadLoraSchema, await readJson(c.req.raw, deps.config.bodyBytesMax));
+  const body = await readBody(c, deps, unloadLoraSchema);
   const record = isAdapterName(body.lora_name) ? deps.registry.find(body.lora_name) : null;
   if (record === null) {
     throw new GatewayError('ADAPTER_NOT_FOUND', 'The lora adapter cannot be found.', {
