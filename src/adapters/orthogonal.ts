@@ -175,6 +175,18 @@ function pickColumns({ rows, data }: Columns, order: readonly number[]): Columns
   return { rows, columns: order.length, data: picked };
 }
 
+/** x with its columns by falling length: sorted's column i is x's column order[i]. */
+export function longestFirst(x: Columns): {
+  readonly order: readonly number[];
+  readonly sorted: Columns;
+} {
+  const norms = Float64Array.from({ length: x.columns }, (_, i) =>
+    dot(x.data, i * x.rows, i * x.rows, x.rows),
+  );
+  const order = Array.from(norms.keys()).sort((i, j) => norms[j]! - norms[i]! || i - j);
+  return { order, sorted: pickColumns(x, order) };
+}
+
 /** x · yᵀ for x [m, n] and y [k, n]. */
 export function multiplyTransposed(x: Columns, y: Columns): Columns {
   const data = new Float64Array(x.rows * y.rows);

@@ -7,7 +7,7 @@ export interface AdapterRecord {
   readonly name: string;
   readonly generation: Generation;
   readonly manifest: AdapterManifest;
-  /** Generations this name pointed at before, newest first; the first is what rollback returns to. */
+  /** Generations this name pointed at before, each once, the last used first: what rollback returns to. */
   readonly previous: readonly Generation[];
   /** Unix seconds of the last change. */
   readonly updatedS: number;

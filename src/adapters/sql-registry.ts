@@ -120,11 +120,15 @@ class SqlRegistry implements Registry {
       const before = this.#expect(name, expected);
       this.#expectStored(generation);
       if (before.generation === generation) return before;
+      // The past holds each generation once, at its last use: going back and forth between two forgets no third.
+      const forget = this.#sql('DELETE FROM previous WHERE name = ? AND generation IN (?, ?)');
+      forget.run(name, generation, before.generation);
       this.#sql('INSERT INTO previous (name, generation) VALUES (?, ?)').run(
         name,
         before.generation,
       );
-      dropped.push(...before.previous.slice(previousMax - 1));
+      const past = before.previous.filter((g) => g !== generation && g !== before.generation);
+      dropped.push(...past.slice(previousMax - 1));
       this.#sql(dropOldPrevious).run(name, name, previousMax);
       this.#point(name, generation);
       return this.#expect(name);

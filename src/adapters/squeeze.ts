@@ -6,6 +6,7 @@ import { GatewayError } from '../errors.ts';
 import {
   type Columns,
   jacobiSvd,
+  longestFirst,
   multiplyTransposed,
   qr,
   type Svd,
@@ -75,13 +76,32 @@ function divided(values: Float64Array, divisor: number): Float64Array {
   return divisor === 0 ? values : values.map((value) => value / divisor);
 }
 
-/** jacobiSvd of a core of any shape: `us` [rows, n] with lengths σ, `v` [columns, n] orthonormal, n the smaller side. */
+/** The SVD of a core of any shape: `us` [rows, n] with lengths σ, `v` [columns, n] orthonormal, n the smaller side. */
 function coreSvd(core: Columns): Svd {
-  if (core.rows >= core.columns) return jacobiSvd(core);
+  if (core.rows >= core.columns) return tallSvd(core);
   // coreᵀ·V = U·Σ, so core = V·Σ·Uᵀ: the sides change places, and so does the length.
-  const { us, v, sigma } = jacobiSvd(transpose(core));
-  const inverse = sigma.map((value) => (value === 0 ? 0 : 1 / value));
-  return { us: scaled(v, sigma), v: scaled(us, inverse), sigma };
+  const { us, v, sigma } = tallSvd(transpose(core));
+  return { us: scaled(v, sigma), v: scaled(us, sigma.map(inverse)), sigma };
+}
+
+/** With x·P = Q·R and Rᵀ·V = U·Σ, x = (Q·V·Σ)·(P·U)ᵀ. Longest columns first, R is graded, and Jacobi on Rᵀ needs a few
+ *  sweeps where on x it needs many (Drmač and Veselić, "New fast and accurate Jacobi SVD algorithm", 2008). */
+function tallSvd(x: Columns): Svd {
+  const { order, sorted } = longestFirst(x);
+  const { r, applyQ } = qr(sorted);
+  const { us, v, sigma } = jacobiSvd(transpose(r));
+  const permuted = scaled(us, sigma.map(inverse));
+  const right = new Float64Array(permuted.data.length);
+  order.forEach((to, from) => {
+    for (let j = 0; j < permuted.columns; j++) {
+      right[j * permuted.rows + to] = permuted.data[j * permuted.rows + from]!;
+    }
+  });
+  return { us: applyQ(scaled(v, sigma)), v: { ...permuted, data: right }, sigma };
+}
+
+function inverse(value: number): number {
+  return value === 0 ? 0 : 1 / value;
 }
 
 /** The first factors.length columns, each times its factor. */
