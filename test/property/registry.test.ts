@@ -178,7 +178,8 @@ class Run {
     this.expectOutcome(() => this.registry.swap(step.name, step.generation, step.expected), wanted);
     const entry = this.model.entries.get(step.name);
     if (wanted !== 'done' || entry === undefined || entry.generation === step.generation) return;
-    entry.previous.unshift(entry.generation);
+    const { generation: now } = entry;
+    entry.previous = [now, ...entry.previous.filter((g) => g !== now && g !== step.generation)];
     entry.generation = step.generation;
     this.model.drop(entry.previous.splice(8));
   }
