@@ -1,7 +1,7 @@
-// Brings generations into adapter memory between steps: one at a time, a bounded number of bytes a tick, so that a load
-// never stops the streams that run (sglang#8162). A finished load keeps a use of its pages until the sequence it was made
-// for has its own, else the next load could evict them first and two waiting sequences would load against each other
-// for ever. Loads asked for ahead (tickets) and loads that sequences wait for take turns, so that neither starves.
+// Brings the generations that sequences wait for into adapter memory: one at a time, a bounded number of bytes a tick, so
+// that a load never stops the streams that run (sglang#8162). A finished load keeps a use of its pages until the sequence
+// it was made for has its own, else the next load could evict them first and two waiting sequences would load against
+// each other for ever.
 
 import type { Generation } from '../adapters/adapter.ts';
 import type { AdapterLoad, LoadProgress, Residency, ResidentUse } from '../adapters/residency.ts';
@@ -13,13 +13,6 @@ export interface LoadListener {
   /** Whether a sequence waits for the generation. */
   readonly isAwaited: (generation: Generation) => boolean;
   readonly onFailed: (generation: Generation, error: GatewayError) => void;
-  /** The answer to a ticket; null: loaded. */
-  readonly onTicket: (ticket: number, error: GatewayError | null) => void;
-}
-
-interface Ticket {
-  readonly generation: Generation;
-  readonly ticket: number;
 }
 
 type Phase =
@@ -29,50 +22,21 @@ type Phase =
 
 /** Bytes written between two steps. Guess: about a millisecond of memcpy. */
 const bytesPerTick = 4 * 1024 * 1024;
-const ticketsMax = 1000;
 
 export class AdapterLoader {
   readonly #residency: Residency;
   readonly #listener: LoadListener;
-  readonly #tickets: Ticket[] = [];
   #phase: Phase = { kind: 'idle' };
-  #isTicketTurn = false;
-  /** No load was under way when this tick's admission began. */
-  #wasFree = true;
 
   constructor(residency: Residency, listener: LoadListener) {
     this.#residency = residency;
     this.#listener = listener;
   }
 
-  /** Read, and waiting until sequences that end give pages back. */
-  get isBlocked(): boolean {
-    return this.#phase.kind === 'loading' && this.#phase.progress === 'no-room';
-  }
-
-  /** Waits for a file and will wake the loop itself. */
-  get isReading(): boolean {
-    return this.#phase.kind === 'loading' && this.#phase.progress === 'reading';
-  }
-
-  /** Another tick moves it on whatever else happens. */
-  get needsTick(): boolean {
-    const { kind } = this.#phase;
-    return kind === 'idle' ? this.#tickets.length > 0 : kind === 'loading' && this.#isWriting();
-  }
-
-  /** Asks for a generation ahead; answered by onTicket. */
-  ask(generation: Generation, ticket: number): void {
-    if (this.#tickets.length < ticketsMax) this.#tickets.push({ generation, ticket });
-    else this.#listener.onTicket(ticket, new GatewayError('CONTENDED', 'too many loads wait'));
-  }
-
-  /** A tick's share of the work, before its admission. */
-  beginTick(): void {
-    this.#advance();
-    this.letGo();
-    if (this.#isTicketTurn) this.#wantForTicket();
-    this.#wasFree = this.#phase.kind === 'idle';
+  /** Where the load under way stands. `reading`: it will wake the loop itself; `more`: another tick moves it on;
+   *  `no-room`: only sequences that end do. */
+  get progress(): LoadProgress | null {
+    return this.#phase.kind === 'loading' ? this.#phase.progress : null;
   }
 
   /** Starts a load unless one is under way. Admission asks again each tick, most urgent first. */
@@ -80,44 +44,11 @@ export class AdapterLoader {
     if (this.#phase.kind !== 'idle') return;
     const load = this.#residency.beginLoad(generation, this.#listener.wake);
     this.#phase = { kind: 'loading', load, progress: 'reading' };
-    this.#advance();
+    this.advance();
   }
 
-  /** After admission. */
-  endTick(): void {
-    if (this.#wasFree && this.#phase.kind !== 'idle') this.#isTicketTurn = true; // a sequence's load came first
-    this.#wantForTicket();
-    this.letGo();
-  }
-
-  /** Frees what nobody waits for any more: a load that no sequence and no ticket wants, and a finished one (its tickets
-   *  are settled) that no sequence wants. */
-  letGo(): void {
-    const phase = this.#phase;
-    if (phase.kind === 'held') {
-      if (this.#listener.isAwaited(phase.use.generation)) return;
-      phase.use.release();
-    } else if (phase.kind === 'loading') {
-      const { generation } = phase.load;
-      const isAsked = this.#tickets.some((one) => one.generation === generation);
-      if (isAsked || this.#listener.isAwaited(generation)) return;
-      phase.load.abandon();
-    }
-    this.#phase = { kind: 'idle' };
-  }
-
-  #isWriting(): boolean {
-    return this.#phase.kind === 'loading' && this.#phase.progress === 'more';
-  }
-
-  #wantForTicket(): void {
-    const next = this.#tickets[0];
-    if (next === undefined || this.#phase.kind !== 'idle') return;
-    this.#isTicketTurn = false;
-    this.want(next.generation);
-  }
-
-  #advance(): void {
+  /** A tick's share of the work, before its admission. */
+  advance(): void {
     const phase = this.#phase;
     if (phase.kind !== 'loading') return;
     const { generation } = phase.load;
@@ -127,19 +58,20 @@ export class AdapterLoader {
       const use = this.#residency.acquire(generation);
       if (use === null) throw new GatewayError('INTERNAL', 'a loaded adapter is not resident');
       this.#phase = { kind: 'held', use };
-      this.#settle(generation, null);
     } catch (error) {
       this.#phase = { kind: 'idle' };
-      const failure = asGatewayError(error);
-      this.#listener.onFailed(generation, failure);
-      this.#settle(generation, failure);
+      this.#listener.onFailed(generation, asGatewayError(error));
     }
   }
 
-  #settle(generation: Generation, error: GatewayError | null): void {
-    const settled = this.#tickets.filter((one) => one.generation === generation);
-    const rest = this.#tickets.filter((one) => one.generation !== generation);
-    this.#tickets.splice(0, this.#tickets.length, ...rest);
-    for (const { ticket } of settled) this.#listener.onTicket(ticket, error);
+  /** Frees what no sequence waits for any more: after admission, and when one is cancelled. */
+  letGo(): void {
+    const phase = this.#phase;
+    if (phase.kind === 'idle') return;
+    const { generation } = phase.kind === 'held' ? phase.use : phase.load;
+    if (this.#listener.isAwaited(generation)) return;
+    if (phase.kind === 'held') phase.use.release();
+    else phase.load.abandon();
+    this.#phase = { kind: 'idle' };
   }
 }

@@ -75,7 +75,7 @@ export class Admission {
       held.set(tenant, (held.get(tenant) ?? 0) + 1);
       runningCount += 1;
     }
-    if (!loader.isBlocked) this.#passesOfLoad = 0;
+    if (loader.progress !== 'no-room') this.#passesOfLoad = 0;
     const decisions: Decision[] = [];
     const passed: Sequence[] = [];
     for (const sequence of planAdmission([...waiting], held)) {
@@ -89,7 +89,7 @@ export class Admission {
         if (outcome.kind === 'failed') continue;
         runningCount += 1;
         for (const one of passed) one.passes += 1;
-        if (loader.isBlocked) this.#passesOfLoad += 1;
+        if (loader.progress === 'no-room') this.#passesOfLoad += 1;
       }
     }
     return decisions;

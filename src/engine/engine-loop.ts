@@ -69,7 +69,6 @@ export class EngineLoop {
       wake: () => this.#wake(),
       isAwaited: (generation) => [...this.#waiting.values()].some((one) => one.needs(generation)),
       onFailed: (generation, error) => this.#failGeneration(generation, error),
-      onTicket: (ticket, error) => this.#outbox.ticket(ticket, error),
     });
     this.#admission = new Admission({ ...options, loader: this.#loader });
   }
@@ -104,11 +103,6 @@ export class EngineLoop {
     const sequence = this.#running.get(id);
     if (sequence !== undefined) this.#leave(sequence, 'cells-valid');
     this.#loader.letGo();
-    this.#wake();
-  }
-
-  load(generation: Generation, ticket: number): void {
-    this.#loader.ask(generation, ticket);
     this.#wake();
   }
 
@@ -163,15 +157,16 @@ export class EngineLoop {
 
   #tick(): void {
     const waiting = this.#waiting.size;
-    this.#loader.beginTick();
+    this.#loader.advance();
     this.#admit();
-    this.#loader.endTick();
+    this.#loader.letGo();
     this.#outbox.flush(); // a start is out before the step that may kill the process: supervisor.ts counts on it
     const isRunning = this.#running.size > 0;
     if (isRunning) this.#step();
     else this.#outbox.stats(this.stats());
-    if (isRunning || this.#loader.needsTick || this.#waiting.size !== waiting) this.#wake();
-    else if (waiting > 0 && !this.#loader.isReading) this.#giveUp();
+    const { progress } = this.#loader;
+    if (isRunning || progress === 'more' || this.#waiting.size !== waiting) this.#wake();
+    else if (waiting > 0 && progress !== 'reading') this.#giveUp();
   }
 
   #admit(): void {

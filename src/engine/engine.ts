@@ -17,8 +17,6 @@ export interface Engine {
    *  CONTENDED when the queue is full, ENGINE_POISONED, NO_CAPACITY while draining. Returning the iterator early (a
    *  `break` in for-await) cancels as `signal` does. */
   submit(request: GenerateRequest, signal: AbortSignal): AsyncIterable<EngineEvent>;
-  /** Resolves when the generation is resident. Sequences load what they need themselves; this is to do it ahead. */
-  load(generation: Generation): Promise<void>;
   /** The generation's memory is freed at its last use, not before. */
   unload(generation: Generation): void;
   stats(): EngineStats;

@@ -123,8 +123,6 @@ export type ToEngine =
       readonly generated: Int32Array;
     }
   | { readonly kind: 'cancel'; readonly id: string }
-  /** Make a generation resident (reads `{blobDir}/…` itself); answered by `loaded` or `load-failed`. */
-  | { readonly kind: 'load'; readonly generation: Generation; readonly ticket: number }
   /** Forget a generation as soon as no sequence uses it. */
   | { readonly kind: 'unload'; readonly generation: Generation }
   | { readonly kind: 'shutdown' };
@@ -139,13 +137,6 @@ export type FromEngine =
       readonly code: string;
       readonly message: string;
     }
-  | { readonly kind: 'loaded'; readonly ticket: number }
-  | {
-      readonly kind: 'load-failed';
-      readonly ticket: number;
-      readonly code: string;
-      readonly message: string;
-    }
   | { readonly kind: 'step'; readonly report: StepReport; readonly stats: EngineStats }
-  /** Something changed without a step: a cancel, a load, an unload. */
+  /** Something changed without a step: a cancel, a loaded adapter, an unload. */
   | { readonly kind: 'stats'; readonly stats: EngineStats };

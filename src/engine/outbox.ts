@@ -21,11 +21,6 @@ export class Outbox {
     this.#emit({ kind: 'failed', id, code, message });
   }
 
-  ticket(ticket: number, error: GatewayError | null): void {
-    if (error === null) this.#emit({ kind: 'loaded', ticket });
-    else this.#emit({ kind: 'load-failed', ticket, code: error.code, message: error.message });
-  }
-
   step(report: StepReport, stats: EngineStats): void {
     this.flush();
     this.#emit({ kind: 'step', report, stats });

@@ -34,9 +34,6 @@ function handle(loop: EngineLoop, message: ToEngine): void {
     case 'cancel':
       loop.cancel(message.id);
       break;
-    case 'load':
-      loop.load(message.generation, message.ticket);
-      break;
     case 'unload':
       loop.unload(message.generation);
       break;

@@ -10,7 +10,6 @@ import { type ChildOptions, EngineChild } from './engine-child.ts';
 import { EventStream } from './event-stream.ts';
 import { Flight } from './flight.ts';
 import { FlightTable } from './flight-table.ts';
-import { LoadTickets } from './load-tickets.ts';
 import type {
   BaseInfo,
   EngineEvent,
@@ -42,7 +41,6 @@ type Life =
 export class Supervisor implements Engine {
   readonly #options: SupervisorOptions;
   readonly #flights: FlightTable = new FlightTable();
-  readonly #tickets: LoadTickets = new LoadTickets();
   readonly #policy: RestartPolicy;
   readonly #stepListeners: Set<(report: StepReport) => void> = new Set();
   #life: Life = { kind: 'down', cancelRestart: () => {} };
@@ -110,13 +108,6 @@ export class Supervisor implements Engine {
     return stream;
   }
 
-  async load(generation: Generation): Promise<void> {
-    if (this.#isClosing || this.#isCrashLooping) throw downError();
-    const { promise, message } = this.#tickets.open(generation);
-    if (this.#life.kind === 'ready') this.#life.child.send(message);
-    await promise;
-  }
-
   unload(generation: Generation): void {
     if (this.#life.kind === 'ready') this.#life.child.send({ kind: 'unload', generation });
   }
@@ -144,7 +135,6 @@ export class Supervisor implements Engine {
     this.#isClosing = true;
     if (this.#life.kind !== 'down') await this.#drained();
     this.#flights.failAll(new GatewayError('NO_CAPACITY', 'the engine is shutting down'));
-    this.#tickets.failAll(downError());
     this.#settleStart?.reject(downError());
     this.#settleStart = null;
     const life = this.#life;
@@ -213,12 +203,6 @@ export class Supervisor implements Engine {
         this.#flights.find(message.id)?.fail(errorOf(message));
         this.#dispatch();
         break;
-      case 'loaded':
-        this.#tickets.settle(message.ticket, null);
-        break;
-      case 'load-failed':
-        this.#tickets.settle(message.ticket, errorOf(message));
-        break;
       case 'step':
         this.#stats = message.stats;
         for (const listener of this.#stepListeners) listener(message.report);
@@ -241,7 +225,6 @@ export class Supervisor implements Engine {
     this.#isCrashLooping = false;
     this.#settleStart?.resolve();
     this.#settleStart = null;
-    for (const message of this.#tickets.messages()) child.send(message);
     this.#dispatch();
   }
 
@@ -278,7 +261,6 @@ export class Supervisor implements Engine {
   #giveUp(): void {
     this.#isCrashLooping = true;
     this.#flights.failAll(downError());
-    this.#tickets.failAll(downError());
     this.#settleStart?.reject(downError());
     this.#settleStart = null;
   }

@@ -122,7 +122,6 @@ export class FakeEngine implements Engine {
   /** Every request that was submitted, oldest first. */
   readonly requests: GenerateRequest[] = [];
   readonly cancelled: string[] = [];
-  readonly loads: Generation[] = [];
   readonly unloads: Generation[] = [];
   isUp = true;
   isClosed = false;
@@ -298,12 +297,6 @@ export class FakeEngine implements Engine {
       ttftMs: flight.ttftMs,
       totalMs: nowMs - flight.submittedMs,
     });
-  }
-
-  load(generation: Generation): Promise<void> {
-    this.loads.push(generation);
-    this.#residents.add(generation);
-    return Promise.resolve();
   }
 
   unload(generation: Generation): void {

@@ -5,7 +5,6 @@ import type { Generation } from '../../src/adapters/adapter.ts';
 import type { Engine } from '../../src/engine/engine.ts';
 import type { EngineLoop } from '../../src/engine/engine-loop.ts';
 import { EventStream } from '../../src/engine/event-stream.ts';
-import { LoadTickets } from '../../src/engine/load-tickets.ts';
 import type {
   BaseInfo,
   EngineEvent,
@@ -37,7 +36,6 @@ class LocalEngine implements Engine {
   readonly #nowMs: () => number;
   readonly #streams: Map<string, EventStream> = new Map();
   readonly #onLand: Map<string, () => void> = new Map();
-  readonly #tickets: LoadTickets = new LoadTickets();
   readonly #stepListeners: Set<(report: StepReport) => void> = new Set();
   #lastTokenMs: number | null = null;
   #isClosed = false;
@@ -96,14 +94,6 @@ class LocalEngine implements Engine {
         stream?.fail(new GatewayError(message.code as ErrorCode, message.message));
         break;
       }
-      case 'loaded':
-        this.#tickets.settle(message.ticket, null);
-        break;
-      case 'load-failed': {
-        const error = new GatewayError(message.code as ErrorCode, message.message);
-        this.#tickets.settle(message.ticket, error);
-        break;
-      }
       case 'step':
         for (const listener of this.#stepListeners) listener(message.report);
         break;
@@ -112,12 +102,6 @@ class LocalEngine implements Engine {
       case 'refused':
         break; // said by serve-loop.ts only, or asked of the loop directly
     }
-  }
-
-  async load(generation: Generation): Promise<void> {
-    const { promise, message } = this.#tickets.open(generation);
-    if (message.kind === 'load') this.#loop.load(generation, message.ticket);
-    await promise;
   }
 
   unload(generation: Generation): void {
@@ -149,7 +133,6 @@ class LocalEngine implements Engine {
       this.#land(id);
       stream.fail(error);
     }
-    this.#tickets.failAll(error);
     return Promise.resolve();
   }
 }

@@ -83,7 +83,6 @@ export class LoopHarness {
   readonly loop: EngineLoop;
   readonly heard: Map<string, Heard> = new Map();
   readonly reports: StepReport[] = [];
-  readonly tickets: Map<number, string> = new Map();
   readonly messages: FromEngine[] = [];
   /** Called at every message, within the tick. */
   onMessage: ((message: FromEngine) => void) | null = null;
@@ -132,8 +131,6 @@ export class LoopHarness {
       const heard = this.heard.get(message.id);
       if (heard !== undefined) heard.failure = { code, message: text };
     } else if (message.kind === 'step') this.reports.push(message.report);
-    else if (message.kind === 'loaded') this.tickets.set(message.ticket, 'loaded');
-    else if (message.kind === 'load-failed') this.tickets.set(message.ticket, message.code);
     this.onMessage?.(message);
   }
 

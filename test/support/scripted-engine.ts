@@ -74,8 +74,6 @@ export class ScriptedEngine implements Engine {
     }
   }
 
-  async load(): Promise<void> {}
-
   unload(generation: Generation): void {
     this.unloaded.push(generation);
   }

@@ -34,7 +34,7 @@ interface Storm {
   readonly wrong: string[];
   readonly ended: number;
   readonly cancelled: number;
-  readonly loads: number;
+  readonly unloads: number;
   readonly harness: LoopHarness;
 }
 
@@ -86,15 +86,14 @@ async function storm(seed: number, streams: number, options: HarnessOptions): Pr
   const pointsAt = new Array<number>(names).fill(0);
   const requests: GenerateRequest[] = [];
   const cancelled = new Set<string>();
-  let loads = 0;
+  let unloads = 0;
   for (let i = 0; i < streams; ) {
     const action = dice.roll(10);
     const generation = fakeGeneration(dice.roll(names * versions));
-    if (action === 0) {
-      loads += 1;
-      harness.loop.load(generation, loads);
-    } else if (action === 1) harness.loop.unload(generation);
-    else if (action === 2) pointsAt[dice.roll(names)] = dice.roll(versions);
+    if (action <= 1) {
+      unloads += 1;
+      harness.loop.unload(generation);
+    } else if (action === 2) pointsAt[dice.roll(names)] = dice.roll(versions);
     else if (action === 3 && requests.length > 0) {
       const { id } = requests[Math.max(0, requests.length - 1 - dice.roll(12))]!;
       cancelled.add(id);
@@ -108,7 +107,6 @@ async function storm(seed: number, streams: number, options: HarnessOptions): Pr
     await harness.ticks(dice.roll(3));
   }
   await harness.drain();
-  await harness.ticks(60); // the loads that nobody waits for
   const wrong: string[] = [];
   let ended = 0;
   for (const request of requests) {
@@ -126,7 +124,7 @@ async function storm(seed: number, streams: number, options: HarnessOptions): Pr
       idsOf(heard).join() === want.tokens.join();
     if (!isRight) wrong.push(`${request.id}: ${idsOf(heard).join()} not ${want.tokens.join()}`);
   }
-  return { wrong, ended, loads, cancelled: cancelled.size, harness };
+  return { wrong, ended, unloads, cancelled: cancelled.size, harness };
 }
 
 /** A stepper whose batches somebody tampers with on the way. */
@@ -184,7 +182,7 @@ function forgetful(residency: Residency): Residency {
 
 describe('swap oracle', () => {
   it.each([1, 2, 3])('every stream of storm %i equals the model alone', async (seed) => {
-    const { wrong, ended, loads, cancelled, harness } = await storm(seed, 220, {});
+    const { wrong, ended, unloads, cancelled, harness } = await storm(seed, 220, {});
     expect(wrong).toEqual([]);
     expect(ended).toBeGreaterThan(150);
     expect(cancelled).toBeGreaterThan(20);
@@ -194,8 +192,7 @@ describe('swap oracle', () => {
     // The storm really stressed what it means to stress.
     expect(stats.prefixTokensHit).toBeGreaterThan(500);
     expect(harness.stepper.copies).toBeGreaterThan(20);
-    expect(loads).toBeGreaterThan(20);
-    expect([...harness.tickets.values()]).toEqual(new Array(loads).fill('loaded'));
+    expect(unloads).toBeGreaterThan(20);
     expect(Math.max(...harness.reports.map((one) => one.decodeRows))).toBeGreaterThan(3);
   });
 
