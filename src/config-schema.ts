@@ -3,7 +3,8 @@
 
 import { z } from 'zod';
 import { isAdapterName, rankMaxLimit } from './adapters/adapter.ts';
-import { budgetMsMax, type TierPolicy } from './router/budget.ts';
+import { budgetMsMax } from './router/budget.ts';
+import type { TierPolicy } from './router/policy.ts';
 
 export interface Settings {
   readonly host: string;

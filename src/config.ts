@@ -9,7 +9,7 @@ import { join, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
 import { isKey, type Settings, settingNames, settingsSchema } from './config-schema.ts';
 import { GatewayError } from './errors.ts';
-import type { TierPolicy } from './router/budget.ts';
+import type { TierPolicy } from './router/policy.ts';
 
 export interface ConfiguredKey {
   /** SHA-256 of the key; the key itself is not kept. */

@@ -31,6 +31,8 @@ export interface LatencyModelOptions {
 export interface FinishedAnswer {
   /** null for the base model. */
   readonly adapter: string | null;
+  /** The plan's, null when it had none. */
+  readonly prediction: Prediction | null;
   readonly tokensMax: number;
   readonly completionTokens: number;
   readonly ttftMs: number;
@@ -62,9 +64,8 @@ export class LatencyModel {
     this.#stepTime.observe(report);
   }
 
-  /** `predicted` is what predict() said when the answer was planned, null when it could not say. */
-  settle(answer: FinishedAnswer, predicted: Prediction | null): void {
-    const { completionTokens, tokensMax, ttftMs, totalMs } = answer;
+  settle(answer: FinishedAnswer): void {
+    const { completionTokens, tokensMax, ttftMs, totalMs, prediction: predicted } = answer;
     if (!(completionTokens >= 1) || !(totalMs >= ttftMs) || !(ttftMs >= 0)) return;
     this.#lengths.learn(answer.adapter ?? '', completionTokens, completionTokens >= tokensMax);
     if (predicted === null) return;

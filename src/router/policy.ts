@@ -3,17 +3,24 @@
 
 import type { Generation } from '../adapters/adapter.ts';
 
-/** A request's latency budget after parsing (budget.ts); every field in milliseconds, finite and > 0. */
-export interface Budget {
+/** In milliseconds, finite and > 0; null where nothing is asked. */
+export interface BudgetTimes {
   readonly totalMs: number | null;
   readonly ttftMs: number | null;
   readonly perTokenMs: number | null;
+}
+
+/** What a tier stands for; also the shape of the default for requests that state nothing. */
+export interface TierPolicy extends BudgetTimes {
   /** Refuse (DEADLINE_TOO_SHORT) instead of serving late when even the smallest allowed rank does not fit. */
   readonly strict: boolean;
+  readonly rankMin: number;
+}
+
+/** A request's latency budget after parsing (budget.ts). */
+export interface Budget extends TierPolicy {
   /** Rank fixed by the caller: the budget then only informs. */
   readonly rank: number | null;
-  readonly rankMin: number;
-  readonly tier: string | null;
 }
 
 /** What is known of the work to be done and of the machine, at the moment of the decision. */
@@ -49,11 +56,8 @@ export interface Plan {
   readonly rank: number;
   readonly rankMax: number;
   readonly reason: PlanReason;
-  /** Predicted total time at that rank; null while the latency model has seen nothing. */
-  readonly predictedMs: number | null;
-  readonly predictedTtftMs: number | null;
-  /** The deadline's estimated margin is mean + 2σ (design.md section 8). */
-  readonly sigmaMs: number | null;
+  /** At that rank; null while the latency model has seen nothing. */
+  readonly prediction: Prediction | null;
 }
 
 export interface Prediction {
@@ -68,5 +72,3 @@ export interface Prediction {
 
 /** Predicts one request at one rank under the given load; null while nothing was learned. */
 export type Predict = (input: RouteInput, rank: number) => Prediction | null;
-
-export type RankPolicy = (input: RouteInput, predict: Predict) => Plan;

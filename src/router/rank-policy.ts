@@ -2,21 +2,20 @@
 // without the bandit). Candidates are the powers of two, the smallest allowed rank and the adapter's own R. Pure.
 
 import { GatewayError } from '../errors.ts';
-import type { Budget, Plan, PlanReason, Predict, Prediction, RouteInput } from './policy.ts';
+import { meets, statesTime } from './budget.ts';
+import type { Budget, Plan, Predict, Prediction, RouteInput } from './policy.ts';
 
 const guardSigmas = 2;
 
-function hasDeadline(budget: Budget): boolean {
-  return budget.totalMs !== null || budget.ttftMs !== null || budget.perTokenMs !== null;
-}
-
-export function fits(budget: Budget, prediction: Prediction): boolean {
-  const { totalMs, sigmaMs, ttftMs, ttftSigmaMs, perTokenMs, perTokenSigmaMs } = prediction;
-  return (
-    (budget.totalMs === null || totalMs + guardSigmas * sigmaMs <= budget.totalMs) &&
-    (budget.ttftMs === null || ttftMs + guardSigmas * ttftSigmaMs <= budget.ttftMs) &&
-    (budget.perTokenMs === null || perTokenMs + guardSigmas * perTokenSigmaMs <= budget.perTokenMs)
-  );
+export function fits(
+  budget: Budget,
+  { totalMs, ttftMs, perTokenMs, ...sigmas }: Prediction,
+): boolean {
+  return meets(budget, {
+    totalMs: totalMs + guardSigmas * sigmas.sigmaMs,
+    ttftMs: ttftMs + guardSigmas * sigmas.ttftSigmaMs,
+    perTokenMs: perTokenMs + guardSigmas * sigmas.perTokenSigmaMs,
+  });
 }
 
 /** Ascending, from the smallest allowed rank (at most R) to R. Rank 0 is the base model's answer: a caller who would
@@ -29,22 +28,6 @@ export function candidateRanks(rankMin: number, rankMax: number): number[] {
   return ladder;
 }
 
-function makePlan(
-  rank: number,
-  rankMax: number,
-  reason: PlanReason,
-  prediction: Prediction | null,
-): Plan {
-  return {
-    rank,
-    rankMax,
-    reason,
-    predictedMs: prediction?.totalMs ?? null,
-    predictedTtftMs: prediction?.ttftMs ?? null,
-    sigmaMs: prediction?.sigmaMs ?? null,
-  };
-}
-
 /** Energy kept at rank k; rank 0 keeps none. */
 function energy(curve: readonly number[], rank: number): number {
   return rank === 0 ? 0 : (curve[rank - 1] ?? 1);
@@ -55,9 +38,10 @@ export function chooseRank(input: RouteInput, predict: Predict): Plan {
   if (adapter === null) {
     const prediction = predict(input, 0);
     const isLate = prediction !== null && !fits(budget, prediction);
-    return makePlan(0, 0, isLate ? 'infeasible' : 'base', prediction);
+    return { rank: 0, rankMax: 0, reason: isLate ? 'infeasible' : 'base', prediction };
   }
   const { rankMax, rankCurve } = adapter;
+  const planAt = (rank: number) => ({ rank, rankMax, prediction: predict(input, rank) });
   if (budget.rank !== null) {
     if (budget.rank > rankMax) {
       throw new GatewayError(
@@ -66,12 +50,12 @@ export function chooseRank(input: RouteInput, predict: Predict): Plan {
         { param: 'latency.rank' },
       );
     }
-    return makePlan(budget.rank, rankMax, 'fixed', predict(input, budget.rank));
+    return { ...planAt(budget.rank), reason: 'fixed' };
   }
-  const whole = predict(input, rankMax);
+  const whole = planAt(rankMax);
   // Nothing learned yet means nothing known against any rank.
-  if (whole === null || !hasDeadline(budget)) return makePlan(rankMax, rankMax, 'full', whole);
-  if (fits(budget, whole)) return makePlan(rankMax, rankMax, 'fits', whole);
+  if (whole.prediction === null || !statesTime(budget)) return { ...whole, reason: 'full' };
+  if (fits(budget, whole.prediction)) return { ...whole, reason: 'fits' };
   const ladder = candidateRanks(budget.rankMin, rankMax);
   // Downwards, so that the first that fits is the largest. A smaller rank is never slower, even when less is known of it
   // and its σ is larger: it needs no check of its own.
@@ -80,8 +64,7 @@ export function chooseRank(input: RouteInput, predict: Predict): Plan {
     if (prediction === null || !fits(budget, prediction)) continue;
     const kept = energy(rankCurve, largest);
     const rank = ladder.find((candidate) => energy(rankCurve, candidate) >= kept) ?? largest;
-    return makePlan(rank, rankMax, 'reduced', predict(input, rank));
+    return { ...planAt(rank), reason: 'reduced' };
   }
-  const smallest = ladder[0]!;
-  return makePlan(smallest, rankMax, 'infeasible', predict(input, smallest));
+  return { ...planAt(ladder[0]!), reason: 'infeasible' };
 }

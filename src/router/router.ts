@@ -1,47 +1,61 @@
 // Binds the latency model and the rank policy into what the server calls: a plan for a request, and back to the model what
-// became of it. No clock and no I/O.
+// became of it. Refuses what its caller would rather not have late. No clock and no I/O.
 
 import type { StepReport } from '../engine/messages.ts';
-import { admit } from './admission.ts';
+import { GatewayError } from '../errors.ts';
 import { type FinishedAnswer, LatencyModel, type LatencyModelOptions } from './latency-model.ts';
-import type { Plan, Prediction, RankPolicy, RouteInput } from './policy.ts';
-import { chooseRank } from './rank-policy.ts';
-
-export interface Outcome extends FinishedAnswer {
-  /** The very object that route() returned. */
-  readonly plan: Plan;
-}
+import type { Plan, Predict, RouteInput } from './policy.ts';
+import { chooseRank, fits } from './rank-policy.ts';
 
 export interface Router {
   /** Throws DEADLINE_TOO_SHORT for a strict budget, INVALID_BUDGET for a fixed rank that the adapter has not. */
   route(input: RouteInput): Plan;
   observe(report: StepReport): void;
-  settle(outcome: Outcome): void;
+  settle(answer: FinishedAnswer): void;
   /** The learned state as JSON; restore() answers false when it is not of this base, backend and thread count. */
   save(): string;
   restore(text: string): boolean;
 }
 
-export function createRouter(
-  options: LatencyModelOptions,
-  policy: RankPolicy = chooseRank,
-): Router {
+export function createRouter(options: LatencyModelOptions): Router {
   const model = new LatencyModel(options);
-  // Keyed by the plan itself: an entry goes when its request does, so there is nothing to bound or to clean up.
-  const predictions = new WeakMap<Plan, Prediction>();
-  const predict = (input: RouteInput, rank: number): Prediction | null =>
-    model.predict(input, rank);
+  const predict: Predict = (input, rank) => model.predict(input, rank);
   return {
     route(input) {
-      const plan = policy(input, predict);
-      admit(input, plan, predict);
-      const prediction = predict(input, plan.rank);
-      if (prediction !== null) predictions.set(plan, prediction);
+      const plan = chooseRank(input, predict);
+      if (plan.reason === 'infeasible' && input.budget.strict) throw tooShort(input, plan, predict);
       return plan;
     },
     observe: (report) => model.observe(report),
-    settle: (outcome) => model.settle(outcome, predictions.get(outcome.plan) ?? null),
+    settle: (answer) => model.settle(answer),
     save: () => model.save(),
     restore: (text) => model.restore(text),
   };
+}
+
+const idle: RouteInput['load'] = {
+  decodeRows: 0,
+  decodeRanks: 0,
+  waiting: 0,
+  waitingPromptTokens: 0,
+  kvCells: 0,
+};
+const retryAfterSMax = 60;
+
+/** Says when to come back only when waiting would help, which is when the same request would fit an idle machine. */
+function tooShort(input: RouteInput, plan: Plan, predict: Predict): GatewayError {
+  const busyMs = plan.prediction?.totalMs ?? 0;
+  const alone = predict({ ...input, load: idle }, plan.rank);
+  const helps = alone !== null && fits(input.budget, alone);
+  const name = input.adapter === null ? 'the base model' : `rank ${plan.rank}`;
+  const when = helps ? 'under the load of now' : 'also without other load';
+  const backlogS = helps ? Math.ceil((busyMs - alone.totalMs) / 1000) : 0;
+  return new GatewayError(
+    'DEADLINE_TOO_SHORT',
+    `the budget is strict and ${name} is predicted to take ${Math.ceil(busyMs)} ms, ${when}`,
+    {
+      param: 'latency',
+      ...(helps ? { retryAfterS: Math.min(retryAfterSMax, Math.max(1, backlogS)) } : {}),
+    },
+  );
 }

@@ -5,6 +5,7 @@ import { setMaxListeners } from 'node:events';
 import type { InferenceReport } from '../channels.ts';
 import type { EngineEvent, FinishReason, GenerateRequest, Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
+import { meets, statesTime } from '../router/budget.ts';
 import type { Budget, Plan } from '../router/policy.ts';
 import type { ServerDeps } from './deps.ts';
 import type { FlyingSequence } from './in-flight.ts';
@@ -182,7 +183,7 @@ export class Answer {
       rank: plan.rank,
       rankMax: plan.rankMax,
       reason: plan.reason,
-      predictedMs: plan.predictedMs,
+      predictedMs: plan.prediction?.totalMs ?? null,
       plannedToEndMs:
         this.#isComplete && this.#endedMs !== null ? this.#endedMs - this.#plannedMs : null,
       budgetMet: this.#isComplete ? this.#budgetMet() : null,
@@ -243,25 +244,19 @@ export class Answer {
   }
 
   #budgetMet(): boolean | null {
-    const { totalMs, ttftMs, perTokenMs } = this.request.budget;
-    if (totalMs === null && ttftMs === null && perTokenMs === null) return null;
-    const total = this.totalMs ?? Number.POSITIVE_INFINITY;
-    const ttft = this.#ttftMs ?? Number.POSITIVE_INFINITY;
+    const { budget } = this.request;
+    if (!statesTime(budget)) return null;
+    const [totalMs, ttftMs] = [this.totalMs ?? 0, this.#ttftMs ?? 0];
     // Sequences run side by side: the longest one sets the pace that was seen.
-    const longest = Math.max(...this.#figures.map((figures) => figures.completionTokens));
-    const perToken = longest > 1 ? (total - ttft) / (longest - 1) : 0;
-    return (
-      total <= (totalMs ?? Number.POSITIVE_INFINITY) &&
-      ttft <= (ttftMs ?? Number.POSITIVE_INFINITY) &&
-      perToken <= (perTokenMs ?? Number.POSITIVE_INFINITY)
-    );
+    const later = Math.max(...this.#figures.map((figures) => figures.completionTokens)) - 1;
+    return meets(budget, { totalMs, ttftMs, perTokenMs: (totalMs - ttftMs) / Math.max(1, later) });
   }
 
   #settle(endedMs: number): void {
     const { request, plan } = this;
     this.#deps.settle({
       adapter: request.target.lease?.name ?? null,
-      plan,
+      prediction: plan.prediction,
       tokensMax: request.tokensMax,
       completionTokens: Math.max(...this.#figures.map((figures) => figures.completionTokens)),
       ttftMs: request.receivedMs + (this.#ttftMs ?? 0) - this.#plannedMs,

@@ -5,8 +5,8 @@ import type { Importer, Registry } from '../adapters/registry.ts';
 import type { Engine } from '../engine/engine.ts';
 import type { TextService } from '../engine/text.ts';
 import type { BudgetSource } from '../router/budget.ts';
+import type { FinishedAnswer } from '../router/latency-model.ts';
 import type { Budget, Plan, RouteInput } from '../router/policy.ts';
-import type { Outcome } from '../router/router.ts';
 import type { ApiKey } from './auth.ts';
 import type { InFlight } from './in-flight.ts';
 
@@ -71,7 +71,7 @@ export interface ServerDeps {
   /** Pure: the policy bound to the latency model. Throws DEADLINE_TOO_SHORT when the budget is strict. */
   readonly route: (input: RouteInput) => Plan;
   /** Told of complete answers only; the times are from the plan, as its prediction was. */
-  readonly settle: (outcome: Outcome) => void;
+  readonly settle: (answer: FinishedAnswer) => void;
   readonly inFlight: InFlight;
   readonly config: ServerConfig;
   readonly clock: Clock;

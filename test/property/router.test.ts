@@ -21,7 +21,6 @@ const budget: fc.Arbitrary<Budget> = fc.record({
   strict: fc.boolean(),
   rank: fc.constant(null),
   rankMin: fc.nat(20),
-  tier: fc.constant(null),
 });
 const curve: fc.Arbitrary<number[]> = fc
   .array(fc.integer({ min: 0, max: 5 }), { minLength: 1, maxLength: 64 })

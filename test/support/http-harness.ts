@@ -3,8 +3,8 @@ import { getEventListeners } from 'node:events';
 import type { Generation } from '../../src/adapters/adapter.ts';
 import { GatewayError } from '../../src/errors.ts';
 import { parseBudget } from '../../src/router/budget.ts';
+import type { FinishedAnswer } from '../../src/router/latency-model.ts';
 import type { Plan, RouteInput } from '../../src/router/policy.ts';
-import type { Outcome } from '../../src/router/router.ts';
 import { type App, createApp } from '../../src/server/app.ts';
 import type { ApiKey } from '../../src/server/auth.ts';
 import type { ServerConfig } from '../../src/server/deps.ts';
@@ -58,7 +58,7 @@ export interface Harness {
   readonly lifecycle: SettableLifecycle;
   readonly inFlight: InFlight;
   readonly logs: string[];
-  readonly outcomes: Outcome[];
+  readonly outcomes: FinishedAnswer[];
   readonly routed: RouteInput[];
   fetch(method: string, path: string, options?: FetchOptions): Promise<Response>;
   post(path: string, body: unknown, headers?: Record<string, string>): Promise<Response>;
@@ -93,7 +93,7 @@ export function createHarness(config: Partial<ServerConfig> = {}): Harness {
   const lifecycle = createLifecycle();
   const inFlight = new InFlight();
   const logs: string[] = [];
-  const outcomes: Outcome[] = [];
+  const outcomes: FinishedAnswer[] = [];
   const routed: RouteInput[] = [];
   let ids = 0;
   const whole: ServerConfig = { ...configDefault, ...config };
@@ -166,7 +166,15 @@ export const nothingLeft = { live: 0, leases: 0, flying: 0, timers: 0, listeners
 
 function tablePlan({ budget, adapter }: RouteInput): Plan {
   const rankMax = adapter?.rankMax ?? 0;
-  const figures = { rankMax, predictedMs: 120.5, predictedTtftMs: 20, sigmaMs: 2 };
+  const prediction = {
+    totalMs: 120.5,
+    sigmaMs: 2,
+    ttftMs: 20,
+    ttftSigmaMs: 1,
+    perTokenMs: 10,
+    perTokenSigmaMs: 1,
+  };
+  const figures = { rankMax, prediction };
   if (adapter === null) return { ...figures, rank: 0, reason: 'base' };
   if (budget.rank !== null) return { ...figures, rank: budget.rank, reason: 'fixed' };
   if (budget.totalMs === null) return { ...figures, rank: rankMax, reason: 'full' };

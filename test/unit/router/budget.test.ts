@@ -32,7 +32,6 @@ describe('a latency budget', () => {
       strict: true,
       rank: null,
       rankMin: 4,
-      tier: null,
     });
     expect(parse({ rank: 0 })).toMatchObject({ rank: 0, totalMs: null });
   });
@@ -59,7 +58,6 @@ describe('a latency budget', () => {
       strict: true,
       rank: null,
       rankMin: 2,
-      tier: 'instant',
     });
   });
 
@@ -73,7 +71,6 @@ describe('a latency budget', () => {
       totalMs: 900,
       strict: false,
       rankMin: 2,
-      tier: 'instant',
     });
     const source = { latency: undefined, header: headersOf({}), tier: null };
     const loose = { ...defaults, latencyDefaults: { ...none, perTokenMs: 70 } };

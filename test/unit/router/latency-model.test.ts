@@ -49,7 +49,6 @@ function inputOf(load: Partial<RouteInput['load']>, tokensMax = 101): RouteInput
       strict: false,
       rank: null,
       rankMin: 0,
-      tier: null,
     },
     promptTokens: 100,
     tokensMax,
@@ -121,8 +120,8 @@ describe('a prediction', () => {
     const rng = createRng(2);
     for (let i = 0; i < 200; i++) {
       const answer = { adapter: 'a', tokensMax: 4000, ttftMs: 10, totalMs: 1000 };
-      steady.settle({ ...answer, completionTokens: 95 }, null);
-      varied.settle({ ...answer, completionTokens: 10 + rng.below(180) }, null);
+      steady.settle({ ...answer, completionTokens: 95, prediction: null });
+      varied.settle({ ...answer, completionTokens: 10 + rng.below(180), prediction: null });
     }
     const input = inputOf({}, 4000);
     const [one, other] = [steady.predict(input, 4)!, varied.predict(input, 4)!];
@@ -140,8 +139,13 @@ describe('a prediction', () => {
     for (let i = 0; i < 100; i++) {
       const answer = { adapter: 'a', tokensMax: 101, completionTokens: 101 };
       const { ttftMs, totalMs } = before;
-      late.settle({ ...answer, ttftMs: 1.6 * ttftMs, totalMs: 1.6 * totalMs }, before);
-      punctual.settle({ ...answer, ttftMs: 1.02 * ttftMs, totalMs: 1.02 * totalMs }, before);
+      late.settle({ ...answer, ttftMs: 1.6 * ttftMs, totalMs: 1.6 * totalMs, prediction: before });
+      punctual.settle({
+        ...answer,
+        ttftMs: 1.02 * ttftMs,
+        totalMs: 1.02 * totalMs,
+        prediction: before,
+      });
     }
     expect(late.predict(input, 4)!.sigmaMs).toBeGreaterThan(1.8 * before.sigmaMs);
     expect(late.predict(input, 4)!.ttftSigmaMs).toBeGreaterThan(1.8 * before.ttftSigmaMs);

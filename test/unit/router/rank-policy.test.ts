@@ -10,7 +10,6 @@ const open: Budget = {
   strict: false,
   rank: null,
   rankMin: 0,
-  tier: null,
 };
 
 function inputOf(budget: Partial<Budget>, rankMax = 16, rankCurve?: number[]): RouteInput {
@@ -74,9 +73,9 @@ describe('the rank policy', () => {
   ] as const)('for %j it takes rank %d: %s', (budget, rank, reason) => {
     const plan = chooseRank(inputOf(budget), predict);
     expect(plan).toMatchObject({ rank, rankMax: 16, reason });
-    expect(plan.predictedMs).toBe(100 + 10 * rank);
-    expect(plan.predictedTtftMs).toBe(10 + rank);
-    expect(plan.sigmaMs).toBe(5 + rank / 2);
+    expect(plan.prediction?.totalMs).toBe(100 + 10 * rank);
+    expect(plan.prediction?.ttftMs).toBe(10 + rank);
+    expect(plan.prediction?.sigmaMs).toBe(5 + rank / 2);
   });
 
   it('takes the smallest rank among those that the curve says are equal', () => {
@@ -104,9 +103,7 @@ describe('the rank policy', () => {
       rank: 16,
       rankMax: 16,
       reason: 'full',
-      predictedMs: null,
-      predictedTtftMs: null,
-      sigmaMs: null,
+      prediction: null,
     });
   });
 

@@ -17,7 +17,6 @@ const open: Budget = {
   strict: false,
   rank: null,
   rankMin: 0,
-  tier: null,
 };
 const adapter: RouteInput['adapter'] = {
   name: 'support',
@@ -105,7 +104,7 @@ function randomJob(rng: Rng): Omit<Job, 'rank'> {
 function settle(router: Router, input: RouteInput, plan: Plan, seen: Simulated): void {
   router.settle({
     adapter: input.adapter?.name ?? null,
-    plan,
+    prediction: plan.prediction,
     tokensMax: input.tokensMax,
     completionTokens: input.tokensMax,
     ...seen,
@@ -128,9 +127,7 @@ describe('the router', () => {
         rank: 16,
         rankMax: 16,
         reason: 'full',
-        predictedMs: null,
-        predictedTtftMs: null,
-        sigmaMs: null,
+        prediction: null,
       },
     );
   });
@@ -145,8 +142,8 @@ describe('the router', () => {
       const job = randomJob(rng);
       const plan = router.route(inputOf(job));
       const seen = simulate(createRouter(options), rng, { ...job, rank: plan.rank });
-      totalError += Math.abs(plan.predictedMs! - seen.totalMs) / seen.totalMs;
-      ttftError += Math.abs(plan.predictedTtftMs! - seen.ttftMs) / seen.ttftMs;
+      totalError += Math.abs(plan.prediction!.totalMs - seen.totalMs) / seen.totalMs;
+      ttftError += Math.abs(plan.prediction!.ttftMs - seen.ttftMs) / seen.ttftMs;
     }
     expect(totalError / 100).toBeLessThan(0.1);
     expect(ttftError / 100).toBeLessThan(0.1);
@@ -222,7 +219,7 @@ describe('the router', () => {
     for (const change of [{ baseHash: 'c' }, { backend: 'test 2' }, { threads: 3 }]) {
       const other = createRouter({ ...options, identity: { ...options.identity, ...change } });
       expect(other.restore(saved)).toBe(false);
-      expect(other.route(input).predictedMs).toBeNull();
+      expect(other.route(input).prediction).toBeNull();
     }
     for (const damaged of [
       '',
