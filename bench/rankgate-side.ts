@@ -3,10 +3,10 @@
 // of bench/ that knows rankgate's own modules.
 
 import { ranksPerPage } from '../src/kernels/kernels.ts';
-import { scrapCells } from '../src/model/decoder.ts';
 import { type DecoderConfig, readDecoderConfig } from '../src/model/decoder-config.ts';
 import { openGguf } from '../src/model/gguf.ts';
 import { openDecoder } from '../src/model/open-decoder.ts';
+import { scrapCells } from '../src/model/step-inputs.ts';
 import type { AdapterRows, Segment, Stepper } from '../src/model/stepper.ts';
 import { type AdapterModule, adapterModules } from './adapter-numbers.ts';
 import {

@@ -1,59 +1,20 @@
 // The obvious f32 implementation of every op, one loop nest each: the oracle of the conformance suite, and what a new
 // backend is written against. Programs replay their closure eagerly. Weights of any type are dequantised when written.
 
-import {
-  byteLength,
-  checkIndices,
-  checkRange,
-  checkSegments,
-  checkShape,
-  elementCount,
-  mismatch,
-} from './check.ts';
-import { dequantizeRows } from './dequantize.ts';
-import { f32ToF16Bits } from './half.ts';
+import { checkIndices, checkRange, checkShape, elementCount, mismatch } from './check.ts';
 import type {
   AttentionSegment,
   ByteMove,
   DType,
   Kernels,
-  LowRank,
   Ops,
   Program,
   ProgramShape,
-  RopeOptions,
   StoredTensor,
   Tensor,
 } from './kernels.ts';
+import { EagerOps, type InputData, ReferenceTensor, stored, type Value } from './reference-ops.ts';
 import { SymbolicOps } from './symbolic-ops.ts';
-
-interface Value extends Tensor {
-  /** Row-major numbers; i64 values are exact below 2^53. */
-  readonly values: Float32Array | Float64Array | Int32Array;
-}
-
-class ReferenceTensor implements StoredTensor {
-  readonly dtype: DType;
-  readonly shape: readonly number[];
-  readonly bytes: number;
-  readonly raw: Uint8Array;
-
-  constructor(dtype: DType, shape: readonly number[]) {
-    this.dtype = dtype;
-    this.shape = shape;
-    this.bytes = byteLength(dtype, shape);
-    this.raw = new Uint8Array(this.bytes);
-  }
-
-  /** The stored numbers as f32. */
-  get values(): Float32Array {
-    const out = new Float32Array(elementCount(this.shape));
-    if (this.dtype === 'i32' || this.dtype === 'i64')
-      throw mismatch('store', 'integers are not weights');
-    dequantizeRows(this.dtype, this.raw, out);
-    return out;
-  }
-}
 
 export class ReferenceKernels implements Kernels {
   readonly name = 'reference';
@@ -88,13 +49,6 @@ export class ReferenceKernels implements Kernels {
     // Nothing native is held.
   }
 }
-
-function stored(tensor: Tensor): ReferenceTensor {
-  if (tensor instanceof ReferenceTensor) return tensor;
-  throw mismatch('reference', 'the tensor belongs to another backend');
-}
-
-type InputData = Float32Array | Int32Array | BigInt64Array;
 
 class ReferenceProgram implements Program {
   readonly #build: (ops: Ops) => Readonly<Record<string, Tensor>>;
@@ -133,188 +87,5 @@ class ReferenceProgram implements Program {
 
   [Symbol.dispose](): void {
     this.#outputs = {};
-  }
-}
-
-function f32(shape: readonly number[]): Value & { readonly values: Float32Array } {
-  return { dtype: 'f32', shape, values: new Float32Array(elementCount(shape)) };
-}
-
-function values(tensor: Tensor): Float32Array {
-  return (tensor as Value).values as Float32Array;
-}
-
-class EagerOps implements Ops {
-  readonly #inputs: ReadonlyMap<string, InputData>;
-  readonly #segments: readonly AttentionSegment[];
-  readonly #segmentsMax: number;
-
-  constructor(
-    inputs: ReadonlyMap<string, InputData>,
-    segments: readonly AttentionSegment[],
-    segmentsMax: number,
-  ) {
-    this.#inputs = inputs;
-    this.#segments = segments;
-    this.#segmentsMax = segmentsMax;
-  }
-
-  input(name: string, dtype: 'f32' | 'i32' | 'i64', shape: readonly number[]): Value {
-    const data = this.#inputs.get(name);
-    if (data === undefined) throw mismatch('run', `inputs never written: ${name}`);
-    const numbers = data instanceof BigInt64Array ? Float64Array.from(data, Number) : data;
-    return { dtype, shape, values: numbers };
-  }
-
-  embed(table: Tensor, ids: Tensor): Tensor {
-    return this.gatherRows({ ...table, values: stored(table).values } as Value, ids);
-  }
-
-  rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor {
-    const y = f32(x.shape);
-    const [from, scale] = [values(x), stored(weight).values];
-    const width = scale.length;
-    for (let start = 0; start < from.length; start += width) {
-      let squares = 0;
-      for (let i = 0; i < width; i++) squares += from[start + i]! ** 2;
-      const norm = 1 / Math.sqrt(squares / width + eps);
-      for (let i = 0; i < width; i++) y.values[start + i] = from[start + i]! * norm * scale[i]!;
-    }
-    return y;
-  }
-
-  linear(x: Tensor, w: Tensor): Tensor {
-    const [rows, inner] = x.shape as [number, number];
-    const outer = w.shape[0]!;
-    const y = f32([rows, outer]);
-    const [from, weight] = [values(x), stored(w).values];
-    for (let t = 0; t < rows; t++) {
-      for (let n = 0; n < outer; n++) {
-        let sum = 0;
-        for (let k = 0; k < inner; k++) sum += from[t * inner + k]! * weight[n * inner + k]!;
-        y.values[t * outer + n] = sum;
-      }
-    }
-    return y;
-  }
-
-  #each(a: Tensor, b: Tensor, f: (p: number, q: number) => number): Tensor {
-    const y = f32(a.shape);
-    const [p, q] = [values(a), values(b)];
-    for (let i = 0; i < p.length; i++) y.values[i] = f(p[i]!, q[i]!);
-    return y;
-  }
-
-  add(a: Tensor, b: Tensor): Tensor {
-    return this.#each(a, b, (p, q) => p + q);
-  }
-
-  mul(a: Tensor, b: Tensor): Tensor {
-    return this.#each(a, b, (p, q) => p * q);
-  }
-
-  swiglu(gate: Tensor, up: Tensor): Tensor {
-    return this.#each(gate, up, (g, u) => (g / (1 + Math.exp(-g))) * u);
-  }
-
-  rope(x: Tensor, positions: Tensor, { size, base, style }: RopeOptions): Tensor {
-    const [rows, heads, headSize] = x.shape as [number, number, number];
-    const y: Value = { dtype: 'f32', shape: x.shape, values: values(x).slice() };
-    const at = (positions as Value).values;
-    for (let t = 0; t < rows; t++) {
-      for (let h = 0; h < heads; h++) {
-        const head = (t * heads + h) * headSize;
-        for (let i = 0; i < size / 2; i++) {
-          const angle = at[t]! * base ** ((-2 * i) / size);
-          const first = head + (style === 'norm' ? 2 * i : i);
-          const second = head + (style === 'norm' ? 2 * i + 1 : i + size / 2);
-          const [p, q] = [values(x)[first]!, values(x)[second]!];
-          y.values[first] = p * Math.cos(angle) - q * Math.sin(angle);
-          y.values[second] = p * Math.sin(angle) + q * Math.cos(angle);
-        }
-      }
-    }
-    return y;
-  }
-
-  reshape(x: Tensor, shape: readonly number[]): Tensor {
-    return { ...(x as Value), shape } as Value;
-  }
-
-  writeCells(cache: Tensor, x: Tensor, cells: Tensor): void {
-    const { raw, dtype } = stored(cache);
-    const width = x.shape[1]!;
-    const at = (cells as Value).values;
-    for (let t = 0; t < x.shape[0]!; t++) {
-      const row = values(x).slice(t * width, (t + 1) * width);
-      const bits = new Uint16Array(width);
-      if (dtype === 'f16') f32ToF16Bits(row, bits);
-      const bytes = new Uint8Array(dtype === 'f16' ? bits.buffer : row.buffer);
-      raw.set(bytes, at[t]! * bytes.length);
-    }
-  }
-
-  attend(q: Tensor, k: Tensor, v: Tensor): Tensor {
-    const [rows, heads, headSize] = q.shape as [number, number, number];
-    const y = f32([rows, heads * headSize]);
-    const width = k.shape[1]!;
-    const group = (heads * headSize) / width; // query heads per key head
-    const [keys, cached] = [stored(k).values, stored(v).values];
-    checkSegments(this.#segments, { rows, cells: k.shape[0]!, segmentsMax: this.#segmentsMax });
-    for (const { rowStart, rowCount, cellBase, cells } of this.#segments) {
-      for (let row = 0; row < rowCount; row++) {
-        const seen = cells - rowCount + row + 1;
-        for (let h = 0; h < heads; h++) {
-          const from = ((rowStart + row) * heads + h) * headSize;
-          const channel = Math.floor(h / group) * headSize;
-          const cell = (c: number): number => (cellBase + c) * width + channel;
-          const scores = Array.from({ length: seen }, (_, c) => {
-            let dot = 0;
-            for (let d = 0; d < headSize; d++) dot += values(q)[from + d]! * keys[cell(c) + d]!;
-            return dot / Math.sqrt(headSize);
-          });
-          const top = scores.reduce((p, s) => Math.max(p, s), Number.NEGATIVE_INFINITY);
-          const weights = scores.map((score) => Math.exp(score - top));
-          const total = weights.reduce((sum, weight) => sum + weight, 0);
-          for (let d = 0; d < headSize; d++) {
-            let sum = 0;
-            for (let c = 0; c < seen; c++) sum += weights[c]! * cached[cell(c) + d]!;
-            y.values[from + d] = sum / total;
-          }
-        }
-      }
-    }
-    return y;
-  }
-
-  addLowRank(y: Tensor, x: Tensor, { a, b, pages, active }: LowRank): Tensor {
-    const [rows, width] = y.shape as [number, number];
-    const [count, ranks, inner] = [pages.shape[1]!, a.shape[1]!, x.shape[1]!];
-    const out: Value = { dtype: 'f32', shape: y.shape, values: values(y).slice() };
-    const [shrink, expand, ids] = [stored(a).values, stored(b).values, (pages as Value).values];
-    for (let slot = 0; slot < rows * count; slot++) {
-      const [t, page] = [Math.floor(slot / count), ids[slot]!];
-      if (page === 0) continue;
-      for (let r = 0; r < ranks; r++) {
-        let h = 0;
-        const from = (page * ranks + r) * inner;
-        for (let i = 0; i < inner; i++) h += shrink[from + i]! * values(x)[t * inner + i]!;
-        h *= values(active)[slot * ranks + r]!;
-        for (let n = 0; n < width; n++) {
-          out.values[t * width + n]! += expand[(page * width + n) * ranks + r]! * h;
-        }
-      }
-    }
-    return out;
-  }
-
-  gatherRows(x: Tensor, rows: Tensor): Tensor {
-    const width = x.shape[1]!;
-    const at = (rows as Value).values;
-    const y = f32([rows.shape[0]!, width]);
-    for (let i = 0; i < at.length; i++) {
-      y.values.set(values(x).subarray(at[i]! * width, (at[i]! + 1) * width), i * width);
-    }
-    return y;
   }
 }

@@ -17,6 +17,14 @@ import {
   projectionShape,
   projections,
 } from './decoder-config.ts';
+import {
+  checkBatch,
+  type ProgramSize,
+  placeRows,
+  programSize,
+  scrapCells,
+  writeInputs,
+} from './step-inputs.ts';
 import type { ModuleRef, PageData, Segment, Stepper, StepResult } from './stepper.ts';
 
 export type BlockWeights = Readonly<Record<Projection | 'attn_norm' | 'ffn_norm', StoredTensor>>;
@@ -41,22 +49,12 @@ export interface DecoderOptions {
   readonly segmentsMax: number;
 }
 
-/** Cells at the start of KV memory that no sequence owns: padding rows of a step write there. */
-export const scrapCells = 16;
 /** Programs kept: decode shapes 1…32 rows, prefill shapes, with and without adapters. A record costs about 5 ms. */
 const programsMax = 48;
-const pagesPerRowMax = 32; // rank 256
 
 interface PagePool {
   readonly a: StoredTensor; // [pages, 8, in]
   readonly b: StoredTensor; // [pages, out, 8]
-}
-
-/** The sizes a program is recorded for; a step uses the smallest that fits. */
-export interface ProgramSize {
-  readonly rows: number; // T
-  readonly segments: number; // S
-  readonly pages: number; // P per row; 0 = no adapter ops at all
 }
 
 export class Decoder implements Stepper {
@@ -242,129 +240,6 @@ function storePools({ config, kernels, pages }: DecoderOptions): Map<string, Pag
     }
   }
   return pools;
-}
-
-interface Batch {
-  readonly rows: number;
-  readonly segments: number;
-  readonly pages: number;
-}
-
-/** Throws SHAPE_MISMATCH for anything that would read or write outside a sequence's run or a limit of the decoder. */
-function checkBatch(segments: readonly Segment[], limits: Decoder): Batch {
-  let rows = 0;
-  let pages = 0;
-  for (const segment of segments) {
-    const { tokens, cellBase, position, adapter } = segment;
-    const end = cellBase + position + tokens.length;
-    if (tokens.length < 1 || position < 0 || cellBase < scrapCells || end > limits.cells) {
-      throw new GatewayError(
-        'SHAPE_MISMATCH',
-        `step: ${tokens.length} tokens at position ${position} of cells ${cellBase} leave ${limits.cells} cells`,
-      );
-    }
-    rows += tokens.length;
-    if (adapter === null) continue;
-    const need = pagesOf(segment);
-    if (adapter.rank < 1 || need > pagesPerRowMax || adapter.pages.length < need) {
-      throw new GatewayError(
-        'SHAPE_MISMATCH',
-        `step: rank ${adapter.rank} needs ${need} pages, got ${adapter.pages.length}`,
-      );
-    }
-    pages = Math.max(pages, need);
-  }
-  if (segments.length < 1 || segments.length > limits.segmentsMax || rows > limits.tokensMax) {
-    throw new GatewayError(
-      'SHAPE_MISMATCH',
-      `step: ${segments.length} segments of ${rows} tokens, limits are ${limits.segmentsMax} and ${limits.tokensMax}`,
-    );
-  }
-  return { rows, segments: segments.length, pages };
-}
-
-/** Padding costs compute, every size costs a program: exact up to 8 rows, then steps of at most a quarter. */
-function roundUpRows(rows: number, max: number): number {
-  if (rows <= 8) return Math.min(rows, max);
-  const step = 2 ** Math.max(1, Math.floor(Math.log2(rows - 1)) - 2);
-  return Math.min(Math.ceil(rows / step) * step, max);
-}
-
-function roundUpPower(count: number, max: number): number {
-  return Math.min(2 ** Math.ceil(Math.log2(count)), max);
-}
-
-function programSize(batch: Batch, limits: Decoder): ProgramSize {
-  return {
-    rows: roundUpRows(batch.rows, limits.tokensMax),
-    segments: roundUpPower(batch.segments, limits.segmentsMax),
-    pages: batch.pages === 0 ? 0 : roundUpPower(batch.pages, pagesPerRowMax),
-  };
-}
-
-interface PlacedSegment {
-  /** Index in the caller's order. */
-  readonly index: number;
-  readonly segment: Segment;
-  readonly rowStart: number;
-}
-
-function pagesOf({ adapter }: Segment): number {
-  return adapter === null ? 0 : Math.ceil(adapter.rank / ranksPerPage);
-}
-
-/** Rows in the order of falling page counts, so that a row costs its own pages only (Ops.addLowRank). */
-function placeRows(segments: readonly Segment[]): readonly PlacedSegment[] {
-  let rowStart = 0;
-  return segments
-    .map((segment, index) => ({ segment, index }))
-    .sort((a, b) => pagesOf(b.segment) - pagesOf(a.segment))
-    .map(({ segment, index }) => {
-      const placed = { index, segment, rowStart };
-      rowStart += segment.tokens.length;
-      return placed;
-    });
-}
-
-/** Fills the inputs; returns the output row of each segment that wants logits, by the caller's index. */
-function writeInputs(
-  program: Program,
-  placed: readonly PlacedSegment[],
-  size: ProgramSize,
-): ReadonlyMap<number, number> {
-  const tokens = new Int32Array(size.rows);
-  const positions = new Int32Array(size.rows);
-  const cells = new BigInt64Array(size.rows); // padding rows write cell 0, which is scrap
-  const outputRows = new Int32Array(size.segments);
-  const pages = new Int32Array(size.rows * size.pages); // page 0 is zero
-  const active = new Float32Array(size.rows * size.pages * ranksPerPage);
-  const outputs = new Map<number, number>();
-  for (const { index, segment, rowStart } of placed) {
-    const { adapter, position, cellBase } = segment;
-    for (let i = 0; i < segment.tokens.length; i++) {
-      const row = rowStart + i;
-      tokens[row] = segment.tokens[i]!;
-      positions[row] = position + i;
-      cells[row] = BigInt(cellBase + position + i);
-      if (adapter === null) continue;
-      pages.set(adapter.pages.slice(0, pagesOf(segment)), row * size.pages);
-      const from = row * size.pages * ranksPerPage;
-      active.fill(adapter.scale, from, from + adapter.rank);
-    }
-    if (segment.wantsLogits) {
-      outputRows[outputs.size] = rowStart + segment.tokens.length - 1;
-      outputs.set(index, outputs.size);
-    }
-  }
-  program.write('tokens', tokens);
-  program.write('positions', positions);
-  program.write('cells', cells);
-  program.write('outputRows', outputRows);
-  if (size.pages > 0) {
-    program.write('pages', pages);
-    program.write('active', active);
-  }
-  return outputs;
 }
 
 /** Reads rows of logits once each. */

@@ -1,6 +1,6 @@
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
-import { scrapCells } from '../../src/model/decoder.ts';
+import { scrapCells } from '../../src/model/step-inputs.ts';
 import type { AdapterRows, Segment, Stepper } from '../../src/model/stepper.ts';
 import { packDirectory, writeAdapter } from '../support/load-adapter.ts';
 import { openTiny } from '../support/open-test-decoder.ts';

@@ -1,6 +1,6 @@
 // The shortest way from token ids to greedy tokens over a Stepper, for golden tests.
 
-import { scrapCells } from '../../src/model/decoder.ts';
+import { scrapCells } from '../../src/model/step-inputs.ts';
 import type { AdapterRows, Stepper } from '../../src/model/stepper.ts';
 
 export interface GreedyOptions {

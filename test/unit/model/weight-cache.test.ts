@@ -9,8 +9,8 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { scrapCells } from '../../../src/model/decoder.ts';
 import { openDecoder } from '../../../src/model/open-decoder.ts';
+import { scrapCells } from '../../../src/model/step-inputs.ts';
 import { openWeightCache } from '../../../src/model/weight-cache.ts';
 import { baseModelPath } from '../../support/base-model.ts';
 
