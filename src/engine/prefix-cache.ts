@@ -86,6 +86,9 @@ export class PrefixCache {
    *  next call: the source may go at any later admission. */
   admit(identity: CellIdentity, tokens: Int32Array, cells: number): CellAdmission | null {
     const blocks = blocksFor(cells);
+    // First, because it is cheap: whoever waits asks again each step, and hashing its whole prompt each time would hold
+    // the loop up for as long as the step itself.
+    if (!this.#hasRoom(blocks, null)) return null;
     const rootKey = rootKeyOf(identity);
     const { keys, sources } = this.#find(rootKey, tokens);
     const admission = this.#place({ blocks, rootKey, keys, sources, tenant: identity.tenant });
@@ -144,6 +147,7 @@ export class PrefixCache {
     return { keys, sources };
   }
 
+  /** Only for a want that #hasRoom. */
   #place(want: Want): CellAdmission | null {
     const { blocks, keys, sources } = want;
     if (keys.length === 0) return this.#placeFresh(want, null);
@@ -154,16 +158,21 @@ export class PrefixCache {
     this.#touch(source);
     const copied = this.#placeFresh(want, source);
     if (copied !== null) return copied;
-    if (!source.isIdle) return null;
     if (this.#makeRoomBehind(source, blocks)) return this.#adopt(source, want);
     return this.#placeFresh({ ...want, keys: [] }, null);
   }
 
+  /** Whether evicting every idle run, `source` excepted, would make room. */
+  #hasRoom(blocks: number, source: Entry | null): boolean {
+    const gone = new Set<Run>();
+    for (const one of this.#entries) if (one.isIdle && one !== source) gone.add(one.run);
+    return this.#pool.longestFree(gone) >= blocks;
+  }
+
   /** Allocates, evicting idle runs oldest first, `source` excepted. Evicts nothing when it could not succeed. */
   #placeFresh(want: Want, source: Entry | null): CellAdmission | null {
-    const isBusy = (entry: Entry): boolean => !entry.isIdle || entry === source;
     let run = this.#pool.allocate(want.blocks);
-    if (run === null && this.#longestStretch(isBusy) < want.blocks) return null;
+    if (run === null && !this.#hasRoom(want.blocks, source)) return null;
     while (run === null) {
       this.drop(this.#oldestIdle((entry) => entry !== source)!);
       run = this.#pool.allocate(want.blocks);
@@ -171,25 +180,23 @@ export class PrefixCache {
     const { rootKey, tenant } = want;
     const entry: Entry = { run, tenant, keys: [], rootKey, isIdle: false, tick: 0 };
     this.#entries.add(entry);
-    this.#touch(entry);
     if (source !== null) for (const key of want.keys) this.#addKey(entry, key);
-    return {
-      hold: entry,
-      cellBase: run.first * blockCells,
-      cachedTokens: entry.keys.length * blockCells,
-      copyFrom: source === null ? null : source.run.first * blockCells,
-    };
+    return this.#handOut(entry, source);
   }
 
   #adopt(entry: Entry, want: Want): CellAdmission {
     this.#truncate(entry, want.keys.length);
     entry.isIdle = false;
+    return this.#handOut(entry, null);
+  }
+
+  #handOut(entry: Entry, source: Entry | null): CellAdmission {
     this.#touch(entry);
     return {
       hold: entry,
       cellBase: entry.run.first * blockCells,
       cachedTokens: entry.keys.length * blockCells,
-      copyFrom: null,
+      copyFrom: source === null ? null : source.run.first * blockCells,
     };
   }
 
@@ -202,17 +209,6 @@ export class PrefixCache {
     if (end > this.#pool.blocks || behind.some((one) => !one.isIdle)) return false;
     for (const one of behind) this.drop(one);
     return this.#pool.grow(entry.run, blocks);
-  }
-
-  #longestStretch(isBusy: (entry: Entry) => boolean): number {
-    const busy = [...this.#entries].filter(isBusy).sort((a, b) => a.run.first - b.run.first);
-    let longest = 0;
-    let start = 1; // block 0 is the stepper's (kv-pool.ts)
-    for (const { run } of busy) {
-      longest = Math.max(longest, run.first - start);
-      start = run.first + run.blocks;
-    }
-    return Math.max(longest, this.#pool.blocks - start);
   }
 
   /** Idle runs that `entry` begins with say nothing that it does not. */
