@@ -215,4 +215,20 @@ describe('PrefixCache', () => {
     expect(cache.admit(identity, tokensOf(300), 33)!.cachedTokens).toBe(32);
     expect(cache.admit(identity, tokensOf(200), 33)!.cachedTokens).toBe(0);
   });
+
+  // Found in review: a waiting sequence asks each step, and a thousand of them hashed their prompts a thousand times.
+  it('does not look at the tokens of a prompt that has no room', () => {
+    const cache = new PrefixCache({ pool: new KvPool(10 * blockCells), tenantShareMax: 1 });
+    const tokens = Int32Array.from({ length: 100 }, (_, i) => i);
+    const { hold } = cache.admit(identities[0]!, tokens, 100)!;
+    cache.fill(hold, tokens, 100);
+    const untouchable = new Proxy(tokens, {
+      get: (_, name) => {
+        throw new Error(`read ${String(name)}`);
+      },
+    });
+    expect(cache.admit(identities[0]!, untouchable, 100)).toBeNull();
+    cache.retire(hold);
+    expect(() => cache.admit(identities[0]!, untouchable, 100)).toThrow('read length');
+  });
 });
