@@ -1,16 +1,14 @@
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { readDecoderConfig } from '../../src/model/decoder-config.ts';
-import { openGguf } from '../../src/model/gguf.ts';
 import { baseModelPath } from '../support/base-model.ts';
 import {
   type GatewayProcess,
   readEvents,
   startGatewayProcess,
 } from '../support/gateway-process.ts';
+import { smolShape, writePeftAdapter } from '../support/make-peft-adapter.ts';
 import { runOpenAiSuite } from '../support/openai-suite.ts';
-import { writeRandomPeft } from '../support/random-peft.ts';
 
 // The built gateway with the real base model, in its own processes. One thread: the tests' own process needs a core.
 
@@ -23,11 +21,14 @@ beforeAll(async () => {
     modelPath,
     flags: ['--threads', '1', '--runtime-lora-updating'],
   });
-  using file = openGguf(modelPath);
-  const config = readDecoderConfig(file);
-  const directory = join(gateway.adaptersRoot, 'support');
-  const targets = ['attn_q', 'attn_v', 'ffn_down'] as const;
-  writeRandomPeft(directory, config, { seed: 11, rank: 32, targets, strength: 0.3 });
+  writePeftAdapter(join(gateway.adaptersRoot, 'support'), {
+    shape: smolShape,
+    seed: 11,
+    rank: 32,
+    alpha: 32,
+    targets: ['attn_q', 'attn_v', 'ffn_down'],
+    gain: 0.3,
+  });
   const added = await gateway.post('/v1/adapters', { source: 'support', name: 'support' });
   expect(added.status, await added.clone().text()).toBe(201);
 }, 180_000);

@@ -16,9 +16,9 @@ import {
   startGatewayProcess,
 } from '../support/gateway-process.ts';
 import { writeAdapter } from '../support/load-adapter.ts';
+import { smolShape, writePeftAdapter } from '../support/make-peft-adapter.ts';
 import { openBase } from '../support/open-test-decoder.ts';
 import { createRng } from '../support/random.ts';
-import { writeRandomPeft } from '../support/random-peft.ts';
 
 // The promise that decides trust (design.md section 7, faults.md R1): 16 streams over 4 adapters while every 50 ms a name
 // is swapped to another generation. Each stream must be what an idle model says with the generation it started with.
@@ -62,11 +62,13 @@ beforeAll(async () => {
         version === 1
           ? (['attn_v', 'ffn_up'] as const)
           : (['attn_q', 'attn_v', 'ffn_down'] as const);
-      writeRandomPeft(join(gateway.adaptersRoot, directory), opened.config, {
+      writePeftAdapter(join(gateway.adaptersRoot, directory), {
+        shape: smolShape,
         seed: 100 * i + version,
         rank: 16,
+        alpha: 16,
         targets,
-        strength: 0.6,
+        gain: 0.6,
       });
       const answer = await gateway.post('/v1/adapters', {
         source: directory,

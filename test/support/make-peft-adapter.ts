@@ -9,6 +9,7 @@ import { formatTensorName, targetName } from '../../src/adapters/peft-names.ts';
 import type { PeftFiles } from '../../src/adapters/registry.ts';
 import {
   type DecoderConfig,
+  type Projection,
   projectionShape,
   projections,
 } from '../../src/model/decoder-config.ts';
@@ -34,24 +35,30 @@ export interface PeftAdapterOptions {
   readonly rank: number;
   readonly alpha: number;
   readonly seed: number;
+  /** All seven by default. */
+  readonly targets?: readonly Projection[];
+  /** Size of B's numbers in the first rank; each rank has 0.85 of the one before. */
+  readonly gain?: number;
 }
 
 export const smolAdapter: PeftAdapterOptions = { shape: smolShape, rank: 16, alpha: 32, seed: 135 };
 
-/** All seven projections of every block. Only + - * / and sqrt: nothing that a machine may round its own way. */
-export function makePeftAdapter({ shape, rank, alpha, seed }: PeftAdapterOptions): PeftFiles {
+/** The same options give the same bytes on every machine: only + - * / and sqrt, nothing that a machine may round its own way. */
+export function makePeftAdapter(options: PeftAdapterOptions): PeftFiles {
+  const { shape, rank, alpha, seed, targets = projections, gain: firstGain = 0.05 } = options;
   const config = shape as DecoderConfig;
   const draw = bellDraws(seed);
   const tensors = new Map<string, SafetensorsTensor>();
   for (let block = 0; block < shape.blocks; block++) {
-    for (const projection of projections) {
+    for (const projection of targets) {
       const sizes = projectionShape(config, projection);
       const module = { block, projection };
       const a = Float32Array.from({ length: rank * sizes.in }, () => draw() / Math.sqrt(sizes.in));
       const b = new Float32Array(sizes.out * rank);
       for (let o = 0; o < sizes.out; o++) {
         // Falling by column, so that ranks differ in weight.
-        for (let r = 0, gain = 0.05; r < rank; r++, gain *= 0.85) b[o * rank + r] = gain * draw();
+        for (let r = 0, gain = firstGain; r < rank; r++, gain *= 0.85)
+          b[o * rank + r] = gain * draw();
       }
       tensors.set(formatTensorName(module, 'A'), f32(a, [rank, sizes.in]));
       tensors.set(formatTensorName(module, 'B'), f32(b, [sizes.out, rank]));
@@ -63,7 +70,7 @@ export function makePeftAdapter({ shape, rank, alpha, seed }: PeftAdapterOptions
     base_model_name_or_path: 'HuggingFaceTB/SmolLM2-135M-Instruct',
     r: rank,
     lora_alpha: alpha,
-    target_modules: projections.map(targetName),
+    target_modules: targets.map(targetName),
     bias: 'none',
   };
   return { config: JSON.stringify(fields, null, 2), weights: writeSafetensors(tensors) };
@@ -79,10 +86,14 @@ function bellDraws(seed: number): () => number {
   return () => (next() + next() + next() + next() - 2) * Math.sqrt(3);
 }
 
-const [, script, directory] = process.argv;
-if (script?.endsWith('make-peft-adapter.ts') === true && directory !== undefined) {
+export function writePeftAdapter(directory: string, options: PeftAdapterOptions): void {
   mkdirSync(directory, { recursive: true });
-  const { config, weights } = makePeftAdapter(smolAdapter);
+  const { config, weights } = makePeftAdapter(options);
   writeFileSync(join(directory, 'adapter_config.json'), config);
   writeFileSync(join(directory, 'adapter_model.safetensors'), weights);
+}
+
+const [, script, directory] = process.argv;
+if (script?.endsWith('make-peft-adapter.ts') === true && directory !== undefined) {
+  writePeftAdapter(directory, smolAdapter);
 }
