@@ -11,6 +11,7 @@ import type { ServerDeps } from './deps.ts';
 import type { FlyingSequence } from './in-flight.ts';
 import { merge, type Tagged } from './merge.ts';
 import type { Target } from './model-reference.ts';
+import { within } from './sse.ts';
 
 export interface AnswerRequest {
   /** Unique to this answer; the sequences' ids are made from it. */
@@ -29,7 +30,8 @@ export interface AnswerRequest {
   readonly budget: Budget;
 }
 
-interface SequenceFigures {
+/** As the router counts it, and its figures so far. */
+interface Sequence extends FlyingSequence {
   queueMs: number | null;
   cachedTokens: number;
   completionTokens: number;
@@ -37,14 +39,13 @@ interface SequenceFigures {
 }
 
 export class Answer {
-  readonly plan: Plan;
   readonly request: AnswerRequest;
-  readonly promptTokens: number;
+  readonly #plan: Plan;
+  readonly #promptTokens: number;
   readonly #deps: ServerDeps;
-  readonly #flying: readonly FlyingSequence[];
-  readonly #figures: readonly SequenceFigures[];
+  readonly #sequences: readonly Sequence[];
   readonly #controller = new AbortController();
-  readonly #unlink: () => void;
+  readonly #outside: readonly AbortSignal[];
   readonly #plannedMs: number;
   #events: AsyncGenerator<Tagged<EngineEvent>, void, void> | null = null;
   #first: Promise<IteratorResult<Tagged<EngineEvent>>> | null = null;
@@ -55,58 +56,57 @@ export class Answer {
 
   /** Plans and takes over `request.target.lease`. Throws what the policy throws; then the lease is still the caller's. */
   constructor(deps: ServerDeps, request: AnswerRequest, signal: AbortSignal) {
+    const { prompts, n, target, budget, tokensMax } = request;
     this.#deps = deps;
     this.request = request;
-    this.promptTokens = request.prompts.reduce((sum, prompt) => sum + prompt.length, 0);
-    this.plan = deps.route({
-      budget: request.budget,
-      promptTokens: Math.max(...request.prompts.map((prompt) => prompt.length)),
-      tokensMax: request.tokensMax,
-      adapter: adapterOf(request.target),
+    this.#promptTokens = prompts.reduce((sum, prompt) => sum + prompt.length, 0);
+    this.#plan = deps.route({
+      budget,
+      promptTokens: Math.max(...prompts.map((prompt) => prompt.length)),
+      tokensMax,
+      adapter: adapterOf(target),
       load: deps.inFlight.load(deps.engine.stats().kvCellsUsed, {
-        count: request.prompts.length * request.n - 1,
-        promptTokens: this.promptTokens * request.n - request.prompts[0]!.length,
+        count: prompts.length * n - 1,
+        promptTokens: this.#promptTokens * n - prompts[0]!.length,
       }),
     });
     this.#plannedMs = deps.clock.nowMs();
-    const generation = request.target.lease?.generation ?? null;
-    this.#flying = request.prompts.flatMap((prompt) =>
-      Array.from({ length: request.n }, () => ({
+    this.#sequences = prompts.flatMap((prompt) =>
+      Array.from({ length: n }, () => ({
         promptTokens: prompt.length,
-        rank: this.plan.rank,
-        generation,
+        rank: this.#plan.rank,
+        generation: target.lease?.generation ?? null,
         isStarted: false,
+        queueMs: null,
+        cachedTokens: 0,
+        completionTokens: 0,
+        reason: null,
       })),
     );
-    this.#figures = this.#flying.map(() => ({
-      queueMs: null,
-      cachedTokens: 0,
-      completionTokens: 0,
-      reason: null,
-    }));
     // Every sequence listens, and Node warns of a leak beyond ten; this signal goes with the request.
     setMaxListeners(0, this.#controller.signal);
-    this.#unlink = linkSignals([signal, deps.lifecycle.cutOff], () => this.abort());
+    this.#outside = [signal, deps.lifecycle.cutOff];
+    for (const one of this.#outside) {
+      if (one.aborted) this.#abort();
+      else one.addEventListener('abort', this.#abort, { once: true });
+    }
   }
 
   /** Submits, and waits for the first event or for `waitMs`, so that a refusal can still have its own status. */
   async start(waitMs: number): Promise<void> {
-    for (const sequence of this.#flying) this.#deps.inFlight.add(sequence);
-    const signal = this.#controller.signal;
+    const { inFlight, engine, clock } = this.#deps;
+    for (const sequence of this.#sequences) inFlight.add(sequence);
+    const { signal } = this.#controller;
     this.#events = merge(
-      this.#flying.map((_, index) => this.#deps.engine.submit(this.#sequence(index), signal)),
+      this.#sequences.map((_, index) => engine.submit(this.#request(index), signal)),
     );
     this.#first = this.#events.next();
-    const { promise, resolve } = timer();
-    const cancel = this.#deps.clock.after(waitMs, resolve);
     try {
-      const first = await Promise.race([this.#first, promise]);
+      const first = await within(this.#first, clock, waitMs);
       // Its queue time goes into the headers; `events` will note it again, to the same effect.
       if (first?.done === false && first.value.value.kind === 'start') this.#note(first.value);
     } catch (error) {
       throw this.#blame(error);
-    } finally {
-      cancel();
     }
   }
 
@@ -123,78 +123,63 @@ export class Answer {
     } catch (error) {
       throw this.#blame(error);
     }
-    if (this.#figures.some((figures) => figures.reason === null)) {
+    if (this.#sequences.some(({ reason }) => reason === null)) {
       throw new GatewayError('ENGINE_FAILED', 'a sequence ended without an end event');
     }
     this.#isComplete = true;
   }
 
   /** Stops compute; the events then fail with CANCELLED. */
-  abort(): void {
+  readonly #abort = (): void =>
     this.#controller.abort(new GatewayError('CANCELLED', 'the request was cancelled'));
-  }
 
   /** Gives back everything. Idempotent. What was not complete is cancelled. */
   end(): void {
     if (this.#isEnded) return;
     this.#isEnded = true;
     this.#endedMs ??= this.#deps.clock.nowMs();
-    this.#unlink();
+    for (const one of this.#outside) one.removeEventListener('abort', this.#abort);
     if (!this.#isComplete) {
-      this.abort();
+      this.#abort();
       this.#events?.return().catch(() => {});
       this.#first?.catch(() => {});
     }
-    for (const sequence of this.#flying) this.#deps.inFlight.remove(sequence);
+    for (const sequence of this.#sequences) this.#deps.inFlight.remove(sequence);
     this.request.target.lease?.release();
     if (this.#isComplete) this.#settle(this.#endedMs);
   }
 
-  /** Queue time of the first sequence that got its cells; null before. */
-  get queueMs(): number | null {
-    return this.#figures.find((figures) => figures.queueMs !== null)?.queueMs ?? null;
-  }
-
-  get cachedTokens(): number {
-    // Sequences of one prompt share it: the first one's hit is the prompt's.
-    return this.#figures
-      .filter((_, index) => index % this.request.n === 0)
-      .reduce((sum, figures) => sum + figures.cachedTokens, 0);
-  }
-
-  get completionTokens(): number {
-    return this.#figures.reduce((sum, figures) => sum + figures.completionTokens, 0);
-  }
-
-  /** From the request's arrival; null before. */
-  get ttftMs(): number | null {
-    return this.#ttftMs;
-  }
-
-  get totalMs(): number | null {
-    return this.#endedMs === null ? null : this.#endedMs - this.request.receivedMs;
-  }
-
   report(): InferenceReport {
-    const { plan, request } = this;
+    const { request } = this;
+    const sum = (figure: (sequence: Sequence) => number, of = this.#sequences): number =>
+      of.reduce((total, sequence) => total + figure(sequence), 0);
+    const endedMs = this.#isComplete ? this.#endedMs : null;
     return {
       adapter: request.target.lease?.name ?? null,
       generation: request.target.lease?.generation ?? null,
-      rank: plan.rank,
-      rankMax: plan.rankMax,
-      reason: plan.reason,
-      predictedMs: plan.prediction?.totalMs ?? null,
-      plannedToEndMs:
-        this.#isComplete && this.#endedMs !== null ? this.#endedMs - this.#plannedMs : null,
+      rank: this.#plan.rank,
+      rankMax: this.#plan.rankMax,
+      reason: this.#plan.reason,
+      predictedMs: this.#plan.prediction?.totalMs ?? null,
+      plannedToEndMs: endedMs === null ? null : endedMs - this.#plannedMs,
       budgetMet: this.#isComplete ? this.#budgetMet() : null,
-      promptTokens: this.promptTokens,
-      completionTokens: this.completionTokens,
-      cachedTokens: this.cachedTokens,
-      queueMs: this.queueMs,
+      promptTokens: this.#promptTokens,
+      completionTokens: sum((sequence) => sequence.completionTokens),
+      // Sequences of one prompt share it: the first one's hit is the prompt's.
+      cachedTokens: sum(
+        (sequence) => sequence.cachedTokens,
+        this.#sequences.filter((_, index) => index % request.n === 0),
+      ),
+      queueMs: this.#sequences.find(({ queueMs }) => queueMs !== null)?.queueMs ?? null,
       ttftMs: this.#ttftMs,
-      totalMs: this.totalMs,
-      finishReasons: this.#figures.flatMap((figures) => figures.reason ?? []),
+      totalMs: this.#totalMs,
+      finishReasons: this.#sequences.flatMap(({ reason }) => reason ?? []),
     };
+  }
+
+  /** From the request's arrival. */
+  get #totalMs(): number | null {
+    return this.#endedMs === null ? null : this.#endedMs - this.request.receivedMs;
   }
 
   /** Cut by the drain, not by the client: whoever still reads shall know that another replica may answer. */
@@ -204,8 +189,8 @@ export class Answer {
     return new GatewayError('NO_CAPACITY', 'the server is shutting down', { retryAfterS: 5 });
   }
 
-  #sequence(index: number): GenerateRequest {
-    const { request, plan } = this;
+  #request(index: number): GenerateRequest {
+    const { request } = this;
     const { lease } = request.target;
     const { sampling } = request;
     return {
@@ -215,27 +200,26 @@ export class Answer {
       sampling: { ...sampling, seed: (sampling.seed + (index % request.n)) >>> 0 },
       stop: request.stop,
       topLogprobs: request.topLogprobs,
-      adapter: lease === null ? null : { generation: lease.generation, rank: plan.rank },
+      adapter: lease === null ? null : { generation: lease.generation, rank: this.#plan.rank },
       tenant: request.tenant,
     };
   }
 
   #note({ index, value: event }: Tagged<EngineEvent>): void {
-    const figures = this.#figures[index]!;
-    const sequence = this.#flying[index]!;
+    const sequence = this.#sequences[index]!;
     sequence.isStarted = true;
     switch (event.kind) {
       case 'start':
-        figures.queueMs = event.queueMs;
-        figures.cachedTokens = event.cachedTokens;
+        sequence.queueMs = event.queueMs;
+        sequence.cachedTokens = event.cachedTokens;
         break;
       case 'piece':
         this.#ttftMs ??= this.#deps.clock.nowMs() - this.request.receivedMs;
-        figures.completionTokens += event.tokens.length;
+        sequence.completionTokens += event.tokens.length;
         break;
       case 'end':
-        figures.reason = event.reason;
-        figures.completionTokens = event.completionTokens;
+        sequence.reason = event.reason;
+        sequence.completionTokens = event.completionTokens;
         this.#deps.inFlight.remove(sequence);
         this.#endedMs = this.#deps.clock.nowMs();
         this.#ttftMs ??= this.#endedMs - this.request.receivedMs;
@@ -246,19 +230,23 @@ export class Answer {
   #budgetMet(): boolean | null {
     const { budget } = this.request;
     if (!statesTime(budget)) return null;
-    const [totalMs, ttftMs] = [this.totalMs ?? 0, this.#ttftMs ?? 0];
+    const [totalMs, ttftMs] = [this.#totalMs ?? 0, this.#ttftMs ?? 0];
     // Sequences run side by side: the longest one sets the pace that was seen.
-    const later = Math.max(...this.#figures.map((figures) => figures.completionTokens)) - 1;
-    return meets(budget, { totalMs, ttftMs, perTokenMs: (totalMs - ttftMs) / Math.max(1, later) });
+    const perTokenMs = (totalMs - ttftMs) / Math.max(1, this.#longest() - 1);
+    return meets(budget, { totalMs, ttftMs, perTokenMs });
+  }
+
+  #longest(): number {
+    return Math.max(...this.#sequences.map(({ completionTokens }) => completionTokens));
   }
 
   #settle(endedMs: number): void {
-    const { request, plan } = this;
+    const { request } = this;
     this.#deps.settle({
       adapter: request.target.lease?.name ?? null,
-      prediction: plan.prediction,
+      prediction: this.#plan.prediction,
       tokensMax: request.tokensMax,
-      completionTokens: Math.max(...this.#figures.map((figures) => figures.completionTokens)),
+      completionTokens: this.#longest(),
       ttftMs: request.receivedMs + (this.#ttftMs ?? 0) - this.#plannedMs,
       totalMs: endedMs - this.#plannedMs,
     });
@@ -269,27 +257,4 @@ function adapterOf({ lease }: Target): Parameters<ServerDeps['route']>[0]['adapt
   if (lease === null) return null;
   const { rankMax, rankCurve } = lease.manifest;
   return { name: lease.name, generation: lease.generation, rankMax, rankCurve };
-}
-
-function timer(): { promise: Promise<null>; resolve: () => void } {
-  let resolve: () => void = () => {};
-  const promise = new Promise<null>((settle) => {
-    resolve = () => settle(null);
-  });
-  return { promise, resolve };
-}
-
-/** Calls `onAbort` at the first abort of any, also when it lies in the past. Returns the function that unlinks. */
-function linkSignals(signals: readonly AbortSignal[], onAbort: () => void): () => void {
-  for (const signal of signals) {
-    if (signal.aborted) onAbort();
-    else signal.addEventListener('abort', onAbort, { once: true });
-  }
-  return () => {
-    for (const signal of signals) signal.removeEventListener('abort', onAbort);
-  };
-}
-
-export function cancelledIfAborted(signal: AbortSignal): void {
-  if (signal.aborted) throw new GatewayError('CANCELLED', 'the client went away');
 }

@@ -1,14 +1,14 @@
-// POST /v1/chat/completions: OpenAI's chat shape over openAnswer and reply.
+// POST /v1/chat/completions: OpenAI's chat shape over generate.
 
 import type { Context } from 'hono';
 import type { ChatMessage } from '../engine/text.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
-import { openAnswer } from './generation.ts';
+import { generate } from './generation.ts';
 import { readBody } from './limits.ts';
 import { chatLogprobs } from './logprobs.ts';
 import { invalidRequest } from './problem.ts';
-import { reply, type Shape } from './reply.ts';
+import type { Shape } from './reply.ts';
 import { type ChatBody, chatSchema } from './schemas.ts';
 
 export async function completeChat(c: Context<Env>, deps: ServerDeps): Promise<Response> {
@@ -19,8 +19,9 @@ export async function completeChat(c: Context<Env>, deps: ServerDeps): Promise<R
   }
   const messages = body.messages.map(toMessage);
   const templateArguments = body.chat_template_kwargs;
-  const answer = await openAnswer(c, deps, {
+  return generate(c, deps, {
     body,
+    shape: chatShape,
     idPrefix: 'chatcmpl-',
     topLogprobs: body.logprobs === true ? (body.top_logprobs ?? 0) : null,
     tokensMax: tokensMaxOf(body),
@@ -30,12 +31,6 @@ export async function completeChat(c: Context<Env>, deps: ServerDeps): Promise<R
       const options = templateArguments === undefined ? {} : { templateArguments };
       return [(await text.encodeChat(messages, options)).tokens];
     },
-  });
-  return reply(c, deps, answer, {
-    shape: chatShape,
-    isStream: body.stream === true,
-    hasUsageChunk: body.stream_options?.include_usage === true,
-    serviceTier: body.service_tier ?? null,
   });
 }
 
@@ -58,23 +53,9 @@ function tokensMaxOf(body: ChatBody): number | null {
 const chatShape: Shape = {
   wholeObject: 'chat.completion',
   chunkObject: 'chat.completion.chunk',
-  openChoice: (index) => ({
-    index,
-    delta: { role: 'assistant', content: '' },
-    logprobs: null,
-    finish_reason: null,
-  }),
-  deltaChoice: (index, content, tokens) => ({
-    index,
-    delta: { content },
-    logprobs: tokens === null ? null : chatLogprobs(tokens),
-    finish_reason: null,
-  }),
-  endChoice: (index, reason) => ({ index, delta: {}, logprobs: null, finish_reason: reason }),
-  wholeChoice: (index, { text, tokens, reason }) => ({
-    index,
-    message: { role: 'assistant', content: text, refusal: null },
-    logprobs: tokens === null ? null : chatLogprobs(tokens),
-    finish_reason: reason,
-  }),
+  open: () => ({ delta: { role: 'assistant', content: '' } }),
+  delta: (content) => ({ delta: { content } }),
+  end: { delta: {} },
+  whole: (_, content) => ({ message: { role: 'assistant', content, refusal: null } }),
+  logprobs: (_, tokens) => chatLogprobs(tokens),
 };

@@ -6,11 +6,11 @@ import type { TextService } from '../engine/text.ts';
 import { GatewayError } from '../errors.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
-import { openAnswer } from './generation.ts';
+import { generate } from './generation.ts';
 import { readBody } from './limits.ts';
 import { LegacyLogprobs } from './logprobs.ts';
 import { invalidRequest } from './problem.ts';
-import { reply, type Shape } from './reply.ts';
+import type { Shape } from './reply.ts';
 import { type CompletionBody, completionSchema } from './schemas.ts';
 
 export async function completeText(c: Context<Env>, deps: ServerDeps): Promise<Response> {
@@ -25,30 +25,22 @@ export async function completeText(c: Context<Env>, deps: ServerDeps): Promise<R
   }
   const prompts = promptsOf(body.prompt);
   for (const prompt of prompts) checkTokens(prompt, engine.base.config.vocabSize);
-  const answer = await openAnswer(c, deps, {
+  let echoes: readonly string[] = [];
+  return generate(c, deps, {
     body,
+    shape: textShape((index) => echoes[Math.floor(index / (body.n ?? 1))] ?? ''),
     idPrefix: 'cmpl-',
     topLogprobs: body.logprobs ?? null,
     tokensMax: body.max_tokens ?? null,
     tokensDefault: config.completionTokensDefault,
     promptCount: prompts.length,
-    encode: () => Promise.all(prompts.map((prompt) => encodePrompt(prompt, text))),
-  });
-  let echoes: readonly string[] = [];
-  try {
-    if (body.echo === true) {
-      echoes = await Promise.all(prompts.map((prompt) => promptText(prompt, text)));
-    }
-  } catch (error) {
-    answer.end();
-    throw error;
-  }
-  const n = body.n ?? 1;
-  return reply(c, deps, answer, {
-    shape: completionShape((index) => echoes[Math.floor(index / n)] ?? ''),
-    isStream: body.stream === true,
-    hasUsageChunk: body.stream_options?.include_usage === true,
-    serviceTier: body.service_tier ?? null,
+    async encode() {
+      const encoded = await Promise.all(prompts.map((prompt) => encodePrompt(prompt, text)));
+      if (body.echo === true) {
+        echoes = await Promise.all(prompts.map((prompt) => promptText(prompt, text)));
+      }
+      return encoded;
+    },
   });
 }
 
@@ -80,36 +72,19 @@ async function promptText(prompt: Prompt, text: TextService): Promise<string> {
 }
 
 /** One per response: the text offsets of the log-probabilities go on from chunk to chunk. */
-function completionShape(echo: (index: number) => string): Shape {
+function textShape(echo: (index: number) => string): Shape {
   const offsets = new Map<number, LegacyLogprobs>();
-  const logprobsOf = (
-    index: number,
-    tokens: Parameters<Shape['deltaChoice']>[2],
-  ): object | null => {
-    if (tokens === null) return null;
-    const logprobs = offsets.get(index) ?? new LegacyLogprobs();
-    offsets.set(index, logprobs);
-    return logprobs.next(tokens);
-  };
   return {
     wholeObject: 'text_completion',
     chunkObject: 'text_completion',
-    openChoice(index) {
-      const text = echo(index);
-      return text === '' ? null : { index, text, logprobs: null, finish_reason: null };
+    open: (index) => (echo(index) === '' ? null : { text: echo(index) }),
+    delta: (text) => ({ text }),
+    end: { text: '' },
+    whole: (index, text) => ({ text: echo(index) + text }),
+    logprobs(index, tokens) {
+      const logprobs = offsets.get(index) ?? new LegacyLogprobs();
+      offsets.set(index, logprobs);
+      return logprobs.next(tokens);
     },
-    deltaChoice: (index, text, tokens) => ({
-      index,
-      text,
-      logprobs: logprobsOf(index, tokens),
-      finish_reason: null,
-    }),
-    endChoice: (index, reason) => ({ index, text: '', logprobs: null, finish_reason: reason }),
-    wholeChoice: (index, { text, tokens, reason }) => ({
-      index,
-      text: echo(index) + text,
-      logprobs: logprobsOf(index, tokens),
-      finish_reason: reason,
-    }),
   };
 }

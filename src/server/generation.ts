@@ -4,11 +4,12 @@
 import type { Context } from 'hono';
 import type { Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
-import { Answer, cancelledIfAborted } from './answer.ts';
+import { Answer } from './answer.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { resolveModel, type Target } from './model-reference.ts';
 import { invalidRequest } from './problem.ts';
+import { reply, type Shape } from './reply.ts';
 import type { GenerationBody } from './schemas.ts';
 
 /** n × prompts: what one request may put into the queue (faults.md B45). */
@@ -16,6 +17,7 @@ const sequencesMax = 16;
 
 export interface Ask {
   readonly body: GenerationBody;
+  readonly shape: Shape;
   readonly idPrefix: string;
   readonly topLogprobs: number | null;
   /** As the body had it; null when it had none. */
@@ -25,8 +27,7 @@ export interface Ask {
   readonly encode: () => Promise<readonly Int32Array[]>;
 }
 
-/** The answer is started; the caller must `end` it. */
-export async function openAnswer(c: Context<Env>, deps: ServerDeps, ask: Ask): Promise<Answer> {
+export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Promise<Response> {
   const { body } = ask;
   if (deps.lifecycle.isDraining) {
     throw new GatewayError('NO_CAPACITY', 'the server is shutting down', { retryAfterS: 5 });
@@ -41,52 +42,38 @@ export async function openAnswer(c: Context<Env>, deps: ServerDeps, ask: Ask): P
   const target = resolveModel(body.model, deps.config, deps.registry);
   let answer: Answer | null = null;
   try {
-    answer = await planAnswer(c, deps, { ...ask, target, sampling });
-    await answer.start(deps.config.pingMs);
-    return answer;
-  } catch (error) {
-    answer?.end();
-    target.lease?.release(); // idempotent: an answer that was made has released it
-    throw error;
-  }
-}
-
-interface ResolvedAsk extends Ask {
-  readonly target: Target;
-  readonly sampling: Sampling;
-}
-
-async function planAnswer(c: Context<Env>, deps: ServerDeps, ask: ResolvedAsk): Promise<Answer> {
-  const { body, target } = ask;
-  const signal = c.req.raw.signal;
-  const budget = deps.budget({
-    latency: body.latency,
-    header: (name) => c.req.header(name) ?? null,
-    tier: tierOf(body, target),
-  });
-  const prompts = await ask.encode();
-  cancelledIfAborted(signal);
-  const tokensMax = tokensMaxOf(prompts, ask, deps.engine.base.contextMax);
-  const record = c.get('record');
-  const answer = new Answer(
-    deps,
-    {
+    const budget = deps.budget({
+      latency: body.latency,
+      header: (name) => c.req.header(name) ?? null,
+      tier: tierOf(body, target),
+    });
+    const prompts = await ask.encode();
+    const { signal } = c.req.raw;
+    if (signal.aborted) throw new GatewayError('CANCELLED', 'the client went away');
+    const record = c.get('record');
+    const request = {
       id: `${ask.idPrefix}${deps.random.id()}`,
       tenant: c.get('tenant'),
       receivedMs: record.receivedMs,
       target,
       prompts,
       n: body.n ?? 1,
-      tokensMax,
-      sampling: ask.sampling,
+      tokensMax: tokensMaxOf(prompts, ask, deps.engine.base.contextMax),
+      sampling,
       stop: typeof body.stop === 'string' ? [body.stop] : (body.stop ?? []),
       topLogprobs: ask.topLogprobs,
       budget,
-    },
-    signal,
-  );
-  record.report = () => answer.report();
-  return answer;
+    };
+    const made = new Answer(deps, request, signal);
+    answer = made;
+    record.report = () => made.report();
+    await made.start(deps.config.pingMs);
+    return await reply(c, deps, made, ask);
+  } catch (error) {
+    answer?.end();
+    target.lease?.release(); // idempotent: an answer that was made has released it
+    throw error;
+  }
 }
 
 function tierOf(body: GenerationBody, target: Target): string | null {

@@ -7,45 +7,45 @@ import type { Answer } from './answer.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { problemOf } from './problem.ts';
+import type { GenerationBody } from './schemas.ts';
 import { eventStream } from './sse.ts';
 
+/** What the two calls have of their own in a choice, beside its index, log-probabilities and finish reason. */
 export interface Shape {
   readonly wholeObject: string;
   readonly chunkObject: string;
-  /** First choice object of a stream; null when the shape has none. */
-  openChoice(index: number): object | null;
-  /** `tokens` is null when no log-probabilities were asked for. */
-  deltaChoice(index: number, text: string, tokens: readonly GeneratedToken[] | null): object;
-  endChoice(index: number, reason: FinishReason): object;
-  wholeChoice(index: number, whole: WholeChoice): object;
+  /** First of a stream; null when the shape has none. */
+  open(index: number): object | null;
+  delta(text: string): object;
+  readonly end: object;
+  whole(index: number, text: string): object;
+  logprobs(index: number, tokens: readonly GeneratedToken[]): object;
 }
 
-export interface WholeChoice {
-  readonly text: string;
-  readonly tokens: readonly GeneratedToken[] | null;
-  readonly reason: FinishReason;
-}
-
-export interface ReplyOptions {
-  readonly isStream: boolean;
-  /** stream_options.include_usage. */
-  readonly hasUsageChunk: boolean;
-  readonly serviceTier: string | null;
+interface ReplyOptions {
+  readonly shape: Shape;
+  readonly body: GenerationBody;
 }
 
 export async function reply(
   c: Context<Env>,
   deps: ServerDeps,
   answer: Answer,
-  { shape, ...options }: ReplyOptions & { readonly shape: Shape },
+  options: ReplyOptions,
 ): Promise<Response> {
-  const envelope = envelopeOf(deps, answer, options);
-  if (!options.isStream) {
-    try {
-      return await replyWhole(c, answer, shape, envelope);
-    } finally {
-      answer.end();
-    }
+  const { body } = options;
+  const envelope = {
+    id: answer.request.id,
+    created: Math.floor(deps.clock.unixMs() / 1000),
+    model: answer.request.target.asked,
+    system_fingerprint: `fp_${deps.engine.base.hash.slice(0, 12)}`,
+    ...(body.service_tier === undefined ? {} : { service_tier: body.service_tier }),
+  };
+  if (body.stream !== true) {
+    const whole = await wholeOf(answer, options.shape);
+    answer.end();
+    setDecisionHeaders(c, answer);
+    return c.json({ ...envelope, ...whole, ...figuresOf(answer) });
   }
   const { clock, config } = deps;
   const record = c.get('record');
@@ -55,7 +55,7 @@ export async function reply(
   c.header('x-accel-buffering', 'no'); // nginx would hold the tokens back
   return c.body(
     eventStream({
-      frames: streamFrames(answer, shape, { ...options, envelope }),
+      frames: streamFrames(answer, options, envelope),
       clock,
       pingMs: config.pingMs,
       stallMsMax: config.stallMsMax,
@@ -69,24 +69,7 @@ export async function reply(
   );
 }
 
-type Envelope = Readonly<Record<string, unknown>>;
-
-function envelopeOf(deps: ServerDeps, answer: Answer, options: ReplyOptions): Envelope {
-  return {
-    id: answer.request.id,
-    created: Math.floor(deps.clock.unixMs() / 1000),
-    model: answer.request.target.asked,
-    system_fingerprint: `fp_${deps.engine.base.hash.slice(0, 12)}`,
-    ...(options.serviceTier === null ? {} : { service_tier: options.serviceTier }),
-  };
-}
-
-async function replyWhole(
-  c: Context<Env>,
-  answer: Answer,
-  shape: Shape,
-  envelope: Envelope,
-): Promise<Response> {
+async function wholeOf(answer: Answer, shape: Shape): Promise<object> {
   const { prompts, n, topLogprobs } = answer.request;
   const texts = Array.from({ length: prompts.length * n }, () => '');
   const tokens = texts.map((): GeneratedToken[] => []);
@@ -98,89 +81,86 @@ async function replyWhole(
     }
     if (event.kind === 'end') reasons[index] = event.reason;
   }
-  answer.end();
-  setDecisionHeaders(c, answer);
-  return c.json({
-    ...envelope,
-    object: shape.wholeObject,
-    choices: texts.map((text, index) =>
-      shape.wholeChoice(index, {
-        text,
-        tokens: topLogprobs === null ? null : tokens[index]!,
-        reason: reasons[index]!,
-      }),
-    ),
-    usage: usageOf(answer),
-    rankgate: decisionOf(answer),
-  });
+  const choices = texts.map((text, index) => ({
+    index,
+    ...shape.whole(index, text),
+    logprobs: topLogprobs === null ? null : shape.logprobs(index, tokens[index]!),
+    finish_reason: reasons[index]!,
+  }));
+  return { object: shape.wholeObject, choices };
 }
 
 async function* streamFrames(
   answer: Answer,
-  shape: Shape,
-  options: ReplyOptions & { readonly envelope: Envelope },
+  { shape, body }: ReplyOptions,
+  envelope: object,
 ): AsyncGenerator<string, void, void> {
-  const { hasUsageChunk } = options;
-  const sequences = answer.request.prompts.length * answer.request.n;
+  const hasUsageChunk = body.stream_options?.include_usage === true;
   const hasLogprobs = answer.request.topLogprobs !== null;
   const chunk = (choices: readonly object[], extra: object = {}): string =>
     JSON.stringify({
-      ...options.envelope,
+      ...envelope,
       object: shape.chunkObject,
       choices,
       ...(hasUsageChunk ? { usage: null } : {}),
       ...extra,
     });
   const opened = new Set<number>();
-  let endedCount = 0;
+  let running = answer.request.prompts.length * answer.request.n;
   for await (const { index, value: event } of answer.events()) {
+    const choice = (part: object, rest: object = {}): object => ({
+      index,
+      ...part,
+      logprobs: null,
+      finish_reason: null,
+      ...rest,
+    });
     if (!opened.has(index)) {
       opened.add(index);
-      const choice = shape.openChoice(index);
-      if (choice !== null) yield chunk([choice]);
+      const part = shape.open(index);
+      if (part !== null) yield chunk([choice(part)]);
     }
     // A piece without text: a character or a possible stop string is not complete yet.
     if (event.kind === 'piece' && (event.text !== '' || (hasLogprobs && event.tokens.length > 0))) {
-      yield chunk([shape.deltaChoice(index, event.text, hasLogprobs ? event.tokens : null)]);
+      const logprobs = hasLogprobs ? shape.logprobs(index, event.tokens) : null;
+      yield chunk([choice(shape.delta(event.text), { logprobs })]);
     }
     if (event.kind === 'end') {
-      endedCount += 1;
-      const isLast = endedCount === sequences && !hasUsageChunk;
+      running -= 1;
+      const { rankgate } = figuresOf(answer);
       yield chunk(
-        [shape.endChoice(index, event.reason)],
-        isLast ? { rankgate: decisionOf(answer) } : {},
+        [choice(shape.end, { finish_reason: event.reason })],
+        running === 0 && !hasUsageChunk ? { rankgate } : {},
       );
     }
   }
-  if (hasUsageChunk) {
-    yield chunk([], { usage: usageOf(answer), rankgate: decisionOf(answer) });
-  }
+  if (hasUsageChunk) yield chunk([], figuresOf(answer));
   yield '[DONE]';
 }
 
-function usageOf(answer: Answer): object {
-  const { promptTokens, completionTokens, cachedTokens } = answer;
-  return {
-    prompt_tokens: promptTokens,
-    completion_tokens: completionTokens,
-    total_tokens: promptTokens + completionTokens,
-    prompt_tokens_details: { cached_tokens: cachedTokens },
-  };
-}
-
-function decisionOf(answer: Answer): object {
+/** The figures that end an answer: OpenAI's, and what was decided. */
+function figuresOf(answer: Answer): { usage: object; rankgate: object } {
   const report = answer.report();
+  const { promptTokens, completionTokens, cachedTokens } = report;
   return {
-    adapter: report.adapter,
-    generation: report.generation,
-    rank: report.rank,
-    rank_max: report.rankMax,
-    reason: report.reason,
-    predicted_ms: rounded(report.predictedMs),
-    queue_ms: rounded(report.queueMs),
-    ttft_ms: rounded(report.ttftMs),
-    total_ms: rounded(report.totalMs),
-    cached_tokens: report.cachedTokens,
+    usage: {
+      prompt_tokens: promptTokens,
+      completion_tokens: completionTokens,
+      total_tokens: promptTokens + completionTokens,
+      prompt_tokens_details: { cached_tokens: cachedTokens },
+    },
+    rankgate: {
+      adapter: report.adapter,
+      generation: report.generation,
+      rank: report.rank,
+      rank_max: report.rankMax,
+      reason: report.reason,
+      predicted_ms: rounded(report.predictedMs),
+      queue_ms: rounded(report.queueMs),
+      ttft_ms: rounded(report.ttftMs),
+      total_ms: rounded(report.totalMs),
+      cached_tokens: cachedTokens,
+    },
   };
 }
 

@@ -48,8 +48,8 @@ export function eventStream(source: EventSource): ReadableStream<Uint8Array> {
           // Given up already, and the reader is back: it must not take what it has for the whole.
           if (left !== null) throw left;
           pending ??= frames.next();
-          const next = await nextOrPing(pending, source);
-          if (next === 'ping') {
+          const next = await within(pending, clock, source.pingMs);
+          if (next === null) {
             controller.enqueue(encoder.encode(': ping\n\n'));
           } else if (next.done === true) {
             end(null);
@@ -75,13 +75,14 @@ export function eventStream(source: EventSource): ReadableStream<Uint8Array> {
   );
 }
 
-async function nextOrPing<T>(next: Promise<T>, source: EventSource): Promise<T | 'ping'> {
+/** What the promise gives, or null when it takes longer than `ms`. */
+export async function within<T>(promise: Promise<T>, clock: Clock, ms: number): Promise<T | null> {
   let cancel = (): void => {};
-  const ping = new Promise<'ping'>((resolve) => {
-    cancel = source.clock.after(source.pingMs, () => resolve('ping'));
+  const late = new Promise<null>((resolve) => {
+    cancel = clock.after(ms, () => resolve(null));
   });
   try {
-    return await Promise.race([next, ping]);
+    return await Promise.race([promise, late]);
   } finally {
     cancel();
   }
