@@ -6,18 +6,13 @@ import { monitorEventLoopDelay } from 'node:perf_hooks';
 import type { Generation } from '../adapters/adapter.ts';
 import type { Registry } from '../adapters/registry.ts';
 import { onEvent, type RequestEnd } from '../channels.ts';
-import type { Engine } from '../engine/engine.ts';
-import type { Clock } from './deps.ts';
-import type { InFlight } from './in-flight.ts';
+import type { EngineStats } from '../engine/messages.ts';
+import type { ServerDeps } from './deps.ts';
 import { type Labels, Page } from './prometheus.ts';
 
-export interface MetricsSource {
-  readonly engine: Engine;
-  readonly registry: Registry;
-  readonly inFlight: InFlight;
-  readonly clock: Clock;
+export type MetricsSource = Pick<ServerDeps, 'engine' | 'registry' | 'inFlight' | 'clock'> & {
   readonly modelName: string;
-}
+};
 
 export interface Metrics {
   render(): string;
@@ -53,7 +48,7 @@ export function createMetrics(source: MetricsSource): Metrics {
     countRequests(page, { model_name: source.modelName }),
   );
   const restarts = page.counter('rankgate_engine_restarts_total', 'Deaths of the engine process.');
-  const stopRestarts = onEvent('engine-restart', ({ reason }) => restarts.add(1, { reason }));
+  const stopRestarts = onEvent('engine-restart', ({ reason }) => restarts({ reason }));
   return {
     render: () => page.render(),
     close() {
@@ -67,14 +62,20 @@ export function createMetrics(source: MetricsSource): Metrics {
 function addEngineState(page: Page, source: MetricsSource): void {
   const { engine, modelName } = source;
   const labels = { model_name: modelName };
-  const gauge = (name: string, help: string, read: () => number): void =>
-    page.gauge(name, help, () => [[labels, read()]]);
-  gauge('vllm:num_requests_running', 'Sequences that own cells.', () => engine.stats().running);
-  gauge('vllm:num_requests_waiting', 'Sequences in the queue.', () => engine.stats().waiting);
-  gauge('vllm:kv_cache_usage_perc', 'Share of the cells in use, 0 to 1.', () => {
-    const { kvCellsUsed, kvCellsMax } = engine.stats();
-    return kvCellsMax === 0 ? 0 : kvCellsUsed / kvCellsMax;
-  });
+  const read = (
+    type: 'gauge' | 'counter',
+    name: string,
+    help: string,
+    figure: (stats: EngineStats) => number,
+  ): void => page.gauge(name, help, () => [[labels, figure(engine.stats())]], type);
+  read('gauge', 'vllm:num_requests_running', 'Sequences that own cells.', (now) => now.running);
+  read('gauge', 'vllm:num_requests_waiting', 'Sequences in the queue.', (now) => now.waiting);
+  read('gauge', 'vllm:kv_cache_usage_perc', 'Share of the cells in use, 0 to 1.', (now) =>
+    now.kvCellsMax === 0 ? 0 : now.kvCellsUsed / now.kvCellsMax,
+  );
+  const [queries, hits] = ['vllm:prefix_cache_queries_total', 'vllm:prefix_cache_hits_total'];
+  read('counter', queries, 'Prompt tokens looked up.', (now) => now.prefixTokensQueried);
+  read('counter', hits, 'Prompt tokens found there.', (now) => now.prefixTokensHit);
   page.gauge('vllm:lora_requests_info', 'Resident adapters; the value is the time.', () => {
     const { residents, adapterSlotsMax } = engine.stats();
     const resident = new Set(residents.map((one) => one.generation));
@@ -95,18 +96,6 @@ function addEngineState(page: Page, source: MetricsSource): void {
       [{ tier: 'disk' }, records.length - inSlots],
     ];
   });
-  const total = (name: string, help: string, read: () => number): void =>
-    page.total(name, help, read, labels);
-  total(
-    'vllm:prefix_cache_queries_total',
-    'Prompt tokens looked up in the prefix cache.',
-    () => engine.stats().prefixTokensQueried,
-  );
-  total(
-    'vllm:prefix_cache_hits_total',
-    'Prompt tokens found there.',
-    () => engine.stats().prefixTokensHit,
-  );
 }
 
 /** Names, not generations: what a scheduler matches with the `model` of a request. CSV; names hold no comma. */
@@ -144,29 +133,28 @@ function countRequests(page: Page, labels: Labels): (end: RequestEnd) => void {
     errorBounds,
   );
   return function count({ route, status, inference }) {
-    requests.add(1, { route, status: String(status) });
+    requests({ route, status: String(status) });
     if (inference === null) return;
-    reasons.add(1, { reason: inference.reason });
-    if (inference.adapter !== null) rank.observe(inference.rank);
+    reasons({ reason: inference.reason });
+    if (inference.adapter !== null) rank(inference.rank);
     for (const reason of inference.finishReasons) {
-      success.add(1, { ...labels, finished_reason: reason });
+      success({ ...labels, finished_reason: reason });
     }
-    newTokens.add(inference.completionTokens, labels);
+    newTokens(labels, inference.completionTokens);
     if (inference.queueMs !== null) {
-      queue.observe(inference.queueMs / 1000);
-      promptTokens.add(inference.promptTokens, labels);
+      queue(inference.queueMs / 1000);
+      promptTokens(labels, inference.promptTokens);
     }
     const { ttftMs, totalMs, plannedToEndMs, predictedMs, completionTokens } = inference;
     if (plannedToEndMs === null || ttftMs === null || totalMs === null) return; // not complete
-    ttft.observe(ttftMs / 1000);
-    duration.observe(totalMs / 1000);
+    ttft(ttftMs / 1000);
+    duration(totalMs / 1000);
     const sequences = inference.finishReasons.length;
     const later = completionTokens / sequences - 1; // tokens after the first, per sequence
-    if (later > 0) perToken.observe((totalMs - ttftMs) / later / 1000);
+    if (later > 0) perToken((totalMs - ttftMs) / later / 1000);
     if (inference.budgetMet !== null) {
-      budgets.add(1, { outcome: inference.budgetMet ? 'met' : 'missed' });
+      budgets({ outcome: inference.budgetMet ? 'met' : 'missed' });
     }
-    if (predictedMs !== null && predictedMs > 0)
-      error.observe(Math.abs(plannedToEndMs / predictedMs - 1));
+    if (predictedMs !== null && predictedMs > 0) error(Math.abs(plannedToEndMs / predictedMs - 1));
   };
 }

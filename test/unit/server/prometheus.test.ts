@@ -7,10 +7,10 @@ describe('Page', () => {
     const counter = page.counter('c_total', 'A counter.');
     page.gauge('g', 'A gauge.', () => [[{ a: 'x"\\\n' }, 1.5]]);
     const histogram = page.histogram('h', 'A histogram.', [1, 2], { m: 'y' });
-    counter.add(1, { k: 'a' });
-    counter.add(2, { k: 'a' });
-    counter.add(5, { k: 'b' });
-    for (const value of [0.5, 1, 1.5, 9, Number.NaN]) histogram.observe(value);
+    counter({ k: 'a' });
+    counter({ k: 'a' }, 2);
+    counter({ k: 'b' }, 5);
+    for (const value of [0.5, 1, 1.5, 9, Number.NaN]) histogram(value);
     expect(page.render()).toBe(
       [
         '# HELP c_total A counter.',
@@ -35,8 +35,8 @@ describe('Page', () => {
   it('stops adding series at its limit, and goes on counting the known ones', () => {
     const page = new Page();
     const counter = page.counter('c', 'A counter.');
-    for (let i = 0; i < 2000; i++) counter.add(1, { i: String(i) });
-    counter.add(1, { i: '0' });
+    for (let i = 0; i < 2000; i++) counter({ i: String(i) });
+    counter({ i: '0' });
     const lines = page
       .render()
       .split('\n')
