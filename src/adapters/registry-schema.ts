@@ -33,8 +33,9 @@ export interface RegistryDatabase {
   close(): void;
 }
 
-/** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for a schema from the future. */
-export function openDatabase(path: string): RegistryDatabase {
+/** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for a schema from the future. A database that
+ *  would grow beyond `bytesMax` fails as on a full disk. */
+export function openDatabase(path: string, bytesMax: number): RegistryDatabase {
   const opened: Database.Database[] = [];
   try {
     // Leases are this process's memory, so nobody else may delete what they keep: a transaction that is held on a file of
@@ -55,6 +56,8 @@ export function openDatabase(path: string): RegistryDatabase {
     ]) {
       db.pragma(setting);
     }
+    const { page_size: pageBytes } = db.prepare('PRAGMA page_size').get() as { page_size: number };
+    db.pragma(`max_page_count = ${Math.ceil(bytesMax / pageBytes)}`);
     db.transaction(() => migrate(db)).immediate();
     return { db, close: () => closeAll(lock, db) };
   } catch (error) {

@@ -20,12 +20,15 @@ export interface SqlRegistryOptions {
   /** Unix seconds. */
   readonly nowS: () => number;
   readonly namesMax?: number;
+  /** Of the database file; beyond, DISK_FULL. */
+  readonly bytesMax?: number;
 }
 
 const previousMax = 8;
 /** Generations that were imported and never named are kept for a retry; beyond this many the oldest go. */
 const unnamedMax = 16;
 const namesMaxDefault = 4096;
+const bytesMaxDefault = 8 * 1024 ** 3; // Every name at its nine generations, 210 modules each, is under 2 GiB.
 const manifestsMax = 4096; // Measured: 24 KB of heap and 0.8 ms to parse for 210 modules.
 
 export function openSqlRegistry(options: SqlRegistryOptions): Registry {
@@ -49,13 +52,14 @@ class SqlRegistry implements Registry {
   readonly #manifests: LRUCache<Generation, AdapterManifest> = new LRUCache({ max: manifestsMax });
   readonly #statements: Map<string, Database.Statement> = new Map();
 
-  constructor({ path, blobs, nowS, namesMax = namesMaxDefault }: SqlRegistryOptions) {
-    const { db, close } = openDatabase(path);
+  constructor(options: SqlRegistryOptions) {
+    const { path, blobs, nowS } = options;
+    const { db, close } = openDatabase(path, options.bytesMax ?? bytesMaxDefault);
     this.#db = db;
     this.#closeDatabase = close;
     this.#blobs = blobs;
     this.#nowS = () => Math.floor(nowS());
-    this.#namesMax = namesMax;
+    this.#namesMax = options.namesMax ?? namesMaxDefault;
     this.#sql(`DELETE FROM generations WHERE ${unreferenced}`).run();
     blobs.sweep((generation) => this.#isStored(generation));
   }
@@ -190,13 +194,18 @@ class SqlRegistry implements Registry {
     if (this.#db.open) this.#collect(generation);
   }
 
-  /** Forgets a generation that nothing refers to any more. */
+  /** Forgets a generation that nothing refers to any more. Never throws: what its caller did is done, and what a full or
+   *  broken disk keeps is left for the next open. */
   #collect(generation: Generation): void {
     if (this.leases(generation) > 0) return;
     const sql = `DELETE FROM generations WHERE generation = ? AND ${unreferenced}`;
-    if (this.#atomically(() => this.#sql(sql).run(generation)).changes === 0) return;
-    this.#manifests.delete(generation);
-    this.#blobs.remove(generation);
+    try {
+      if (this.#atomically(() => this.#sql(sql).run(generation)).changes === 0) return;
+      this.#manifests.delete(generation);
+      this.#blobs.remove(generation);
+    } catch {
+      // The sweep of the next open.
+    }
   }
 
   #expect(name: string, expected: Generation | null = null): AdapterRecord {
@@ -259,8 +268,14 @@ class SqlRegistry implements Registry {
   /** One transaction; an error of SQLite comes out as DISK_FULL or INTERNAL. */
   #atomically<T>(work: () => T): T {
     try {
-      return this.#db.transaction(work).immediate();
+      // Not libsql's transaction(): SQLite has rolled back by itself when the disk is full, and the error of rolling back
+      // once more would take that error's place.
+      this.#db.exec('BEGIN IMMEDIATE');
+      const result = work();
+      this.#db.exec('COMMIT');
+      return result;
     } catch (error) {
+      if (this.#db.inTransaction) this.#db.exec('ROLLBACK');
       if (error instanceof GatewayError) throw error;
       const isFull = (error as { readonly code?: string }).code?.startsWith('SQLITE_FULL') ?? false;
       const code = isFull ? 'DISK_FULL' : 'INTERNAL';

@@ -7,18 +7,18 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { Generation } from '../../../src/adapters/adapter.ts';
 import { createBlobStore } from '../../../src/adapters/blobs.ts';
 import type { Registry } from '../../../src/adapters/registry.ts';
-import { openSqlRegistry } from '../../../src/adapters/sql-registry.ts';
+import { openSqlRegistry, type SqlRegistryOptions } from '../../../src/adapters/sql-registry.ts';
 import { fakeGeneration, fakeManifest } from '../../support/fake-registry.ts';
 
 let directory: string;
 let registry: Registry;
 const blobs = () => createBlobStore(join(directory, 'blobs'));
-const open = (namesMax = 100) =>
+const open = (limits: Pick<SqlRegistryOptions, 'namesMax' | 'bytesMax'> = { namesMax: 100 }) =>
   openSqlRegistry({
     path: join(directory, 'registry.db'),
     blobs: blobs(),
     nowS: () => 5,
-    namesMax,
+    ...limits,
   });
 
 beforeEach(() => {
@@ -95,12 +95,47 @@ describe('the registry over SQLite', () => {
 
   it('refuses names beyond its limit', async () => {
     registry.close();
-    registry = open(1);
+    registry = open({ namesMax: 1 });
     const [first] = await stored(1);
     registry.create('a', first!);
     expect(() => registry.create('b', first!)).toThrow(
       expect.objectContaining({ code: 'NO_CAPACITY' }),
     );
+  });
+
+  it('says so when the disk is full, stays as it was, and goes on when there is room', async () => {
+    const [first, second] = await stored(2);
+    registry.create('a', first!);
+    registry.create('b', second!);
+    registry.close();
+    registry = open({ bytesMax: 1 }); // The file may not grow by a page.
+    let acknowledged = 0;
+    const fill = () => {
+      for (; acknowledged < 500; acknowledged++) registry.create(`c-${acknowledged}`, first!);
+    };
+    expect(fill).toThrow(expect.objectContaining({ code: 'DISK_FULL' }));
+    expect(registry.list()).toHaveLength(2 + acknowledged);
+    registry.close();
+    registry = open();
+    expect(registry.list()).toHaveLength(2 + acknowledged);
+    expect(registry.swap('a', second!, first!).generation).toBe(second);
+  });
+
+  it('ends a lease and removes a name although the generation cannot be deleted', async () => {
+    const [first] = await stored(1);
+    registry.create('a', first!);
+    const lease = registry.lease('a');
+    const other = new Database(join(directory, 'registry.db'));
+    const refuse = "SELECT RAISE(ROLLBACK, 'disk')";
+    other.exec(`CREATE TRIGGER stuck BEFORE DELETE ON generations BEGIN ${refuse}; END`);
+    registry.remove('a', first!);
+    lease.release();
+    expect([registry.find('a'), registry.leases(first!)]).toEqual([null, 0]);
+    other.exec('DROP TRIGGER stuck');
+    other.close();
+    registry.close();
+    registry = open();
+    expect(blobs().has(first!)).toBe(false);
   });
 
   it('is one process’s', () => {
