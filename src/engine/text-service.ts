@@ -1,17 +1,17 @@
 // TextService on a worker thread. Exactly one task is with the thread at a time, so that a template that does not end,
 // or a task that kills the thread, costs its own request only: the thread is replaced and the queue goes on.
 
+import { once } from 'node:events';
 import { Worker } from 'node:worker_threads';
 import { asGatewayError, GatewayError } from '../errors.ts';
 import { workerUrl } from '../model/spawn-entry.ts';
 import type { EncodedChat, TextService } from './text.ts';
 import type {
   FromTextWorker,
-  TextAnswer,
+  PlainError,
   TextResult,
   TextTask,
   TextWorkerData,
-  ToTextWorker,
 } from './text-worker.ts';
 
 export interface TextServiceOptions {
@@ -46,7 +46,7 @@ interface Job {
 /** Throws what the model file is refused for. */
 export async function createTextService(options: TextServiceOptions): Promise<TextService> {
   const queue = new TaskQueue({ ...defaults, ...options });
-  await queue.start();
+  await queue.open();
   return {
     async encodeChat(messages, { templateArguments = {} } = {}) {
       // Every turn costs a token at least; many empty ones would cost the template time and no characters.
@@ -72,55 +72,20 @@ class TaskQueue {
   readonly #options: Required<TextServiceOptions>;
   readonly #waiting: Job[] = [];
   #waitingCharacters = 0;
-  #running: { readonly ticket: number; readonly job: Job; readonly timer: NodeJS.Timeout } | null =
-    null;
+  #isServing = false;
   #worker: Worker | null = null;
-  #state: 'absent' | 'starting' | 'ready' | 'ending' = 'absent';
+  /** Ends the wait for the thread's next message, and the thread with it. */
+  #interrupt: (reason: GatewayError) => void = () => {};
   #charactersMax = 0;
-  #ticket = 0;
   #isClosed = false;
 
   constructor(options: Required<TextServiceOptions>) {
     this.#options = options;
   }
 
-  /** Resolves when the thread can work; rejects with the reason when it cannot. */
-  async start(): Promise<void> {
-    const { modelPath, contextMax, heapMbMax } = this.#options;
-    const data: TextWorkerData = { modelPath, contextMax };
-    const worker = new Worker(workerUrl(import.meta.url, './text-worker'), {
-      workerData: data,
-      resourceLimits: { maxOldGenerationSizeMb: heapMbMax },
-    });
-    this.#worker = worker;
-    this.#state = 'starting';
-    await new Promise<void>((resolve, reject) => {
-      let reason = new GatewayError('INTERNAL', 'the text thread ended');
-      worker.on('message', (message: FromTextWorker) => {
-        if (message.kind === 'ready') {
-          this.#state = 'ready';
-          this.#charactersMax = message.charactersMax;
-          resolve();
-          this.#pump();
-        } else if (message.kind === 'refused') {
-          reason = new GatewayError(message.code, message.message);
-        } else {
-          this.#settle(message);
-        }
-      });
-      worker.on('error', (cause) => {
-        reason = new GatewayError('INTERNAL', 'the text thread failed', { cause });
-      });
-      worker.on('exit', () => {
-        reject(reason);
-        this.#endThread(reason);
-      });
-    });
-  }
-
   async run(task: TextTask, characters: number): Promise<TextResult> {
     const { waitingMax, waitingCharactersMax } = this.#options;
-    if (this.#isClosed) throw new GatewayError('NO_CAPACITY', 'the gateway is closing');
+    if (this.#isClosed) throw closing();
     if (characters > this.#charactersMax) {
       throw exceeded(`${characters} characters`, this.#charactersMax, paramOf(task));
     }
@@ -136,93 +101,103 @@ class TaskQueue {
       this.#waiting.push({ task, characters, resolve, reject });
     });
     this.#waitingCharacters += characters;
-    // Nobody to start it again: the last start failed. This request pays for another try.
-    if (this.#state === 'absent') this.#restart();
-    this.#pump();
+    if (!this.#isServing) void this.#serve();
     return result;
   }
 
   async close(): Promise<void> {
     this.#isClosed = true;
-    const closing = new GatewayError('NO_CAPACITY', 'the gateway is closing');
-    this.#rejectRunning(closing);
-    this.#rejectWaiting(closing);
+    this.#interrupt(closing());
+    this.#rejectWaiting(closing());
     await this.#worker?.terminate();
   }
 
-  #pump(): void {
-    while (this.#state === 'ready' && this.#running === null) {
-      const job = this.#waiting.shift();
-      if (job === undefined) return;
-      this.#waitingCharacters -= job.characters;
-      this.#ticket += 1;
-      const message: ToTextWorker = { ticket: this.#ticket, task: job.task };
-      try {
-        this.#worker?.postMessage(message);
-      } catch (cause) {
-        // A function or symbol among the template arguments: it cannot be copied to the thread.
-        const param = 'chat_template_kwargs';
-        const text = 'the template arguments are not plain data';
-        job.reject(new GatewayError('INVALID_REQUEST', text, { param, cause }));
-        continue;
-      }
-      const timer = setTimeout(() => this.#giveUp(), this.#options.taskMsMax);
-      this.#running = { ticket: this.#ticket, job, timer };
-    }
-  }
-
-  #settle(message: TextAnswer): void {
-    const running = this.#running;
-    if (running === null || running.ticket !== message.ticket) return;
-    clearTimeout(running.timer);
-    this.#running = null;
-    if (message.kind === 'done') {
-      running.job.resolve(message.result);
-    } else {
-      const param = message.param ?? paramOf(running.job.task);
-      running.job.reject(new GatewayError(message.code, message.message, { param }));
-    }
-    this.#pump();
-  }
-
-  #giveUp(): void {
-    const ms = this.#options.taskMsMax;
-    this.#rejectRunning(new GatewayError('INTERNAL', `the text thread took more than ${ms} ms`));
-    // Takes no more tasks; #endThread follows when it is gone.
-    this.#state = 'ending';
-    this.#worker?.terminate().catch(() => undefined);
-  }
-
-  #endThread(reason: GatewayError): void {
-    const wasStarting = this.#state === 'starting';
-    this.#worker = null;
-    this.#state = 'absent';
-    this.#rejectRunning(reason);
-    // A thread that ended before it was ready is not tried again by itself: the next request does (run).
-    if (!wasStarting && !this.#isClosed) this.#restart();
-  }
-
-  #restart(): void {
-    this.start().catch((error: unknown) => {
-      this.#rejectWaiting(
-        new GatewayError('NO_CAPACITY', 'the text thread cannot start', {
-          cause: asGatewayError(error),
-        }),
-      );
+  /** The thread, started when there is none. Throws the reason when it cannot be. */
+  async open(): Promise<Worker> {
+    if (this.#worker !== null) return this.#worker;
+    const { modelPath, contextMax, heapMbMax } = this.#options;
+    const data: TextWorkerData = { modelPath, contextMax };
+    const worker = new Worker(workerUrl(import.meta.url, './text-worker'), {
+      workerData: data,
+      resourceLimits: { maxOldGenerationSizeMb: heapMbMax },
     });
+    this.#worker = worker;
+    worker.on('error', () => {}); // whoever waits for a message is told; unheard it would end the gateway
+    worker.once('exit', () => {
+      if (this.#worker === worker) this.#worker = null;
+    });
+    const message = await this.#nextMessage(worker, null);
+    if (message.kind === 'ready') {
+      this.#charactersMax = message.charactersMax;
+      return worker;
+    }
+    this.#worker = null; // it ends by itself
+    throw message.kind === 'done' ? new Error('done before ready') : errorOf(message);
   }
 
-  #rejectRunning(error: GatewayError): void {
-    if (this.#running === null) return;
-    clearTimeout(this.#running.timer);
-    this.#running.job.reject(error);
-    this.#running = null;
+  async #serve(): Promise<void> {
+    this.#isServing = true;
+    for (let job = this.#waiting.shift(); job !== undefined; job = this.#waiting.shift()) {
+      this.#waitingCharacters -= job.characters;
+      try {
+        job.resolve(await this.#work(job.task));
+      } catch (error) {
+        job.reject(asGatewayError(error));
+      }
+    }
+    this.#isServing = false;
+  }
+
+  async #work(task: TextTask): Promise<TextResult> {
+    const worker = await this.open().catch((cause: unknown) => {
+      if (this.#isClosed) throw closing();
+      const error = new GatewayError('NO_CAPACITY', 'the text thread cannot start', { cause });
+      this.#rejectWaiting(error); // the next request pays for another try
+      throw error;
+    });
+    worker.postMessage(task);
+    const message = await this.#nextMessage(worker, this.#options.taskMsMax);
+    if (message.kind === 'done') return message.result;
+    throw message.kind === 'failed' ? errorOf(message, paramOf(task)) : new Error('ready again');
+  }
+
+  /** When something else comes first, an error, the time limit or the end, the thread is given up. */
+  async #nextMessage(worker: Worker, msMax: number | null): Promise<FromTextWorker> {
+    const stop = new AbortController();
+    this.#interrupt = (reason) => stop.abort(reason);
+    if (this.#isClosed) stop.abort(closing());
+    const timer =
+      msMax === null
+        ? undefined
+        : setTimeout(() => {
+            stop.abort(new GatewayError('INTERNAL', `the text thread took more than ${msMax} ms`));
+          }, msMax);
+    try {
+      const [message] = await once(worker, 'message', { signal: stop.signal });
+      return message as FromTextWorker;
+    } catch (cause) {
+      if (this.#worker === worker) this.#worker = null;
+      void worker.terminate();
+      stop.signal.throwIfAborted();
+      throw new GatewayError('INTERNAL', 'the text thread failed', { cause });
+    } finally {
+      clearTimeout(timer);
+    }
   }
 
   #rejectWaiting(error: GatewayError): void {
     for (const job of this.#waiting.splice(0)) job.reject(error);
     this.#waitingCharacters = 0;
   }
+}
+
+function closing(): GatewayError {
+  return new GatewayError('NO_CAPACITY', 'the gateway is closing');
+}
+
+function errorOf({ code, message, param }: PlainError, paramWhenNone?: string): GatewayError {
+  const named = param ?? paramWhenNone;
+  return new GatewayError(code, message, named === undefined ? {} : { param: named });
 }
 
 function exceeded(got: string, max: number, param: string): GatewayError {

@@ -3,7 +3,11 @@
 
 import { parentPort, workerData } from 'node:worker_threads';
 import { asGatewayError, type ErrorCode, GatewayError } from '../errors.ts';
-import { type ChatTemplate, createChatTemplate } from '../model/chat-template.ts';
+import {
+  type ChatTemplate,
+  createChatTemplate,
+  type TemplateArguments,
+} from '../model/chat-template.ts';
 import { openGguf } from '../model/gguf.ts';
 import {
   createTokenizer,
@@ -22,17 +26,12 @@ export type TextTask =
   | {
       readonly kind: 'encode-chat';
       readonly messages: readonly ChatMessage[];
-      readonly templateArguments: Readonly<Record<string, unknown>>;
+      readonly templateArguments: TemplateArguments;
     }
   | { readonly kind: 'encode'; readonly text: string }
   | { readonly kind: 'decode'; readonly tokens: Int32Array };
 
 export type TextResult = EncodedChat | Int32Array | string;
-
-export interface ToTextWorker {
-  readonly ticket: number;
-  readonly task: TextTask;
-}
 
 export type FromTextWorker =
   | {
@@ -42,13 +41,10 @@ export type FromTextWorker =
     }
   /** The model cannot be used; the thread ends. */
   | ({ readonly kind: 'refused' } & PlainError)
-  | TextAnswer;
+  | { readonly kind: 'done'; readonly result: TextResult }
+  | ({ readonly kind: 'failed' } & PlainError);
 
-export type TextAnswer =
-  | { readonly kind: 'done'; readonly ticket: number; readonly result: TextResult }
-  | ({ readonly kind: 'failed'; readonly ticket: number } & PlainError);
-
-interface PlainError {
+export interface PlainError {
   readonly code: ErrorCode;
   readonly message: string;
   readonly param: string | undefined;
@@ -136,11 +132,11 @@ function serve(port: NonNullable<typeof parentPort>): void {
     port.close();
     return;
   }
-  port.on('message', ({ ticket, task }: ToTextWorker) => {
+  port.on('message', (task: TextTask) => {
     try {
-      send({ kind: 'done', ticket, result: desk.work(task) });
+      send({ kind: 'done', result: desk.work(task) });
     } catch (error) {
-      send({ kind: 'failed', ticket, ...plainError(error) });
+      send({ kind: 'failed', ...plainError(error) });
     }
   });
   send({ kind: 'ready', charactersMax: desk.charactersMax });

@@ -1,6 +1,8 @@
 // The contract for text work in the gateway: templates and tokens. Implemented on a worker thread (text-worker.ts), so
 // that a long prompt never holds the event loop (figures.md: 50,000 underscores take 608 ms).
 
+import type { TemplateArguments } from '../model/chat-template.ts';
+
 export interface ChatMessage {
   readonly role: 'system' | 'user' | 'assistant';
   readonly content: string;
@@ -19,7 +21,7 @@ export interface TextService {
 
 export interface ChatOptions {
   /** Passed to the template as variables. */
-  readonly templateArguments?: Readonly<Record<string, unknown>>;
+  readonly templateArguments?: TemplateArguments;
 }
 
 export interface EncodedChat {

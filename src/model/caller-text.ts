@@ -1,66 +1,7 @@
-// Strings of a caller on their way into a chat template: bounded, plain data, and marked where they spell a special
-// token or could become one half of it. A mark is a private-use character that occurs nowhere else in the chat.
+// Strings of a caller on their way into a chat template, marked where they spell a special token or could become one half
+// of it. A mark is a private-use character that occurs nowhere else in the chat.
 
 import { GatewayError } from '../errors.ts';
-
-export type PlainValue =
-  | string
-  | number
-  | boolean
-  | null
-  | readonly PlainValue[]
-  | { readonly [key: string]: PlainValue };
-
-/** What is left of the limits while values are taken in. */
-export interface Budget {
-  nodes: number;
-  characters: number;
-  depth: number;
-}
-
-/** The value as plain data of its own, charged to the budget. Throws INVALID_REQUEST. */
-export function takePlain(value: unknown, budget: Budget): PlainValue {
-  budget.nodes -= 1;
-  if (budget.nodes < 0 || budget.depth < 0) fail('they are too many or too deeply nested');
-  if (typeof value === 'string') {
-    budget.characters -= value.length;
-    if (budget.characters < 0) fail('they are too long');
-    return value;
-  }
-  if (value === null || typeof value === 'boolean') return value;
-  if (typeof value === 'number' && Number.isFinite(value)) return value;
-  if (typeof value !== 'object') fail(`a ${typeof value} is no JSON value`);
-  budget.depth -= 1;
-  const taken = Array.isArray(value)
-    ? value.map((item) => takePlain(item, budget))
-    : Object.fromEntries(
-        Object.entries(value as object).map(([key, item]) => [
-          takePlain(key, budget),
-          takePlain(item, budget),
-        ]),
-      );
-  budget.depth += 1;
-  return taken;
-}
-
-function fail(reason: string): never {
-  throw new GatewayError('INVALID_REQUEST', `template arguments: ${reason}`, {
-    param: 'chat_template_kwargs',
-  });
-}
-
-/** The value with `change` applied to every string in it, names too: a template may print those. */
-export function mapStrings(value: PlainValue, change: (text: string) => string): PlainValue {
-  if (typeof value === 'string') return change(value);
-  if (typeof value !== 'object' || value === null) return value;
-  if (isList(value)) return value.map((item) => mapStrings(item, change));
-  return Object.fromEntries(
-    Object.entries(value).map(([key, item]) => [change(key), mapStrings(item, change)]),
-  );
-}
-
-// Array.isArray does not narrow a readonly array out of a union.
-const isList = (value: object): value is readonly PlainValue[] => Array.isArray(value);
 
 const privateUse: readonly (readonly [first: number, last: number])[] = [
   [0xe000, 0xf8ff],

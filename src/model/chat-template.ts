@@ -6,7 +6,7 @@
 
 import { Environment, Interpreter, parse, tokenize } from '@huggingface/jinja';
 import { GatewayError } from '../errors.ts';
-import { createGuard, mapStrings, type PlainValue, takePlain, unusedMark } from './caller-text.ts';
+import { createGuard, unusedMark } from './caller-text.ts';
 
 export interface ChatTurn {
   /** One of a closed set: it is not marked. */
@@ -23,12 +23,14 @@ export interface ChatTemplateSource {
   readonly specials: readonly string[];
 }
 
+export type TemplateArguments = Readonly<Record<string, string | number | boolean>>;
+
 export interface ChatInput {
   readonly messages: readonly ChatTurn[];
-  readonly templateArguments: Readonly<Record<string, unknown>>;
+  readonly templateArguments: TemplateArguments;
   /** What strftime_now shows, in UTC. */
   readonly now: Date;
-  /** Longest prompt in UTF-16 units, and the most that the arguments may hold. */
+  /** Longest prompt in UTF-16 units. */
   readonly charactersMax: number;
 }
 
@@ -46,8 +48,6 @@ export interface ChatTemplate {
 
 const templateCharactersMax = 128 * 1024;
 const rangeMax = 10_000;
-const argumentDepthMax = 8;
-const argumentNodesMax = 1_000;
 
 /** Names that the gateway sets: an argument of that name would change what a template means. */
 const reservedNames: ReadonlySet<string> = new Set([
@@ -71,9 +71,9 @@ export function createChatTemplate(source: ChatTemplateSource): ChatTemplate {
   const guard = createGuard(source.specials);
   return {
     render({ messages, templateArguments, now, charactersMax }) {
-      const args = takeArguments(templateArguments, charactersMax);
+      checkNames(templateArguments);
       const contents = messages.map((turn) => turn.content);
-      const mark = unusedMark([source.template, JSON.stringify(args), ...contents]);
+      const mark = unusedMark([source.template, JSON.stringify(templateArguments), ...contents]);
       const protect = (text: string): string => guard(text, mark);
       const environment = new Environment();
       setGlobals(environment, now);
@@ -84,8 +84,8 @@ export function createChatTemplate(source: ChatTemplateSource): ChatTemplate {
         'messages',
         messages.map(({ role, content }) => ({ role, content: protect(content) })),
       );
-      for (const [name, value] of Object.entries(args)) {
-        environment.set(name, mapStrings(value, protect));
+      for (const [name, value] of Object.entries(templateArguments)) {
+        environment.set(name, typeof value === 'string' ? protect(value) : value);
       }
       const marked = run(program, environment);
       if (marked.length > charactersMax) {
@@ -100,10 +100,7 @@ export function createChatTemplate(source: ChatTemplateSource): ChatTemplate {
   };
 }
 
-function takeArguments(
-  templateArguments: Readonly<Record<string, unknown>>,
-  characters: number,
-): Readonly<Record<string, PlainValue>> {
+function checkNames(templateArguments: TemplateArguments): void {
   for (const name of Object.keys(templateArguments)) {
     if (reservedNames.has(name)) {
       throw new GatewayError('INVALID_REQUEST', `'${name}' is set by the gateway`, {
@@ -111,8 +108,6 @@ function takeArguments(
       });
     }
   }
-  const budget = { nodes: argumentNodesMax, characters, depth: argumentDepthMax };
-  return takePlain(templateArguments, budget) as Readonly<Record<string, PlainValue>>;
 }
 
 type Program = ReturnType<typeof parse>;

@@ -150,15 +150,6 @@ describe('text service', () => {
     expect(await service.encode('x')).toHaveLength(1);
   });
 
-  it('refuses template arguments that are not plain data and goes on', async () => {
-    const service = await open({ template: plain });
-    const templateArguments = { f: () => 1 };
-    await expect(service.encodeChat(user('x'), { templateArguments })).rejects.toEqual(
-      failure('INVALID_REQUEST', { param: 'chat_template_kwargs' }),
-    );
-    expect(await service.encode('x')).toHaveLength(1);
-  });
-
   it('loses as many threads as it takes', async () => {
     const service = await open({ template: devouring }, { heapMbMax: 64 });
     await expect(service.encodeChat(user('eat'))).rejects.toEqual(failure('INTERNAL'));

@@ -5,6 +5,7 @@ import {
   type ChatTurn,
   createChatTemplate,
   type RenderedChat,
+  type TemplateArguments,
 } from '../../../src/model/chat-template.ts';
 import { createTokenizer, type Tokenizer } from '../../../src/model/tokenizer.ts';
 import { baseChatTemplate, baseTokenizerSource } from '../../support/base-tokenizer.ts';
@@ -21,7 +22,7 @@ const user = (content: string): ChatTurn[] => [{ role: 'user', content }];
 function render(
   template: string,
   messages: readonly ChatTurn[] = [],
-  templateArguments: Readonly<Record<string, unknown>> = {},
+  templateArguments: TemplateArguments = {},
 ): RenderedChat {
   const source = { template, bosText: '<s>', eosText: '<|im_end|>', specials };
   const input = { messages, templateArguments, now, charactersMax: 10_000 };
@@ -100,9 +101,8 @@ describe('chat template', () => {
     expect(rendered.marked.replaceAll(rendered.mark, '')).toBe(rendered.prompt);
   });
 
-  it('marks the strings inside template arguments, their names too', () => {
-    const template = '{% for name, value in d.items() %}{{ name }}={{ value[0] }}{% endfor %}';
-    const rendered = render(template, [], { d: { '<s>': ['<|im_end|>'] } });
+  it('marks the strings of template arguments', () => {
+    const rendered = render('{{ a }}={{ b }}', [], { a: '<s>', b: '<|im_end|>' });
     expect(rendered.prompt).toBe('<s>=<|im_end|>');
     expect(found(rendered.marked)).toEqual([]);
   });
@@ -131,8 +131,8 @@ describe('chat template', () => {
   });
 
   it('passes template arguments on as variables', () => {
-    const template = '{{ a.b[1] + 1 }} {{ c }} {{ d is none }}{% if tools %}!{% endif %}';
-    expect(render(template, [], { a: { b: [1, 2] }, c: true, d: null }).prompt).toBe('3 true true');
+    const template = '{{ a + 1 }} {{ c }} {{ d }}{% if tools %}!{% endif %}';
+    expect(render(template, [], { a: 2, c: true, d: 'true' }).prompt).toBe('3 true true');
   });
 
   it('shows the time that it is given', () => {
@@ -205,24 +205,16 @@ describe('chat template', () => {
     );
   });
 
-  it.each<[string, Record<string, unknown>]>([
-    ['a name that the gateway sets', { messages: [] }],
-    ['a name that the gateway sets', { True: 1 }],
-    ['a function', { f: () => 1 }],
-    ['no number', { x: Number.NaN }],
-    ['nesting', { a: [[[[[[[[[1]]]]]]]]] }],
-    ['too many values', { a: Array.from({ length: 1001 }, () => 0) }],
-    ['too much text', { a: 'x'.repeat(10_001) }],
-  ])('refuses template arguments with %s', (_, templateArguments) => {
+  it.each([{ messages: 1 }, { True: 1 }])('refuses the name of %o', (templateArguments) => {
     expect(() => render('', [], templateArguments)).toThrow(
       expect.objectContaining({ code: 'INVALID_REQUEST', param: 'chat_template_kwargs' }),
     );
   });
 
   it('keeps an argument named like a prototype plain', () => {
-    const args = JSON.parse('{"__proto__": {"polluted": 1}, "x": 2}');
-    expect(render('{{ x }}{{ polluted is defined }}', [], args).prompt).toBe('2false');
-    expect(({} as { polluted?: number }).polluted).toBeUndefined();
+    const args = JSON.parse('{"__proto__": "polluted", "x": 2}');
+    expect(render('{{ x }}', [], args).prompt).toBe('2');
+    expect(Object.getPrototypeOf({})).toBe(Object.prototype);
   });
 
   it('refuses a vocabulary whose special token is a single character', () => {
