@@ -82,7 +82,11 @@ function openDesk({ modelPath, contextMax }: TextWorkerData): Desk {
   const encode = (text: string): Int32Array => {
     if (!tokenizer.addsBos || tokenizer.bos === null) return tokenizer.encodeText(text, contextMax);
     const tokens = tokenizer.encodeText(text, contextMax - 1);
-    return Int32Array.of(tokenizer.bos, ...tokens);
+    // Not a spread: 200,000 arguments overflow the stack.
+    const all = new Int32Array(tokens.length + 1);
+    all[0] = tokenizer.bos;
+    all.set(tokens, 1);
+    return all;
   };
   const decode = (tokens: Int32Array): string => {
     const parts = Array.from(tokens, (token) => tokenBytes[token] ?? unknownToken(token));

@@ -71,6 +71,8 @@ describe('text service', () => {
     const service = await open({ template: plain, addBos: true });
     expect((await service.encode('x'))[0]).toBe(0);
     expect([...(await service.encodeChat(user('x'))).tokens].filter((id) => id === 0)).toEqual([0]);
+    const long = await open({ template: plain, addBos: true }, { contextMax: 250_000 });
+    expect(await long.encode('x '.repeat(124_000))).toHaveLength(248_001); // it overflowed the stack
     const full = await service.encode('x'.repeat(99));
     expect(full).toHaveLength(100);
     await expect(service.encode('x'.repeat(100))).rejects.toEqual(
