@@ -39,15 +39,19 @@ export interface Settings {
   readonly apiKeysFile: string | null;
   readonly adminKeys: readonly string[];
   readonly adminKeysFile: string | null;
-  /** Serve /metrics without a key although keys are configured. */
+  /** Serve /metrics without a key although keys are configured (a scraper inside the cluster). */
   readonly metricsPublic: boolean;
-  /** Host names that a keyless gateway answers to, besides localhost and IP literals. */
+  /** Host names that a keyless gateway answers to, besides localhost and IP literals (DNS rebinding, faults.md B84). */
   readonly hostsAllowed: readonly string[];
   readonly bodyBytesMax: number;
+  /** New tokens when a request names no limit; cut to what the context leaves. */
   readonly chatTokensDefault: number;
   readonly completionTokensDefault: number;
+  /** Silence on a stream after which a comment is sent. */
   readonly pingMs: number;
+  /** A client that takes nothing for this long is treated as gone. */
   readonly stallMsMax: number;
+  /** Age of the last token above which /readyz makes one before it says ready. */
   readonly tokenAgeMsMax: number;
   readonly connectionsMax: number;
   readonly keepAliveMs: number;

@@ -9,26 +9,19 @@ import { join, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
 import { isKey, type Settings, settingNames, settingsSchema } from './config-schema.ts';
 import { GatewayError } from './errors.ts';
-import type { TierPolicy } from './router/policy.ts';
-
-export interface ConfiguredKey {
-  /** SHA-256 of the key; the key itself is not kept. */
-  readonly digest: Uint8Array;
-  readonly access: 'inference' | 'admin';
-}
+import type { ApiKey } from './server/auth.ts';
 
 type Key = keyof Settings;
 
 export interface Config
   extends Omit<
     Settings,
-    'threads' | 'adaptersRoot' | 'apiKeys' | 'apiKeysFile' | 'adminKeys' | 'adminKeysFile' | 'tiers'
+    'threads' | 'adaptersRoot' | 'apiKeys' | 'apiKeysFile' | 'adminKeys' | 'adminKeysFile'
   > {
   readonly threads: number;
   readonly adaptersRoot: string;
   /** Inference and admin keys together; empty: inference is open, admin is for this machine. */
-  readonly apiKeys: readonly ConfiguredKey[];
-  readonly tiers: Readonly<Record<string, TierPolicy>>;
+  readonly apiKeys: readonly ApiKey[];
 }
 
 const numbers: readonly Key[] = [
@@ -172,7 +165,7 @@ function digestOf(text: string): Uint8Array {
   return createHash('sha256').update(text).digest();
 }
 
-function readKeys(settings: Settings, access: ConfiguredKey['access']): ConfiguredKey[] {
+function readKeys(settings: Settings, access: ApiKey['access']): ApiKey[] {
   const setting = access === 'admin' ? 'adminKeys' : 'apiKeys';
   const path = settings[`${setting}File`];
   const fromFile =

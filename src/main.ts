@@ -3,7 +3,7 @@
 // which implementation stands behind each contract.
 
 import { randomInt, randomUUID } from 'node:crypto';
-import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { createBlobStore } from './adapters/blobs.ts';
 import { createImporter } from './adapters/importer.ts';
@@ -22,7 +22,7 @@ import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
 import { parseBudget } from './router/budget.ts';
 import { createRouter, type Router } from './router/router.ts';
 import { createApp } from './server/app.ts';
-import type { Clock, ServerConfig } from './server/deps.ts';
+import type { Clock } from './server/deps.ts';
 import { probeEngine } from './server/health.ts';
 import { InFlight } from './server/in-flight.ts';
 import { createLifecycle, type Listening, listen } from './server/listen.ts';
@@ -114,37 +114,32 @@ function baseNames(model: ModelFile): string[] {
   return [model.label, ...named.map((key) => metadata.string(key))];
 }
 
+function readIfThere(path: string): string | null {
+  try {
+    return readFileSync(path, 'utf8');
+  } catch {
+    return null;
+  }
+}
+
 function startRouter(config: Config, engine: Supervisor, path: string): Router {
   const { hash: baseHash, backend } = engine.base;
   const identity = { baseHash, backend, threads: config.threads };
   const router = createRouter({ identity, prefillTokensMax: config.prefillTokensMax });
-  if (existsSync(path)) router.restore(readFileSync(path, 'utf8'));
+  const saved = readIfThere(path);
+  if (saved !== null) router.restore(saved);
   engine.onStep((report) => router.observe(report));
   return router;
 }
 
+/** What cannot be kept is learned again: a full disk is no reason to stop serving or to close by halves. */
 function saveLatency(router: Router, path: string): void {
-  writeFileSync(`${path}.part`, router.save());
-  renameSync(`${path}.part`, path);
-}
-
-function serverConfig(config: Config, modelName: string, clock: Clock): ServerConfig {
-  return {
-    modelName,
-    tiers: Object.keys(config.tiers),
-    startedS: Math.floor(clock.unixMs() / 1000),
-    apiKeys: config.apiKeys,
-    metricsPublic: config.metricsPublic,
-    hostsAllowed: config.hostsAllowed,
-    bodyBytesMax: config.bodyBytesMax,
-    chatTokensDefault: config.chatTokensDefault,
-    completionTokensDefault: config.completionTokensDefault,
-    pingMs: config.pingMs,
-    stallMsMax: config.stallMsMax,
-    tokenAgeMsMax: config.tokenAgeMsMax,
-    adaptersRoot: config.adaptersRoot,
-    runtimeLoraUpdating: config.runtimeLoraUpdating,
-  };
+  try {
+    writeFileSync(`${path}.part`, router.save());
+    renameSync(`${path}.part`, path);
+  } catch {
+    // The next save may have room.
+  }
 }
 
 /** A first answer that nobody asked for: it records the programs that serving needs first and gives the latency model
@@ -152,6 +147,12 @@ function serverConfig(config: Config, modelName: string, clock: Clock): ServerCo
 async function warmUp(engine: Supervisor): Promise<void> {
   const tokens = Int32Array.from({ length: 32 }, (_, i) => i % engine.base.config.vocabSize);
   await probeEngine(engine, { id: 'warm-up', tokens, tokensMax: 12 }, new AbortController().signal);
+}
+
+/** Goes on serving when whoever read the log has gone. */
+function logToStdout(): (line: string) => void {
+  process.stdout.on('error', () => {});
+  return (line) => void process.stdout.write(`${line}\n`);
 }
 
 interface Parts {
@@ -167,6 +168,7 @@ interface Parts {
 async function startServer(parts: Parts): Promise<{ listening: Listening; stop: () => void }> {
   const { config, modelName, engine, registry, router } = parts;
   const clock: Clock = { ...systemClock, unixMs: () => Date.now() };
+  const startedS = Math.floor(clock.unixMs() / 1000);
   const lifecycle = createLifecycle();
   const inFlight = new InFlight();
   const metrics = createMetrics({ engine, registry, inFlight, clock, modelName });
@@ -181,10 +183,10 @@ async function startServer(parts: Parts): Promise<{ listening: Listening; stop: 
     budget: (source) => parseBudget(source, config),
     route: (input) => router.route(input),
     settle: (outcome) => router.settle(outcome),
-    config: serverConfig(config, modelName, clock),
+    config: { ...config, modelName, tiers: Object.keys(config.tiers), startedS },
     random: { id: () => randomUUID(), seed: () => randomInt(2 ** 32) },
     metrics: () => metrics.render(),
-    log: config.log === 'json' ? (line) => process.stdout.write(`${line}\n`) : () => {},
+    log: config.log === 'json' ? logToStdout() : () => {},
   });
   const { host, port, connectionsMax, keepAliveMs } = config;
   const listening = await listen(app, lifecycle, { host, port, connectionsMax, keepAliveMs });
@@ -196,7 +198,15 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
   const paths = makePaths(config);
   const closers: Array<() => Promise<void> | void> = [];
   const closeAll = async (): Promise<void> => {
-    for (const close of closers.splice(0).reverse()) await close();
+    const failures: unknown[] = [];
+    for (const close of closers.splice(0).reverse()) {
+      try {
+        await close();
+      } catch (error) {
+        failures.push(error); // The others hold processes and locks: they are closed all the same.
+      }
+    }
+    if (failures.length > 0) throw failures[0];
   };
   try {
     const blobs = createBlobStore(paths.blobs);

@@ -6,7 +6,7 @@ import { isAbsolute, resolve, sep } from 'node:path';
 import type { Context } from 'hono';
 import { type Generation, isAdapterName, isGeneration } from '../adapters/adapter.ts';
 import type { AdapterRecord, ImportedAdapter } from '../adapters/registry.ts';
-import { GatewayError } from '../errors.ts';
+import { type ErrorCode, GatewayError } from '../errors.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { readBody } from './limits.ts';
@@ -47,7 +47,7 @@ export async function addAdapter(c: Context<Env>, deps: ServerDeps): Promise<Res
     source: body.source,
     sourceParam: 'source',
     isReplace,
-    expected: asGeneration(body.if_generation),
+    expected: body.if_generation ?? null,
     ...(body.accept_base_name === undefined ? {} : { acceptBaseName: body.accept_base_name }),
   });
   return c.json(
@@ -73,12 +73,6 @@ export async function publishAdapter(
 ): Promise<{ record: AdapterRecord; imported: ImportedAdapter; isNew: boolean }> {
   const { registry, importer, config } = deps;
   const { name, acceptBaseName } = publication;
-  if (!isAdapterName(name)) {
-    throw invalidRequest(
-      'an adapter name is 1 to 64 of a-z 0-9 . _ - and starts with a letter or digit',
-      publication.sourceParam === 'source' ? 'name' : 'lora_name',
-    );
-  }
   const existing = registry.find(name);
   if (name === config.modelName || (existing !== null && !publication.isReplace)) {
     throw new GatewayError('ADAPTER_EXISTS', `the name '${name}' is taken`, { param: 'name' });
@@ -105,43 +99,31 @@ export async function publishAdapter(
 }
 
 /** The real path of a source inside the root. What lies outside is refused alike whether it exists or not. */
-async function jailedDirectory(publication: Publication, root: string | null): Promise<string> {
+async function jailedDirectory(publication: Publication, root: string): Promise<string> {
   const { source, sourceParam: param } = publication;
-  if (root === null) {
-    throw new GatewayError('FORBIDDEN', 'no adapters root is configured', { param });
-  }
-  if (source.includes('\0')) throw invalidRequest('a path holds no NUL', param);
+  const refuse = (code: ErrorCode, message: string, cause?: unknown): never => {
+    throw new GatewayError(code, message, { param, cause });
+  };
+  const outside = (): never => refuse('FORBIDDEN', 'the source is outside the adapters root');
+  if (source.includes('\0')) refuse('INVALID_REQUEST', 'a path holds no NUL');
   if (!isAbsolute(source) && /^[a-z][a-z0-9+.-]*:/i.test(source)) {
-    throw new GatewayError('UNSUPPORTED', 'only directories on this machine are supported', {
-      param,
-    });
+    refuse('UNSUPPORTED', 'only directories on this machine are supported');
   }
-  const outside = new GatewayError('FORBIDDEN', 'the source is outside the adapters root', {
-    param,
-  });
-  const realRoot = await realpath(root).catch((cause: unknown) => {
-    throw new GatewayError('FORBIDDEN', 'the adapters root does not exist', { param, cause });
-  });
-  const isInside = (path: string, jail: string): boolean => path.startsWith(jail + sep);
+  const realRoot = await realpath(root).catch((cause: unknown) =>
+    refuse('FORBIDDEN', 'the adapters root does not exist', cause),
+  );
   const lexical = resolve(root, source);
-  if (!isInside(lexical, resolve(root)) && !isInside(lexical, realRoot)) throw outside;
-  let real: string;
-  try {
-    real = await realpath(lexical);
-  } catch (error) {
-    const message = 'there is no adapter directory at the source';
-    throw new GatewayError('INVALID_ADAPTER', message, { param, cause: error });
-  }
-  if (!isInside(real, realRoot)) throw outside;
-  return real;
+  if (![resolve(root), realRoot].some((jail) => lexical.startsWith(jail + sep))) outside();
+  const real = await realpath(lexical).catch((cause: unknown) =>
+    refuse('INVALID_ADAPTER', 'there is no adapter directory at the source', cause),
+  );
+  return real.startsWith(realRoot + sep) ? real : outside();
 }
 
 export async function swapAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const before = recordOf(c, deps);
   const body = await readBody(c, deps, swapSchema);
-  const generation = asGeneration(body.generation);
-  if (generation === null) throw invalidRequest('generation: not a generation', 'generation');
-  const record = deps.registry.swap(before.name, generation, expectedOf(c));
+  const record = deps.registry.swap(before.name, body.generation, expectedOf(c));
   unloadUnused(before.generation, deps);
   return c.json(describeAdapter(record, deps));
 }
@@ -191,13 +173,9 @@ function recordOf(c: Context<Env>, { registry }: ServerDeps): AdapterRecord {
 function expectedOf(c: Context<Env>): Generation | null {
   const header = c.req.header('if-match');
   if (header === undefined || header === '*') return null;
-  const generation = asGeneration(header.replace(/^"(.*)"$/, '$1'));
-  if (generation === null) throw invalidRequest('if-match: one generation is wanted', 'if-match');
-  return generation;
-}
-
-function asGeneration(text: string | undefined): Generation | null {
-  return text !== undefined && isGeneration(text) ? text : null;
+  const generation = header.replace(/^"(.*)"$/, '$1');
+  if (isGeneration(generation)) return generation;
+  throw invalidRequest('if-match: one generation is wanted', 'if-match');
 }
 
 /** The engine forgets a generation that no name points at; sequences that run with it keep it to their end. */

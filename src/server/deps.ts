@@ -2,6 +2,8 @@
 // them; nothing in this folder reads the environment, a global clock or Math.random.
 
 import type { Importer, Registry } from '../adapters/registry.ts';
+import type { Settings } from '../config-schema.ts';
+import type { EngineClock } from '../engine/clock.ts';
 import type { Engine } from '../engine/engine.ts';
 import type { TextService } from '../engine/text.ts';
 import type { BudgetSource } from '../router/budget.ts';
@@ -10,13 +12,9 @@ import type { Budget, Plan, RouteInput } from '../router/policy.ts';
 import type { ApiKey } from './auth.ts';
 import type { InFlight } from './in-flight.ts';
 
-export interface Clock {
-  /** Monotonic, the time base of performance.now(). */
-  nowMs(): number;
+export interface Clock extends EngineClock {
   /** Wall clock, Unix milliseconds. */
   unixMs(): number;
-  /** Calls back once after `ms`; the returned function cancels it. */
-  after(ms: number, callback: () => void): () => void;
 }
 
 export interface Random {
@@ -33,7 +31,13 @@ export interface Lifecycle {
   readonly cutOff: AbortSignal;
 }
 
-export interface ServerConfig {
+/** Settings as configured, and what only a running gateway knows. */
+export interface ServerConfig
+  extends Pick<
+    Settings,
+    | ('metricsPublic' | 'hostsAllowed' | 'runtimeLoraUpdating' | 'bodyBytesMax')
+    | ('chatTokensDefault' | 'completionTokensDefault' | 'pingMs' | 'stallMsMax' | 'tokenAgeMsMax')
+  > {
   /** The base model's name at the API. */
   readonly modelName: string;
   readonly tiers: readonly string[];
@@ -41,24 +45,8 @@ export interface ServerConfig {
   readonly startedS: number;
   /** Empty: nothing is asked of inference, and admin routes answer this machine only. */
   readonly apiKeys: readonly ApiKey[];
-  /** Serve /metrics without a key although keys are configured (a scraper inside the cluster). */
-  readonly metricsPublic: boolean;
-  /** Host names that a keyless gateway answers to besides localhost and IP literals (DNS rebinding, faults.md B84). */
-  readonly hostsAllowed: readonly string[];
-  readonly bodyBytesMax: number;
-  /** New tokens when a request names no limit; cut to what the context leaves. */
-  readonly chatTokensDefault: number;
-  readonly completionTokensDefault: number;
-  /** Silence on a stream after which a comment is sent. */
-  readonly pingMs: number;
-  /** A client that takes nothing for this long is treated as gone. */
-  readonly stallMsMax: number;
-  /** Age of the last token above which /readyz makes one before it says ready. */
-  readonly tokenAgeMsMax: number;
-  /** Directory that adapters may be loaded from; null: none. */
-  readonly adaptersRoot: string | null;
-  /** vLLM's load_lora_adapter and unload_lora_adapter. */
-  readonly runtimeLoraUpdating: boolean;
+  /** Directory that adapters may be loaded from. */
+  readonly adaptersRoot: string;
 }
 
 export interface ServerDeps {

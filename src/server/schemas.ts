@@ -2,6 +2,7 @@
 // Cross-field rules are in chat.ts and completions.ts; sizes that depend on the model (vocabulary, context) in answer.ts.
 
 import { z } from 'zod';
+import { type Generation, isAdapterName, isGeneration } from '../adapters/adapter.ts';
 import type { GatewayError } from '../errors.ts';
 import { invalidRequest } from './problem.ts';
 
@@ -133,8 +134,16 @@ export const completionSchema: z.ZodType<CompletionBody> = z.strictObject({
   logprobs: z.int().min(0).max(20).exactOptional(),
 });
 
-const adapterName = z.string().min(1).max(256);
-const generation = z.string().regex(/^sha256:[0-9a-f]{64}$/);
+const adapterName = z
+  .string()
+  .refine(
+    isAdapterName,
+    'an adapter name is 1 to 64 of a-z 0-9 . _ - and starts with a letter or digit',
+  );
+const generation = z.custom<Generation>(
+  (value) => typeof value === 'string' && isGeneration(value),
+  'want sha256: and 64 hex digits',
+);
 
 export const addAdapterSchema: z.ZodType<AddAdapterBody> = z.strictObject({
   name: adapterName,
@@ -144,7 +153,7 @@ export const addAdapterSchema: z.ZodType<AddAdapterBody> = z.strictObject({
   replace: z.boolean().exactOptional(),
 });
 
-export const swapSchema: z.ZodType<{ generation: string }> = z.strictObject({ generation });
+export const swapSchema: z.ZodType<{ generation: Generation }> = z.strictObject({ generation });
 
 export const loadLoraSchema: z.ZodType<LoadLoraBody> = z.strictObject({
   lora_name: adapterName,
@@ -153,7 +162,7 @@ export const loadLoraSchema: z.ZodType<LoadLoraBody> = z.strictObject({
 });
 
 export const unloadLoraSchema: z.ZodType<{ lora_name: string }> = z.strictObject({
-  lora_name: adapterName,
+  lora_name: z.string().min(1).max(256),
 });
 
 export interface GenerationBody {
@@ -199,7 +208,7 @@ export interface AddAdapterBody {
   name: string;
   source: string;
   accept_base_name?: string;
-  if_generation?: string;
+  if_generation?: Generation;
   replace?: boolean;
 }
 

@@ -136,9 +136,9 @@ describe('POST /v1/adapters', () => {
     expect((await call('POST', '/v1/adapters', {}, headers)).status).toBe(415);
   });
 
-  it.each([null, '/nowhere/at/all'])('is closed with the root %s', async (adaptersRoot) => {
+  it('is closed with a root that does not exist', async () => {
     harness.close();
-    harness = createHarness({ adaptersRoot });
+    harness = createHarness();
     const refused = await call('POST', '/v1/adapters', { name: 'new', source: 'one' });
     expect(refused.status).toBe(403);
     expect(JSON.stringify(refused.body)).not.toContain('nowhere');

@@ -42,7 +42,7 @@ const configDefault: ServerConfig = {
   pingMs: 5000,
   stallMsMax: 30_000,
   tokenAgeMsMax: 60_000,
-  adaptersRoot: null,
+  adaptersRoot: '/nowhere/at/all',
   runtimeLoraUpdating: false,
 };
 
