@@ -27,7 +27,7 @@ beforeAll(async () => {
     rank: 32,
     alpha: 32,
     targets: ['attn_q', 'attn_v', 'ffn_down'],
-    gain: 0.3,
+    gain: 0.6,
   });
   const added = await gateway.post('/v1/adapters', { source: 'support', name: 'support' });
   expect(added.status, await added.clone().text()).toBe(201);

@@ -27,7 +27,7 @@ import { createRng } from '../support/random.ts';
 // same generation and rank. ε covers the last bits that differ with the shape of a batch (bf16 weights, f16 cells); the
 // test also shows that another generation, another rank and the base miss it by far more.
 
-const epsilon = 0.1; // nats; measured worst 0.032, and the planted faults below are asserted to miss by 4 × more
+const epsilon = 0.25; // nats; worst measured 0.15, and the planted faults below are asserted to miss by 4 × more
 const names = ['a', 'b', 'c', 'd'] as const;
 const versions = 3;
 const streams = 16;
