@@ -6,10 +6,10 @@ import { readFileSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
 import { resolve } from 'node:path';
 import { parseArgs } from 'node:util';
-import { clientDefaults, configFlags, loadConfig } from './config.ts';
+import { type Config, clientDefaults, configFlags, loadConfig } from './config.ts';
 import { examine } from './doctor.ts';
 import { GatewayError } from './errors.ts';
-import { type Call, callGateway, RefusedError, UnreachableError } from './gateway-client.ts';
+import { type Call, CommandError, callGateway } from './gateway-client.ts';
 import { serve } from './serve.ts';
 import type { Terminal } from './terminal.ts';
 
@@ -26,36 +26,49 @@ rankgate --version
 Every command takes --json. The adapters commands talk to a running server: --url, or RANKGATE_URL; RANKGATE_API_KEY.
 `;
 
-type Flags = Record<string, string | boolean | undefined>;
+type Flags = Readonly<Record<string, string | boolean>>;
 type FlagTypes = Readonly<Record<string, { readonly type: 'string' | 'boolean' }>>;
+
+interface Invocation {
+  readonly flags: Flags;
+  readonly positionals: readonly string[];
+  readonly terminal: Terminal;
+}
 
 interface Command {
   readonly flags: FlagTypes;
   /** Names of the positional arguments; all are needed. */
   readonly positionals: readonly string[];
-  run(flags: Flags, positionals: readonly string[], terminal: Terminal): Promise<void>;
+  run(invocation: Invocation): Promise<void>;
 }
-
-class UsageError extends Error {}
 
 const json = { json: { type: 'boolean' } } as const;
-const client = { ...json, url: { type: 'string' } } as const;
-const expecting = { ...client, expect: { type: 'string' } } as const;
+const expecting = { expect: { type: 'string' } } as const;
 const timeoutMs = 10 * 60 * 1000; // an import of a large adapter is minutes of work
 
-function call(flags: Flags, terminal: Terminal, request: Call): Promise<Response> {
-  const { url, apiKey } = clientDefaults(terminal.environment);
-  const target = typeof flags.url === 'string' ? flags.url : url;
-  if (!URL.canParse(target)) throw new UsageError(`--url: not a URL: ${target}`);
-  return callGateway({ url: target, apiKey, timeoutMs }, request);
-}
-
+const usageError = (message: string): CommandError => new CommandError(2, 'USAGE', message);
 const text = (value: string | boolean | undefined): string | undefined =>
   typeof value === 'string' ? value : undefined;
 
-function expectation(flags: Flags): { ifMatch?: string } {
-  const expected = text(flags.expect);
-  return expected === undefined ? {} : { ifMatch: expected };
+/** A command that is one call to a running server. */
+function clientCommand(
+  positionals: readonly string[],
+  flagTypes: FlagTypes,
+  callOf: (invocation: Invocation) => Call,
+  print: (answer: Response, invocation: Invocation) => Promise<void> = show,
+): Command {
+  return {
+    flags: { ...json, url: { type: 'string' }, ...flagTypes },
+    positionals,
+    async run(invocation) {
+      const { flags, terminal } = invocation;
+      const defaults = clientDefaults(terminal.environment);
+      const url = text(flags.url) ?? defaults.url;
+      if (!URL.canParse(url)) throw usageError(`--url: not a URL: ${url}`);
+      const options = { url, apiKey: defaults.apiKey, timeoutMs };
+      await print(await callGateway(options, callOf(invocation)), invocation);
+    },
+  };
 }
 
 interface Described {
@@ -75,7 +88,7 @@ function lineOf(adapter: Described): string {
 }
 
 /** Prints the server's answer as it came, or as one line an adapter. */
-async function show(response: Response, flags: Flags, terminal: Terminal): Promise<void> {
+async function show(response: Response, { flags, terminal }: Invocation): Promise<void> {
   const answer = (await response.json()) as Described | { readonly data: readonly Described[] };
   if (flags.json) {
     terminal.out(`${JSON.stringify(answer)}\n`);
@@ -87,115 +100,95 @@ async function show(response: Response, flags: Flags, terminal: Terminal): Promi
   }
 }
 
-const nameOf = (positionals: readonly string[]): string =>
+const pathOf = ({ positionals }: Invocation): string =>
   `/v1/adapters/${encodeURIComponent(positionals[0]!)}`;
+
+async function saveExport(answer: Response, invocation: Invocation): Promise<void> {
+  const { flags, positionals, terminal } = invocation;
+  const bytes = new Uint8Array(await answer.arrayBuffer());
+  const suffix = flags.rank === undefined ? '' : `-r${flags.rank}`;
+  const file = text(flags.output) ?? `${positionals[0]}${suffix}.tar`;
+  await writeFile(file, bytes, { flag: 'wx' });
+  const result = { file, bytes: bytes.length };
+  terminal.out(flags.json ? `${JSON.stringify(result)}\n` : `${file}: ${bytes.length} bytes\n`);
+}
+
+const loadFrom = ({ flags, terminal }: Invocation): Config =>
+  loadConfig({ flags, environment: terminal.environment });
 
 const commands: Readonly<Record<string, Command>> = {
   serve: {
     flags: { ...json, ...configFlags },
     positionals: [],
-    async run(flags, _, terminal) {
-      const config = loadConfig({ flags: given(flags), environment: terminal.environment });
-      await serve(config, { json: flags.json === true, terminal });
+    async run(invocation) {
+      const { flags, terminal } = invocation;
+      await serve(loadFrom(invocation), { json: flags.json === true, terminal });
     },
   },
   doctor: {
     flags: { ...json, ...configFlags },
     positionals: [],
-    async run(flags, _, terminal) {
-      const config = loadConfig({ flags: given(flags), environment: terminal.environment });
-      const findings = await examine(config);
-      if (flags.json) terminal.out(`${JSON.stringify(findings)}\n`);
-      else
-        for (const [what, found] of Object.entries(findings)) terminal.out(`${what}: ${found}\n`);
+    async run(invocation) {
+      const findings = await examine(loadFrom(invocation));
+      const lines = Object.entries(findings).map(([what, found]) => `${what}: ${found}\n`);
+      const { flags, terminal } = invocation;
+      terminal.out(flags.json ? `${JSON.stringify(findings)}\n` : lines.join(''));
     },
   },
-  'adapters add': {
-    flags: { ...expecting, replace: { type: 'boolean' }, 'accept-base-name': { type: 'string' } },
-    positionals: ['NAME', 'DIRECTORY'],
-    async run(flags, [name, directory], terminal) {
-      const expected = text(flags.expect);
-      const baseName = text(flags['accept-base-name']);
-      const body = {
+  'adapters add': clientCommand(
+    ['NAME', 'DIRECTORY'],
+    { ...expecting, replace: { type: 'boolean' }, 'accept-base-name': { type: 'string' } },
+    ({ flags, positionals: [name, directory] }) => ({
+      method: 'POST',
+      path: '/v1/adapters',
+      // What is undefined is left out of the JSON.
+      body: {
         name,
         source: resolve(directory!),
-        ...(flags.replace ? { replace: true } : {}),
-        ...(expected === undefined ? {} : { if_generation: expected }),
-        ...(baseName === undefined ? {} : { accept_base_name: baseName }),
-      };
-      const answer = await call(flags, terminal, { method: 'POST', path: '/v1/adapters', body });
-      await show(answer, flags, terminal);
-    },
-  },
-  'adapters list': {
-    flags: client,
-    positionals: [],
-    async run(flags, _, terminal) {
-      await show(
-        await call(flags, terminal, { method: 'GET', path: '/v1/adapters' }),
-        flags,
-        terminal,
-      );
-    },
-  },
-  'adapters show': {
-    flags: client,
-    positionals: ['NAME'],
-    async run(flags, positionals, terminal) {
-      const answer = await call(flags, terminal, { method: 'GET', path: nameOf(positionals) });
-      await show(answer, flags, terminal);
-    },
-  },
-  'adapters swap': {
-    flags: expecting,
-    positionals: ['NAME', 'GENERATION'],
-    async run(flags, positionals, terminal) {
-      const answer = await call(flags, terminal, {
-        method: 'PUT',
-        path: nameOf(positionals),
-        body: { generation: positionals[1] },
-        ...expectation(flags),
-      });
-      await show(answer, flags, terminal);
-    },
-  },
-  'adapters rollback': {
-    flags: client,
-    positionals: ['NAME'],
-    async run(flags, positionals, terminal) {
-      const path = `${nameOf(positionals)}/rollback`;
-      await show(await call(flags, terminal, { method: 'POST', path }), flags, terminal);
-    },
-  },
-  'adapters export': {
-    flags: { ...client, rank: { type: 'string' }, output: { type: 'string' } },
-    positionals: ['NAME'],
-    async run(flags, positionals, terminal) {
-      const rank = text(flags.rank);
+        replace: flags.replace,
+        if_generation: flags.expect,
+        accept_base_name: flags['accept-base-name'],
+      },
+    }),
+  ),
+  'adapters list': clientCommand([], {}, () => ({ method: 'GET', path: '/v1/adapters' })),
+  'adapters show': clientCommand(['NAME'], {}, (invocation) => ({
+    method: 'GET',
+    path: pathOf(invocation),
+  })),
+  'adapters swap': clientCommand(['NAME', 'GENERATION'], expecting, (invocation) => ({
+    method: 'PUT',
+    path: pathOf(invocation),
+    body: { generation: invocation.positionals[1] },
+    ifMatch: text(invocation.flags.expect),
+  })),
+  'adapters rollback': clientCommand(['NAME'], {}, (invocation) => ({
+    method: 'POST',
+    path: `${pathOf(invocation)}/rollback`,
+  })),
+  'adapters export': clientCommand(
+    ['NAME'],
+    { rank: { type: 'string' }, output: { type: 'string' } },
+    (invocation) => {
+      const rank = text(invocation.flags.rank);
       const query = rank === undefined ? '' : `?rank=${encodeURIComponent(rank)}`;
-      const path = `${nameOf(positionals)}/export${query}`;
-      const answer = await call(flags, terminal, { method: 'GET', path });
-      const bytes = new Uint8Array(await answer.arrayBuffer());
-      const suffix = rank === undefined ? '' : `-r${rank}`;
-      const file = text(flags.output) ?? `${positionals[0]}${suffix}.tar`;
-      await writeFile(file, bytes, { flag: 'wx' });
-      const result = { file, bytes: bytes.length };
-      terminal.out(flags.json ? `${JSON.stringify(result)}\n` : `${file}: ${bytes.length} bytes\n`);
+      return { method: 'GET', path: `${pathOf(invocation)}/export${query}` };
     },
-  },
-  'adapters rm': {
-    flags: expecting,
-    positionals: ['NAME'],
-    async run(flags, positionals, terminal) {
-      const request = {
-        method: 'DELETE',
-        path: nameOf(positionals),
-        ...expectation(flags),
-      } as const;
-      const answer: unknown = await (await call(flags, terminal, request)).json();
-      terminal.out(flags.json ? `${JSON.stringify(answer)}\n` : `${positionals[0]}: removed\n`);
+    saveExport,
+  ),
+  'adapters rm': clientCommand(
+    ['NAME'],
+    expecting,
+    (invocation) => ({
+      method: 'DELETE',
+      path: pathOf(invocation),
+      ifMatch: text(invocation.flags.expect),
+    }),
+    async (response, { flags, positionals, terminal }) => {
+      const answer = await response.text();
+      terminal.out(flags.json ? `${answer}\n` : `${positionals[0]}: removed\n`);
     },
-  },
+  ),
 };
 
 /** package.json lies one folder above this file, in the source tree and in the built one. */
@@ -204,24 +197,12 @@ function version(): string {
   return (JSON.parse(file) as { version: string }).version;
 }
 
-function given(flags: Flags): Record<string, string | boolean> {
-  const pairs = Object.entries(flags).filter(([name]) => name !== 'json');
-  return Object.fromEntries(
-    pairs.filter((pair): pair is [string, string] => pair[1] !== undefined),
-  );
-}
-
 function parse(command: Command, args: string[]): { flags: Flags; positionals: string[] } {
   try {
-    const { values, positionals } = parseArgs({
-      args,
-      options: command.flags,
-      allowPositionals: true,
-      strict: true,
-    });
-    return { flags: values as Flags, positionals };
+    const parsed = parseArgs({ args, options: command.flags, allowPositionals: true });
+    return { flags: parsed.values as Flags, positionals: parsed.positionals };
   } catch (error) {
-    throw new UsageError(error instanceof Error ? error.message : 'wrong arguments');
+    throw usageError((error as Error).message);
   }
 }
 
@@ -229,14 +210,13 @@ async function dispatch(args: readonly string[], terminal: Terminal): Promise<vo
   const words = args[0] === 'adapters' ? 2 : 1;
   const name = args.slice(0, words).join(' ');
   const command = Object.hasOwn(commands, name) ? commands[name] : undefined;
-  if (command === undefined)
-    throw new UsageError(name === '' ? 'no command' : `no command ${name}`);
+  if (command === undefined) throw usageError(name === '' ? 'no command' : `no command ${name}`);
   const { flags, positionals } = parse(command, args.slice(words));
   if (positionals.length !== command.positionals.length) {
     const wanted = command.positionals.join(' ') || 'no arguments';
-    throw new UsageError(`${name}: want ${wanted}, got ${positionals.length} arguments`);
+    throw usageError(`${name}: want ${wanted}, got ${positionals.length} arguments`);
   }
-  await command.run(flags, positionals, terminal);
+  await command.run({ flags, positionals, terminal });
 }
 
 /** Runs one command line (without `node` and the script) and answers its exit code; never throws. */
@@ -258,9 +238,10 @@ export async function runCommand(args: readonly string[], terminal: Terminal): P
     await dispatch(args, terminal);
     return 0;
   } catch (error) {
-    if (error instanceof UsageError) return fail(2, 'USAGE', `${error.message}\n\n${usage}`);
-    if (error instanceof RefusedError) return fail(1, error.code, error.message);
-    if (error instanceof UnreachableError) return fail(3, 'UNREACHABLE', error.message);
+    if (error instanceof CommandError) {
+      const { exitCode, code, message } = error;
+      return fail(exitCode, code, exitCode === 2 ? `${message}\n\n${usage}` : message);
+    }
     if (error instanceof GatewayError) return fail(1, error.code, error.message);
     return fail(1, 'INTERNAL', error instanceof Error ? error.message : String(error));
   }

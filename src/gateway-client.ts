@@ -6,18 +6,14 @@ export interface ClientOptions {
   readonly timeoutMs: number;
 }
 
-/** Nobody answered. */
-export class UnreachableError extends Error {}
-
-/** The server answered, and said no. */
-export class RefusedError extends Error {
-  readonly status: number;
+/** What a command ends with when it is not done: its exit code, a stable code and what to print. */
+export class CommandError extends Error {
+  readonly exitCode: 1 | 2 | 3;
   readonly code: string;
 
-  constructor(status: number, code: string, message: string) {
+  constructor(exitCode: 1 | 2 | 3, code: string, message: string) {
     super(message);
-    this.name = 'RefusedError';
-    this.status = status;
+    this.exitCode = exitCode;
     this.code = code;
   }
 }
@@ -27,10 +23,10 @@ export interface Call {
   readonly path: string;
   readonly body?: object;
   /** Generation that the name must point at, else 409. */
-  readonly ifMatch?: string;
+  readonly ifMatch?: string | undefined;
 }
 
-/** Throws RefusedError or UnreachableError. */
+/** Throws a CommandError: 1 when the server refused, 3 when nobody answered. */
 export async function callGateway(options: ClientOptions, call: Call): Promise<Response> {
   const headers = new Headers();
   if (options.apiKey !== null) headers.set('authorization', `Bearer ${options.apiKey}`);
@@ -44,8 +40,8 @@ export async function callGateway(options: ClientOptions, call: Call): Promise<R
       ...(call.body === undefined ? {} : { body: JSON.stringify(call.body) }),
       signal: AbortSignal.timeout(options.timeoutMs),
     });
-  } catch (cause) {
-    throw new UnreachableError(`no rankgate answers at ${options.url}`, { cause });
+  } catch {
+    throw new CommandError(3, 'UNREACHABLE', `no rankgate answers at ${options.url}`);
   }
   if (response.ok) return response;
   const text = await response.text();
@@ -55,8 +51,8 @@ export async function callGateway(options: ClientOptions, call: Call): Promise<R
   } catch {
     // Not ours: a proxy's page, say.
   }
-  throw new RefusedError(
-    response.status,
+  throw new CommandError(
+    1,
     typeof error.code === 'string' ? error.code : `http_${response.status}`,
     typeof error.message === 'string' ? error.message : `the server answered ${response.status}`,
   );
