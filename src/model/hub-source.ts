@@ -19,12 +19,13 @@ export interface HubFile {
 
 export interface HubOptions {
   readonly dir: string;
-  readonly bytesMax: number;
   readonly hubUrl?: string;
-  readonly token?: string;
+  readonly hubToken?: string;
   readonly onProgress?: (progress: { label: string; done: number; total: number }) => void;
   readonly signal?: AbortSignal;
 }
+
+const fileBytesMax = 256 * 1024 ** 3; // guess: nothing larger runs on one machine of the kind this is for
 
 // Each segment starts with a letter or digit: no `..`, no empty part, nothing that URL parsing would fold.
 const hubPattern =
@@ -51,7 +52,7 @@ async function describe(file: HubFile, options: HubOptions): Promise<FileDownloa
     path: file.path,
     revision: file.revision ?? 'main',
     ...(options.hubUrl === undefined ? {} : { hubUrl: options.hubUrl }),
-    ...(options.token === undefined ? {} : { accessToken: options.token }),
+    ...(options.hubToken === undefined ? {} : { accessToken: options.hubToken }),
     fetch: (url, init) => fetch(url, { ...init, signal: options.signal ?? null }),
   }).catch((error: unknown) => {
     if (options.signal?.aborted) throw error;
@@ -81,7 +82,7 @@ async function appendRest(
   if (done === info.size) return;
   const headers: Record<string, string> = { range: `bytes=${done}-` };
   // fetch drops this header when the hub redirects to its object store.
-  if (options.token !== undefined) headers.authorization = `Bearer ${options.token}`;
+  if (options.hubToken !== undefined) headers.authorization = `Bearer ${options.hubToken}`;
   const signal = options.signal ?? null;
   const response = await fetch(info.url, { headers, signal }).catch((error: unknown) => {
     if (options.signal?.aborted) throw error;
@@ -108,7 +109,7 @@ async function appendRest(
   });
   const sink = createWriteStream(part, { flags: resumed ? 'a' : 'w' });
   const body = Readable.fromWeb(response.body as Parameters<typeof Readable.fromWeb>[0]);
-  await pipeline(body, count, sink, options.signal === undefined ? {} : { signal: options.signal });
+  await pipeline(body, count, sink, { signal: options.signal });
 }
 
 const rememberedMax = 64;
@@ -171,7 +172,7 @@ async function downloadFile(
       `${file.path}: the hub states no SHA-256 for it (not an LFS file), so it cannot be checked`,
     );
   }
-  if (info.size > options.bytesMax) {
+  if (info.size > fileBytesMax) {
     throw new GatewayError('INVALID_MODEL_FILE', `${file.path}: ${info.size} bytes is too large`);
   }
   await mkdir(options.dir, { recursive: true });

