@@ -29,7 +29,7 @@ export interface Tensor {
   readonly shape: readonly number[];
 }
 
-/** A tensor that outlives programs: a weight, a cache, an adapter page pool. Zero when new. */
+/** A tensor that outlives programs: a weight, a cache, an adapter page pool. */
 export interface StoredTensor extends Tensor {
   readonly bytes: number;
 }
@@ -109,7 +109,8 @@ export interface Kernels extends Disposable {
   readonly name: string;
   /** One line for doctor and logs: library, version, device, threads. */
   readonly description: string;
-  store(dtype: DType, shape: readonly number[]): StoredTensor;
+  /** `undefined` contents cost no memory until they are written: for caches that are never read before. */
+  store(dtype: DType, shape: readonly number[], contents?: 'zero' | 'undefined'): StoredTensor;
   /** Bytes in the type's own layout (GGUF's for quantised types). */
   write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void;
   read(tensor: StoredTensor, out: Uint8Array, byteOffset: number): void;

@@ -87,10 +87,15 @@ export class Decoder implements Stepper {
     this.#weights = options.weights;
     const cellShape = [cells, config.kvHeads * config.headSize];
     const caches = (): StoredTensor[] =>
-      Array.from({ length: config.blocks }, () => kernels.store(options.cellType, cellShape));
+      Array.from({ length: config.blocks }, () =>
+        kernels.store(options.cellType, cellShape, 'undefined'),
+      );
     this.#keys = caches();
     this.#values = caches();
     this.#pools = pages > 1 ? storePools(options) : new Map();
+    for (const { a, b } of this.#pools.values()) {
+      for (const pool of [a, b]) this.#writePage(pool, 0, undefined);
+    }
   }
 
   step(segments: readonly Segment[]): StepResult {
@@ -234,8 +239,8 @@ function storePools({ config, kernels, pages }: DecoderOptions): Map<string, Pag
     for (const projection of projections) {
       const shape = projectionShape(config, projection);
       pools.set(poolKey({ block, projection }), {
-        a: kernels.store('f16', [pages, ranksPerPage, shape.in]),
-        b: kernels.store('f16', [pages, shape.out, ranksPerPage]),
+        a: kernels.store('f16', [pages, ranksPerPage, shape.in], 'undefined'),
+        b: kernels.store('f16', [pages, shape.out, ranksPerPage], 'undefined'),
       });
     }
   }

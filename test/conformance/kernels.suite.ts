@@ -336,6 +336,22 @@ export function kernelSuite(
       });
     }
 
+    it('a stored tensor is zero unless its contents are left undefined', () => {
+      using kernels = create();
+      // Freed memory that is not zero, for the allocator to hand out again.
+      {
+        using dirty = create();
+        dirty.write(dirty.store('f32', [5000]), new Uint8Array(20_000).fill(7), 0);
+      }
+      const bytes = new Uint8Array(20_000).fill(1);
+      kernels.read(kernels.store('f32', [5000]), bytes, 0);
+      expect(bytes.every((byte) => byte === 0)).toBe(true);
+      const free = kernels.store('f32', [5000], 'undefined');
+      kernels.write(free, bytes.fill(3), 0);
+      kernels.read(free, bytes.fill(0), 0);
+      expect(bytes.every((byte) => byte === 3)).toBe(true);
+    });
+
     it('a replay with new inputs and other segments gives what a fresh program gives', () => {
       const test = attendCase('f32', 0);
       using kernels = create();

@@ -47,7 +47,11 @@ export class GgmlKernels implements Kernels {
     this.description = `ggml ${this.#library.version}, ${this.#device.description.trim()}, ${threads} threads`;
   }
 
-  store(dtype: DType, shape: readonly number[]): StoredTensor {
+  store(
+    dtype: DType,
+    shape: readonly number[],
+    contents: 'zero' | 'undefined' = 'zero',
+  ): StoredTensor {
     checkShape('store', dtype, shape);
     if (this.#buffers.length >= storedTensorsMax) {
       throw new GatewayError('ENGINE_FAILED', `ggml: more than ${storedTensorsMax} stored tensors`);
@@ -59,6 +63,7 @@ export class GgmlKernels implements Kernels {
       ...toNe(shape),
     );
     const buffer = new TensorBuffer(this.#library, this.#device, pointer);
+    if (contents === 'zero') buffer.clear();
     this.#buffers.push(buffer);
     return new GgmlTensor(dtype, [...shape], pointer, Number(buffer.address));
   }

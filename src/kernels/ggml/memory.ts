@@ -98,7 +98,7 @@ export class Arena implements Disposable {
   }
 }
 
-/** Data of one stored tensor, zeroed. Owns its buffer. */
+/** Data of one tensor, undefined at first. Owns its buffer. */
 export class TensorBuffer implements Disposable {
   readonly address: Pointer;
   readonly #library: GgmlLibrary;
@@ -109,9 +109,12 @@ export class TensorBuffer implements Disposable {
     const bytes = library.number('ggml_backend_buft_get_alloc_size', device.bufferType, tensor);
     this.#buffer = library.pointer('ggml_backend_buft_alloc_buffer', device.bufferType, bytes);
     library.call('ggml_backend_buffer_set_usage', this.#buffer, usageWeights);
-    library.call('ggml_backend_buffer_clear', this.#buffer, 0);
     this.address = library.pointer('ggml_backend_buffer_get_base', this.#buffer);
     this.adopt(tensor);
+  }
+
+  clear(): void {
+    this.#library.call('ggml_backend_buffer_clear', this.#buffer, 0);
   }
 
   /** Makes another tensor lie at the start of this buffer, which stays the owner. */

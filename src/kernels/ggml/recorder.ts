@@ -118,6 +118,7 @@ export class Recorder implements Ops {
   #placed(dtype: DType, shape: readonly number[]): Placed {
     const pointer = this.#tensor(dtype, shape);
     const buffer = new TensorBuffer(this.#host.library, this.#host.device, pointer);
+    buffer.clear(); // padding rows are computed too: no leftover NaN slows them or shows in a debugger
     this.buffers.push(buffer);
     return { pointer, buffer };
   }
@@ -252,7 +253,8 @@ export class Recorder implements Ops {
     const [inner, outer] = [x.shape[1]!, y.shape[1]!];
     const [first, ranks] = [tierStart(tier), a.shape[1]!];
     const width = Math.min(tierStart(tier + 1), count) - first;
-    const fields = (this.tierFields[tier] ??= []);
+    const fields: RowField[] = this.tierFields[tier] ?? [];
+    this.tierFields[tier] = fields;
     const rowsAt = (tensor: Pointer, axis: number): Pointer => {
       fields.push({ word: this.#arena.locate(tensor), axis });
       return tensor;
