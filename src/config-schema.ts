@@ -150,3 +150,14 @@ export const settingsSchema: z.ZodType<Settings> = z.strictObject(shape);
 export function isKey(text: string): boolean {
   return key.safeParse(text).success;
 }
+
+const wrappers = [z.ZodDefault, z.ZodPrefault, z.ZodNullable, z.ZodReadonly] as const;
+
+/** zod's word for what a setting is apart from its default and null: tells how its text is read. */
+export function kindOf(setting: keyof Settings): string {
+  let type: z.ZodType = shape[setting];
+  while (wrappers.some((wrapper) => type instanceof wrapper)) {
+    type = (type as z.ZodDefault<z.ZodType>).unwrap();
+  }
+  return type.type;
+}

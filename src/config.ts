@@ -7,7 +7,7 @@ import { readFileSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { join, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
-import { isKey, type Settings, settingNames, settingsSchema } from './config-schema.ts';
+import { isKey, kindOf, type Settings, settingNames, settingsSchema } from './config-schema.ts';
 import { GatewayError } from './errors.ts';
 import type { ApiKey } from './server/auth.ts';
 
@@ -24,15 +24,6 @@ export interface Config
   readonly apiKeys: readonly ApiKey[];
 }
 
-const numbers: readonly Key[] = [
-  ...(['port', 'threads', 'kvCells', 'adapterPages', 'stepTokensMax', 'stepRowsMax'] as const),
-  ...(['prefillTokensMax', 'queueRequestsMax', 'queuePromptTokensMax', 'bodyBytesMax'] as const),
-  ...(['chatTokensDefault', 'completionTokensDefault', 'pingMs', 'stallMsMax'] as const),
-  ...(['tokenAgeMsMax', 'connectionsMax', 'keepAliveMs', 'drainGraceMs'] as const),
-];
-const booleans: readonly Key[] = ['runtimeLoraUpdating', 'metricsPublic'];
-const lists: readonly Key[] = ['apiKeys', 'adminKeys', 'hostsAllowed'];
-const fileOnly: readonly Key[] = ['tiers', 'latencyDefaults'];
 const secrets: readonly Key[] = ['apiKeys', 'adminKeys', 'hubToken'];
 
 const kebab = (text: string): string =>
@@ -40,13 +31,15 @@ const kebab = (text: string): string =>
 const environmentName = (text: string): string =>
   `RANKGATE_${kebab(text).replaceAll('-', '_').toUpperCase()}`;
 
+const isFileOnly = (setting: Key): boolean => ['record', 'object'].includes(kindOf(setting));
+
 /** What node:util's parseArgs takes for the settings that have a flag, and `--config`. */
 export const configFlags: Readonly<Record<string, { type: 'string' | 'boolean' }>> = {
   config: { type: 'string' },
   ...Object.fromEntries(
     settingNames
-      .filter((one) => !fileOnly.includes(one) && !secrets.includes(one))
-      .map((one) => [kebab(one), { type: booleans.includes(one) ? 'boolean' : 'string' } as const]),
+      .filter((one) => !isFileOnly(one) && !secrets.includes(one))
+      .map((one) => [kebab(one), { type: kindOf(one) === 'boolean' ? 'boolean' : 'string' }]),
   ),
 };
 
@@ -56,23 +49,23 @@ function refuse(setting: string, wanted: string, origin: string): never {
 
 /** Flags and environment are text: turned into the type of the setting, which the schema then checks. */
 function fromText(setting: Key, text: string, origin: string): unknown {
-  if (numbers.includes(setting)) {
-    if (!/^\d{1,15}$/.test(text)) refuse(setting, 'want a whole number', origin);
-    return Number(text);
+  switch (kindOf(setting)) {
+    case 'number':
+      return /^\d{1,15}$/.test(text)
+        ? Number(text)
+        : refuse(setting, 'want a whole number', origin);
+    case 'boolean':
+      if (['true', '1'].includes(text)) return true;
+      return ['false', '0'].includes(text) ? false : refuse(setting, 'want true or false', origin);
+    case 'array':
+      return text.split(',').map((part) => part.trim());
+    default:
+      return isFileOnly(setting) ? refuse(setting, 'only the file can set it', origin) : text;
   }
-  if (booleans.includes(setting)) {
-    if (text === 'true' || text === '1') return true;
-    if (text === 'false' || text === '0') return false;
-    refuse(setting, 'want true or false', origin);
-  }
-  if (lists.includes(setting)) return text.split(',').map((part) => part.trim());
-  return text;
 }
 
-interface Layer {
-  readonly values: Readonly<Record<string, unknown>>;
-  readonly origin: (setting: string) => string;
-}
+/** One setting as one source has it. */
+type Entry = readonly [setting: string, value: unknown, origin: string];
 
 /** Kubernetes puts RANKGATE_PORT=tcp://… and the like into every pod beside a Service named rankgate. */
 const isServiceLink = (variable: string, value: string): boolean =>
@@ -81,81 +74,68 @@ const isServiceLink = (variable: string, value: string): boolean =>
 /** Read by the client commands of cli.ts, not settings of the server. */
 const clientVariables = ['RANKGATE_URL', 'RANKGATE_API_KEY', 'RANKGATE_CONFIG'];
 
-function environmentLayer(environment: NodeJS.ProcessEnv): Layer {
+function fromEnvironment(environment: NodeJS.ProcessEnv): Entry[] {
   const byVariable = new Map(settingNames.map((one) => [environmentName(one), one]));
-  const values: Record<string, unknown> = {};
+  const entries: Entry[] = [];
   for (const [variable, text] of Object.entries(environment)) {
     if (!variable.startsWith('RANKGATE_') || text === undefined) continue;
     if (clientVariables.includes(variable) || isServiceLink(variable, text)) continue;
     const setting = byVariable.get(variable);
     if (setting === undefined) refuse(variable, 'no such setting', 'environment');
-    if (fileOnly.includes(setting)) refuse(setting, 'only the file can set it', variable);
-    values[setting] = fromText(setting, text, variable);
+    entries.push([setting, fromText(setting, text, variable), variable]);
   }
-  return { values, origin: environmentName };
+  return entries;
 }
 
-function flagLayer(flags: Readonly<Record<string, string | boolean>>): Layer {
-  const values: Record<string, unknown> = {};
-  for (const setting of settingNames) {
+function fromFlags(flags: ConfigFlags): Entry[] {
+  return settingNames.flatMap((setting): Entry[] => {
+    const origin = `--${kebab(setting)}`;
     const flag = flags[kebab(setting)];
-    if (flag === undefined) continue;
-    values[setting] =
-      typeof flag === 'string' ? fromText(setting, flag, `--${kebab(setting)}`) : flag;
-  }
-  return { values, origin: (setting) => `--${kebab(setting)}` };
+    if (flag === undefined) return [];
+    return [[setting, typeof flag === 'string' ? fromText(setting, flag, origin) : flag, origin]];
+  });
 }
 
 const fileBytesMax = 1024 * 1024;
 
-function readText(path: string, setting: string, origin: string): string {
+function readText(path: string, setting: string): string {
+  let text: string;
   try {
-    const text = readFileSync(path, 'utf8');
-    if (text.length <= fileBytesMax) return text;
+    text = readFileSync(path, 'utf8');
   } catch (cause) {
-    throw new GatewayError('INVALID_REQUEST', `configuration: ${setting}: cannot read ${path}`, {
-      cause,
-    });
+    const message = `configuration: ${setting}: cannot read ${path}`;
+    throw new GatewayError('INVALID_REQUEST', message, { cause });
   }
-  return refuse(setting, `${path} is larger than ${fileBytesMax} bytes`, origin);
+  if (text.length <= fileBytesMax) return text;
+  return refuse(setting, `want at most ${fileBytesMax} bytes`, `file ${path}`);
 }
 
-function fileLayer(path: string | undefined): Layer {
-  const origin = (): string => `file ${path}`;
-  if (path === undefined) return { values: {}, origin };
+function fromFile(path: string): Entry[] {
+  const origin = `file ${path}`;
   let values: unknown;
   try {
     // maxAliasCount 0: an alias bomb is not parsed.
-    values = parseYaml(readText(path, 'config', '--config'), { maxAliasCount: 0 });
+    values = parseYaml(readText(path, 'config'), { maxAliasCount: 0 });
   } catch (error) {
     if (error instanceof GatewayError) throw error;
-    const why = error instanceof Error ? error.message.split('\n', 1)[0] : 'not YAML';
-    throw new GatewayError('INVALID_REQUEST', `configuration: file ${path}: ${why}`, {
-      cause: error,
-    });
+    return refuse('config', (error as Error).message.split('\n', 1)[0]!, origin);
   }
-  if (values === null) return { values: {}, origin };
+  if (values === null) return [];
   if (typeof values !== 'object' || Array.isArray(values)) {
-    refuse('config', 'want a mapping of settings', origin());
+    return refuse('config', 'want a mapping of settings', origin);
   }
-  return { values: values as Record<string, unknown>, origin };
+  return Object.entries(values!).map(([setting, value]) => [setting, value, origin]);
 }
 
-function merge(layers: readonly Layer[]): Settings {
-  const values: Record<string, unknown> = {};
-  const origins: Record<string, string> = {};
-  for (const layer of layers) {
-    for (const [setting, value] of Object.entries(layer.values)) {
-      values[setting] = value;
-      origins[setting] = layer.origin(setting);
-    }
-  }
+/** Later entries win. */
+function merge(entries: readonly Entry[]): Settings {
+  const values = Object.fromEntries(entries.map(([setting, value]) => [setting, value]));
   const { success, data, error } = settingsSchema.safeParse(values);
   if (success) return data;
   const issue = error.issues[0]!;
   const unknown = issue.code === 'unrecognized_keys' ? issue.keys[0] : undefined;
   const path = [...issue.path, ...(unknown === undefined ? [] : [unknown])].map(String);
-  const origin = origins[path[0]!] ?? 'default';
+  const origin = entries.findLast(([setting]) => setting === path[0])?.[2] ?? 'default';
   // The message, never the value: it may be a key.
   return refuse(path.join('.'), unknown === undefined ? issue.message : 'no such setting', origin);
 }
@@ -168,47 +148,32 @@ function digestOf(text: string): Uint8Array {
 function readKeys(settings: Settings, access: ApiKey['access']): ApiKey[] {
   const setting = access === 'admin' ? 'adminKeys' : 'apiKeys';
   const path = settings[`${setting}File`];
-  const fromFile =
-    path === null
-      ? []
-      : readText(path, `${setting}File`, setting)
-          .split('\n')
-          .map((line) => line.trim())
-          .filter((line) => line !== '' && !line.startsWith('#'));
-  const all = [...settings[setting], ...fromFile];
-  if (!all.every(isKey)) {
-    refuse(
-      `${setting}File`,
-      'a line is not a key (16 to 512 letters, digits or ._~+/-)',
-      'its file',
-    );
-  }
+  const lines = path === null ? [] : readText(path, `${setting}File`).split('\n');
+  const inFile = lines.map((line) => line.trim()).filter((line) => !/^(#|$)/.test(line));
+  const wanted = 'a line is not a key (16 to 512 letters, digits or ._~+/-)';
+  if (!inFile.every(isKey)) refuse(`${setting}File`, wanted, 'its file');
+  const all = [...settings[setting], ...inFile];
   return all.map((one) => ({ digest: digestOf(one), access }));
 }
 
 /** CPUs' worth of time that the control group allows, rounded down; Infinity without a limit. */
 function cgroupCpus(): number {
-  for (const [quotaPath, periodPath] of [
-    ['/sys/fs/cgroup/cpu.max', null],
-    ['/sys/fs/cgroup/cpu/cpu.cfs_quota_us', '/sys/fs/cgroup/cpu/cpu.cfs_period_us'],
-  ] as const) {
+  const read = (name: string): string => {
     try {
-      const text = readFileSync(quotaPath, 'utf8');
-      const [quota, period] = (
-        periodPath === null ? text : `${text} ${readFileSync(periodPath, 'utf8')}`
-      )
-        .split(/\s+/)
-        .map(Number) as [number, number];
-      if (quota > 0 && period > 0) return Math.floor(quota / period);
+      return readFileSync(join('/sys/fs/cgroup', name), 'utf8');
     } catch {
-      // Not Linux, or the other version of control groups.
+      return ''; // Not Linux, or the other version of control groups.
     }
-  }
-  return Number.POSITIVE_INFINITY;
+  };
+  const text = read('cpu.max') || read('cpu/cpu.cfs_quota_us') + read('cpu/cpu.cfs_period_us');
+  const [quota = 0, period = 0] = text.trim().split(/\s+/).map(Number);
+  return quota > 0 && period > 0 ? Math.floor(quota / period) : Number.POSITIVE_INFINITY;
 }
 
+type ConfigFlags = Readonly<Record<string, string | boolean>>;
+
 export interface ConfigSources {
-  readonly flags?: Readonly<Record<string, string | boolean>>;
+  readonly flags?: ConfigFlags;
   readonly environment?: NodeJS.ProcessEnv;
 }
 
@@ -216,9 +181,9 @@ export interface ConfigSources {
 export function loadConfig({ flags = {}, environment = process.env }: ConfigSources = {}): Config {
   const file = flags.config ?? environment.RANKGATE_CONFIG;
   const settings = merge([
-    fileLayer(typeof file === 'string' && file !== '' ? file : undefined),
-    environmentLayer(environment),
-    flagLayer(flags),
+    ...(typeof file === 'string' && file !== '' ? fromFile(file) : []),
+    ...fromEnvironment(environment),
+    ...fromFlags(flags),
   ]);
   const { apiKeysFile: _a, adminKeysFile: _b, adminKeys: _c, ...kept } = settings;
   if (kept.prefillTokensMax > kept.stepTokensMax) {
@@ -246,14 +211,14 @@ export function loadConfig({ flags = {}, environment = process.env }: ConfigSour
 export const processEnvironment: NodeJS.ProcessEnv = process.env;
 
 /** For child processes that are not ours (pip): this process's environment without rankgate's settings and secrets. */
-export function childEnvironment(
-  environment: NodeJS.ProcessEnv = process.env,
-): Record<string, string> {
+export function childEnvironment(environment: NodeJS.ProcessEnv = process.env): ChildEnvironment {
   const kept = Object.entries(environment).filter(
-    ([variable]) => !variable.startsWith('RANKGATE_'),
+    ([variable, text]) => text !== undefined && !variable.startsWith('RANKGATE_'),
   );
-  return Object.fromEntries(kept.filter((pair): pair is [string, string] => pair[1] !== undefined));
+  return Object.fromEntries(kept) as ChildEnvironment;
 }
+
+type ChildEnvironment = Record<string, string>;
 
 /** Where the client commands send their calls, unless flags say otherwise. */
 export function clientDefaults(environment: NodeJS.ProcessEnv = process.env): {
