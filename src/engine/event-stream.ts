@@ -5,21 +5,14 @@
 import { GatewayError } from '../errors.ts';
 import type { EngineEvent } from './messages.ts';
 
-interface Waiter {
-  readonly resolve: (result: IteratorResult<EngineEvent, void>) => void;
-  readonly reject: (error: unknown) => void;
-}
-
-const finished: IteratorResult<EngineEvent, void> = { done: true, value: undefined };
-
 export class EventStream implements AsyncIterable<EngineEvent> {
   readonly #eventsMax: number;
   /** Called once when the reader leaves before the end, or has fallen too far behind. */
   readonly #onAbandon: () => void;
   #queue: EngineEvent[] = [];
-  #waiters: Waiter[] = [];
   #failure: GatewayError | null = null;
   #isOver = false;
+  #wake: () => void = () => {};
 
   constructor(eventsMax: number, onAbandon: () => void) {
     this.#eventsMax = eventsMax;
@@ -34,18 +27,12 @@ export class EventStream implements AsyncIterable<EngineEvent> {
   push(event: EngineEvent): void {
     if (this.#isOver) return;
     if (event.kind === 'end') this.#isOver = true;
-    const waiter = this.#waiters.shift();
-    if (waiter !== undefined) {
-      waiter.resolve({ done: false, value: event });
-    } else if (this.#queue.length < this.#eventsMax || event.kind === 'end') {
-      this.#queue.push(event);
-    } else {
-      this.#abandon(
-        new GatewayError('CANCELLED', `the reader is ${this.#queue.length} events behind`),
-      );
+    else if (this.#queue.length === this.#eventsMax) {
+      this.#abandon(`the reader is ${this.#queue.length} events behind`);
       return;
     }
-    if (this.#isOver) this.#settleWaiters();
+    this.#queue.push(event);
+    this.#wake();
   }
 
   /** Events already queued are still delivered first; then the reader gets the error. */
@@ -53,54 +40,43 @@ export class EventStream implements AsyncIterable<EngineEvent> {
     if (this.#isOver) return;
     this.#isOver = true;
     this.#failure = error;
-    this.#settleWaiters();
+    this.#wake();
   }
 
   /** For an aborted signal: what is queued is of no use to anybody. */
   cancel(): void {
-    if (this.#isOver) return;
-    this.#abandon(new GatewayError('CANCELLED', 'cancelled by the caller'));
+    if (!this.#isOver) this.#abandon('cancelled by the caller');
   }
 
   [Symbol.asyncIterator](): AsyncIterator<EngineEvent, void> {
+    const events = this.#events();
     return {
-      next: () => this.#next(),
+      next: () => events.next(),
       return: () => {
-        this.cancel();
-        this.#failure = null;
+        this.cancel(); // first: a generator answers return() only after the next() that waits
         this.#queue = [];
-        return Promise.resolve(finished);
+        return events.return();
       },
     };
   }
 
-  #next(): Promise<IteratorResult<EngineEvent, void>> {
-    const event = this.#queue.shift();
-    if (event !== undefined) return Promise.resolve({ done: false, value: event });
-    if (!this.#isOver) {
-      return new Promise((resolve, reject) => this.#waiters.push({ resolve, reject }));
-    }
-    const failure = this.#failure;
-    this.#failure = null; // told once; after that the iterator is simply done
-    return failure === null ? Promise.resolve(finished) : Promise.reject(failure);
-  }
-
-  #abandon(error: GatewayError): void {
-    this.#isOver = true;
-    this.#failure = error;
-    this.#queue = [];
-    this.#onAbandon();
-    this.#settleWaiters();
-  }
-
-  #settleWaiters(): void {
-    for (const waiter of this.#waiters.splice(0)) {
-      if (this.#failure === null) {
-        waiter.resolve(finished);
-      } else {
-        waiter.reject(this.#failure);
-        this.#failure = null;
+  async *#events(): AsyncGenerator<EngineEvent, void, void> {
+    for (;;) {
+      const event = this.#queue.shift();
+      if (event !== undefined) yield event;
+      else if (this.#failure !== null) throw this.#failure;
+      else if (this.#isOver) return;
+      else {
+        await new Promise<void>((resolve) => {
+          this.#wake = resolve;
+        });
       }
     }
+  }
+
+  #abandon(why: string): void {
+    this.#queue = [];
+    this.fail(new GatewayError('CANCELLED', why));
+    this.#onAbandon();
   }
 }

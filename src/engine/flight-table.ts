@@ -1,14 +1,83 @@
-// All requests that are in flight, and which of them may be with the engine now. After a death those that were computing
-// are suspects: they come back one at a time, each alone until its next token, so that a second death convicts one
-// request and not those that only ran beside it.
+// All requests that are in flight, and which of them may be with the engine now. What a flight holds is all that a new
+// engine needs to go on where the old one stopped. After a death those that were computing are suspects: they come back
+// one at a time, each alone until its next token, so that a second death convicts one request and not those that only ran
+// beside it.
 
 import { GatewayError } from '../errors.ts';
-import type { Flight } from './flight.ts';
+import type { EventStream } from './event-stream.ts';
+import type { EngineEvent, GenerateRequest, ToEngine } from './messages.ts';
 
 /** Deaths without a token between after which a request is taken for their cause. */
 const strikesMax = 2;
 /** Deaths under one request in all: nothing is retried for ever. Guess. */
 const deathsMax = 10;
+
+export interface FlightOptions {
+  readonly request: GenerateRequest;
+  /** Its name in the messages: a caller may use an id again while the last events of the first are under way. */
+  readonly wireId: string;
+  readonly stream: EventStream;
+  readonly submittedMs: number;
+  /** Called once, however it ends. */
+  readonly onLand: () => void;
+}
+
+/** One request on the gateway's side of the channel. */
+export class Flight {
+  readonly wireId: string;
+  /** `held`: not with the engine. `sent`: waits there. `computing`: has its cells; a death now is counted. */
+  state: 'held' | 'sent' | 'computing' = 'held';
+  /** Deaths while computing, and those of them since its last token. */
+  deaths = 0;
+  strikes = 0;
+  readonly #options: FlightOptions;
+  readonly #generated: number[] = [];
+  #isStarted = false;
+  #firstTokenMs: number | null = null;
+
+  constructor(options: FlightOptions) {
+    this.#options = options;
+    this.wireId = options.wireId;
+  }
+
+  /** What the engine is asked: from the start, or from the tokens that were delivered, all of them with their text. */
+  message(): ToEngine {
+    const request = { ...this.#options.request, id: this.wireId };
+    return { kind: 'submit', request, generated: Int32Array.from(this.#generated) };
+  }
+
+  /** Passes an event on. True when it brought a token. */
+  deliver(event: EngineEvent, nowMs: number): boolean {
+    const { stream, onLand } = this.#options;
+    if (event.kind === 'piece') {
+      for (const { token } of event.tokens) this.#generated.push(token);
+      stream.push(event);
+      if (event.tokens.length === 0) return false;
+      this.strikes = 0;
+      this.#firstTokenMs ??= nowMs;
+      return true;
+    }
+    if (event.kind === 'end' || !this.#isStarted) stream.push(this.#restamp(event, nowMs));
+    this.#isStarted = true;
+    this.state = 'computing';
+    if (event.kind === 'end') onLand();
+    return false;
+  }
+
+  fail(error: GatewayError): void {
+    this.#options.stream.fail(error);
+    this.#options.onLand();
+  }
+
+  /** The engine that ended it knows only its own life; the reader waited through all of them. */
+  #restamp(event: Exclude<EngineEvent, { kind: 'piece' }>, nowMs: number): EngineEvent {
+    if (this.deaths === 0) return event;
+    const totalMs = nowMs - this.#options.submittedMs;
+    if (event.kind === 'start') return { ...event, queueMs: totalMs };
+    const ttftMs = (this.#firstTokenMs ?? nowMs) - this.#options.submittedMs;
+    return { ...event, ttftMs, totalMs };
+  }
+}
 
 export class FlightTable {
   readonly #flights: Map<string, Flight> = new Map();

@@ -11,23 +11,13 @@ export function philox2x32(c0: number, c1: number, key: number): readonly [numbe
   let y = c1 >>> 0;
   let k = key >>> 0;
   for (let round = 0; round < rounds; round++) {
-    const high = multiplyHigh(multiplier, x);
+    const high = Number((BigInt(multiplier) * BigInt(x)) >> 32n);
     const low = Math.imul(multiplier, x) >>> 0;
     x = (high ^ k ^ y) >>> 0;
     y = low;
     k = (k + weyl) >>> 0;
   }
   return [x, y];
-}
-
-/** Upper 32 bits of a 32 × 32 bit product, by 16-bit limbs. */
-function multiplyHigh(a: number, b: number): number {
-  const [aHigh, aLow] = [a >>> 16, a & 0xffff];
-  const [bHigh, bLow] = [b >>> 16, b & 0xffff];
-  const low = aLow * bLow;
-  const middle = aHigh * bLow + Math.floor(low / 0x10000);
-  const cross = aLow * bHigh + (middle % 0x10000);
-  return (aHigh * bHigh + Math.floor(middle / 0x10000) + Math.floor(cross / 0x10000)) >>> 0;
 }
 
 /** Uniform in [0, 1), 53 bits. */

@@ -8,8 +8,7 @@ import { type ErrorCode, GatewayError } from '../errors.ts';
 import type { Engine } from './engine.ts';
 import { type ChildOptions, EngineChild } from './engine-child.ts';
 import { EventStream } from './event-stream.ts';
-import { Flight } from './flight.ts';
-import { FlightTable } from './flight-table.ts';
+import { Flight, FlightTable } from './flight-table.ts';
 import type {
   BaseInfo,
   EngineEvent,
