@@ -1,8 +1,8 @@
 // The app on a socket: @hono/node-server with every limit and timeout of Node's HTTP server set by name (faults.md
-// section 5 has the defaults, measured), and the drain: stop accepting, let streams end within a grace, then cut.
+// section 5 has the defaults, measured), and the drain: what is new gets a 503, what runs may end within a grace, then cut.
 
-import { setMaxListeners } from 'node:events';
-import type { Server } from 'node:http';
+import { once, setMaxListeners } from 'node:events';
+import type { Server, ServerResponse } from 'node:http';
 import type { AddressInfo, Socket } from 'node:net';
 import { createAdaptorServer } from '@hono/node-server';
 import type { App } from './app.ts';
@@ -23,7 +23,7 @@ export interface Listening {
 }
 
 export interface SettableLifecycle extends Lifecycle {
-  startDraining(): void;
+  isDraining: boolean;
   /** Cancels every answer that still runs. */
   cut(): void;
 }
@@ -32,19 +32,7 @@ export function createLifecycle(): SettableLifecycle {
   const controller = new AbortController();
   // One listener per running answer, removed at its end: more than Node's ten are no leak here.
   setMaxListeners(0, controller.signal);
-  let isDraining = false;
-  return {
-    get isDraining() {
-      return isDraining;
-    },
-    cutOff: controller.signal,
-    startDraining() {
-      isDraining = true;
-    },
-    cut() {
-      controller.abort();
-    },
-  };
+  return { isDraining: false, cutOff: controller.signal, cut: () => controller.abort() };
 }
 
 /** Rejects when the address cannot be had. */
@@ -77,13 +65,8 @@ export async function listen(
   server.maxConnections = options.connectionsMax;
   // Silence in both directions. Longer than any whole answer takes: until its end a non-stream answer sends nothing.
   server.setTimeout(30 * 60_000);
-  await new Promise<void>((resolve, reject) => {
-    server.once('error', reject);
-    server.listen({ host: options.host, port: options.port }, () => {
-      server.off('error', reject);
-      resolve();
-    });
-  });
+  server.listen({ host: options.host, port: options.port });
+  await once(server, 'listening');
   return { port: (server.address() as AddressInfo).port, close: closer(server, lifecycle) };
 }
 
@@ -92,31 +75,49 @@ const cutMs = 500;
 
 function closer(server: Server, lifecycle: SettableLifecycle): (graceMs: number) => Promise<void> {
   let closing: Promise<void> | null = null;
+  let onIdle = (): void => {};
   // Connections without a request yet (browsers and undici open them ahead): Node 20 does not count them as idle.
   const unused = new Set<Socket>();
+  const answering = new Set<ServerResponse>();
   server.on('connection', (socket) => {
     unused.add(socket);
     socket.once('close', () => unused.delete(socket));
   });
-  server.on('request', ({ socket }) => unused.delete(socket));
-  // A connection that becomes idle while draining would be kept for keepAliveTimeout: close() looks only once.
-  server.on('request', (_request, response) => {
+  server.prependListener('request', ({ socket }, response) => {
+    unused.delete(socket);
+    answering.add(response);
+    if (lifecycle.isDraining) response.shouldKeepAlive = false;
     response.once('close', () => {
-      if (lifecycle.isDraining) setImmediate(() => server.closeIdleConnections());
+      answering.delete(response);
+      if (!lifecycle.isDraining) return;
+      // A connection that becomes idle now would be kept for keepAliveTimeout: close() looks only once.
+      setImmediate(() => {
+        server.closeIdleConnections();
+        if (answering.size === 0) onIdle();
+      });
     });
   });
   return function close(graceMs) {
     closing ??= new Promise<void>((resolve) => {
-      lifecycle.startDraining();
-      const cutting = setTimeout(() => lifecycle.cut(), graceMs);
+      lifecycle.isDraining = true;
+      // Until the last answer ends: whoever was not told yet to go elsewhere gets a 503 and not a refused connection.
+      const stop = (): void => {
+        onIdle = () => {};
+        server.close(() => {
+          clearTimeout(cutting);
+          clearTimeout(closingAll);
+          resolve();
+        });
+        server.closeIdleConnections();
+        for (const socket of unused) socket.destroy();
+      };
+      const cutting = setTimeout(() => {
+        lifecycle.cut();
+        onIdle();
+      }, graceMs);
       const closingAll = setTimeout(() => server.closeAllConnections(), graceMs + cutMs);
-      server.close(() => {
-        clearTimeout(cutting);
-        clearTimeout(closingAll);
-        resolve();
-      });
-      server.closeIdleConnections();
-      for (const socket of unused) socket.destroy();
+      onIdle = stop;
+      if (answering.size === 0) stop();
     });
     return closing;
   };

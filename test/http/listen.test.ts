@@ -234,15 +234,26 @@ describe('limits of the connection', () => {
 });
 
 describe('close', () => {
-  it('lets a stream end within the grace and takes no new connection', async () => {
+  it('lets a stream end within the grace and answers 503 until it has', async () => {
     const events = feed();
     events.push(startEvent(), pieceEvent('a'));
     const response = await post({ ...ask, stream: true });
+    const unused = await open();
     const closing = listening.close(60_000);
-    await expect(open()).rejects.toThrow('ECONNREFUSED');
+    for (const body of [ask, { ...ask, stream: true }]) {
+      const refused = await post(body);
+      expect([refused.status, refused.headers.get('retry-after')]).toEqual([503, '5']);
+      expect(refused.headers.get('connection')).toBe('close');
+      expect(await refused.json()).toMatchObject({ error: { code: 'no_capacity' } });
+    }
+    expect((await fetch(`http://127.0.0.1:${listening.port}/readyz`)).status).toBe(503);
+    // A connection that was opened before and used only now.
+    unused.write(httpRequest(JSON.stringify(ask)));
+    expect(String(await once(unused, 'data'))).toMatch(/^HTTP\/1.1 503 /);
     events.push(pieceEvent('b'), endEvent(2));
     expect(parseFrames(await response.text()).at(-1)).toBe('[DONE]');
     await closing; // the kept-alive connection does not hold it up
+    await expect(open()).rejects.toThrow('ECONNREFUSED');
   });
 
   it('cuts a stream after the grace with an error frame', async () => {
