@@ -2,6 +2,7 @@
 // (step-time.ts), the learned answer lengths (answer-length.ts) and the load of the moment. Its own mean error is learned
 // from finished answers. Memory is bounded; the state is saved as JSON and belongs to one base model on one machine.
 
+import { isDeepStrictEqual } from 'node:util';
 import { z } from 'zod';
 import type { StepReport } from '../engine/messages.ts';
 import { AnswerLengths, savedCurves } from './answer-length.ts';
@@ -138,7 +139,7 @@ export class LatencyModel {
   save(): string {
     const state: z.infer<typeof savedModel> = {
       format: 'rankgate-latency/1',
-      identity: { ...this.#options.identity },
+      identity: this.#options.identity,
       stepTime: this.#stepTime.save(),
       lengths: this.#lengths.save(),
       ttftError: this.#ttftError,
@@ -157,10 +158,7 @@ export class LatencyModel {
     }
     const { success, data } = savedModel.safeParse(json);
     if (!success) return false;
-    const { baseHash, backend, threads } = this.#options.identity;
-    const { identity } = data;
-    if (identity.baseHash !== baseHash || identity.backend !== backend) return false;
-    if (identity.threads !== threads) return false;
+    if (!isDeepStrictEqual(data.identity, this.#options.identity)) return false;
     this.#stepTime.restore(data.stepTime);
     this.#lengths.restore(data.lengths);
     this.#ttftError = data.ttftError;

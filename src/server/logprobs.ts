@@ -35,7 +35,7 @@ export class LegacyLogprobs {
   next(tokens: readonly GeneratedToken[]): object {
     const offsets = tokens.map((token) => {
       const offset = this.#offset;
-      this.#offset += codePoints(this.#decoder.decode(token.bytes, { stream: true }));
+      this.#offset += [...this.#decoder.decode(token.bytes, { stream: true })].length;
       return offset;
     });
     return {
@@ -72,10 +72,4 @@ function escaped(bytes: Uint8Array): string {
 
 function finite(logprob: number): number {
   return Number.isFinite(logprob) ? logprob : logprobMin;
-}
-
-function codePoints(text: string): number {
-  let count = 0;
-  for (const _ of text) count += 1;
-  return count;
 }

@@ -35,42 +35,45 @@ export interface Problem {
   };
 }
 
-/** 499 is nginx's "client closed request": nobody reads it, the log does. */
-const statuses: Readonly<Record<ErrorCode, number>> = {
-  INVALID_REQUEST: 400,
-  INVALID_BUDGET: 400,
-  CONTEXT_LENGTH_EXCEEDED: 400,
-  MODEL_NOT_FOUND: 404,
-  ADAPTER_NOT_FOUND: 404,
-  ADAPTER_EXISTS: 409,
-  GENERATION_MISMATCH: 409,
-  INVALID_ADAPTER: 422,
-  ADAPTER_CORRUPT: 500,
-  BASE_MISMATCH: 422,
-  INVALID_MODEL_FILE: 500,
-  SHAPE_MISMATCH: 500,
-  UNSUPPORTED: 400,
-  FORBIDDEN: 403,
-  UNAUTHENTICATED: 401,
-  PAYLOAD_TOO_LARGE: 413,
-  CONTENDED: 429,
-  NO_CAPACITY: 503,
-  DEADLINE_TOO_SHORT: 504,
-  // Not a 5xx: clients repeat those by themselves, and this request has killed the engine twice.
-  ENGINE_POISONED: 422,
-  ENGINE_FAILED: 500,
-  DISK_FULL: 507,
-  CANCELLED: 499,
-  INTERNAL: 500,
-};
+interface Rule {
+  readonly status: number;
+  /** Instead of the error's own, which is for the log. */
+  readonly message?: string;
+  /** OpenAI's clients repeat 409 and 5xx unless told not to; the same call would fail the same way. */
+  readonly retry?: false;
+}
 
-const fixedMessages: Partial<Record<ErrorCode, string>> = {
-  ADAPTER_CORRUPT: 'the stored adapter no longer matches its hash',
-  INVALID_MODEL_FILE: 'the base model cannot be used',
-  SHAPE_MISMATCH: 'internal error',
-  ENGINE_FAILED: 'the engine failed on this request',
-  DISK_FULL: 'no space left to store this',
-  INTERNAL: 'internal error',
+const rules: Readonly<Record<ErrorCode, Rule>> = {
+  INVALID_REQUEST: { status: 400 },
+  INVALID_BUDGET: { status: 400 },
+  CONTEXT_LENGTH_EXCEEDED: { status: 400 },
+  MODEL_NOT_FOUND: { status: 404 },
+  ADAPTER_NOT_FOUND: { status: 404 },
+  ADAPTER_EXISTS: { status: 409, retry: false },
+  GENERATION_MISMATCH: { status: 409, retry: false },
+  INVALID_ADAPTER: { status: 422 },
+  ADAPTER_CORRUPT: {
+    status: 500,
+    message: 'the stored adapter no longer matches its hash',
+    retry: false,
+  },
+  BASE_MISMATCH: { status: 422 },
+  INVALID_MODEL_FILE: { status: 500, message: 'the base model cannot be used' },
+  SHAPE_MISMATCH: { status: 500, message: 'internal error' },
+  UNSUPPORTED: { status: 400 },
+  FORBIDDEN: { status: 403 },
+  UNAUTHENTICATED: { status: 401 },
+  PAYLOAD_TOO_LARGE: { status: 413 },
+  CONTENDED: { status: 429 },
+  NO_CAPACITY: { status: 503 },
+  DEADLINE_TOO_SHORT: { status: 504, retry: false },
+  // Not a 5xx: clients repeat those by themselves, and this request has killed the engine twice.
+  ENGINE_POISONED: { status: 422 },
+  ENGINE_FAILED: { status: 500, message: 'the engine failed on this request' },
+  DISK_FULL: { status: 507, message: 'no space left to store this', retry: false },
+  // nginx's "client closed request": nobody reads it, the log does.
+  CANCELLED: { status: 499 },
+  INTERNAL: { status: 500, message: 'internal error' },
 };
 
 /** A POSIX or Windows path, a heap address, a stack frame, a file URL. */
@@ -83,56 +86,35 @@ export function problemOf(thrown: unknown): Problem {
     return { status, headers, error: { message, type: typeOf(status), param: null, code } };
   }
   const error = asGatewayError(thrown);
-  const status = statuses[error.code];
+  const { code, param = null } = error;
+  const { status, message = harmless(error) } = rules[code];
+  const shown = code === 'UNAUTHENTICATED' ? 'invalid_api_key' : code.toLowerCase();
   return {
     status,
     headers: headersOf(error),
-    error: {
-      message: messageOf(error),
-      type: typeOf(status),
-      param: error.param ?? null,
-      code: error.code === 'UNAUTHENTICATED' ? 'invalid_api_key' : error.code.toLowerCase(),
-    },
+    error: { message, type: typeOf(status), param, code: shown },
   };
 }
 
-function messageOf(error: GatewayError): string {
-  const fixed = fixedMessages[error.code];
-  if (fixed !== undefined) return fixed;
-  if (revealing.test(error.message)) return error.code.toLowerCase().replaceAll('_', ' ');
-  return error.message;
+function harmless({ code, message }: GatewayError): string {
+  return revealing.test(message) ? code.toLowerCase().replaceAll('_', ' ') : message;
 }
 
-function headersOf(error: GatewayError): Record<string, string> {
-  switch (error.code) {
-    case 'CONTENDED':
-    case 'NO_CAPACITY':
-      return { 'retry-after': String(Math.max(1, Math.ceil(error.retryAfterS ?? 1))) };
-    case 'UNAUTHENTICATED':
-      return { 'www-authenticate': 'Bearer' };
-    // OpenAI's clients repeat 409 and 5xx unless told not to; the same call would fail the same way.
-    case 'DEADLINE_TOO_SHORT':
-    case 'GENERATION_MISMATCH':
-    case 'ADAPTER_EXISTS':
-    case 'ADAPTER_CORRUPT':
-    case 'DISK_FULL':
-      return { 'x-should-retry': 'false' };
-    default:
-      return {};
+function headersOf({ code, retryAfterS = 1 }: GatewayError): Record<string, string> {
+  if (code === 'CONTENDED' || code === 'NO_CAPACITY') {
+    return { 'retry-after': String(Math.max(1, Math.ceil(retryAfterS))) };
   }
+  if (code === 'UNAUTHENTICATED') return { 'www-authenticate': 'Bearer' };
+  return rules[code].retry === false ? { 'x-should-retry': 'false' } : {};
 }
 
 function typeOf(status: number): string {
-  switch (status) {
-    case 401:
-      return 'authentication_error';
-    case 403:
-      return 'permission_error';
-    case 429:
-      return 'rate_limit_error';
-    default:
-      return status >= 500 ? 'server_error' : 'invalid_request_error';
-  }
+  const types: Record<number, string> = {
+    401: 'authentication_error',
+    403: 'permission_error',
+    429: 'rate_limit_error',
+  };
+  return types[status] ?? (status >= 500 ? 'server_error' : 'invalid_request_error');
 }
 
 export function invalidRequest(message: string, param?: string): GatewayError {

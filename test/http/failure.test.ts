@@ -327,7 +327,7 @@ describe('draining', () => {
     const events = feed();
     events.push(startEvent());
     const response = await streamed();
-    harness.lifecycle.startDraining();
+    harness.lifecycle.isDraining = true;
     const refused = await harness.post(path, ask);
     expect(refused.status).toBe(503);
     expect(refused.headers.get('retry-after')).toBe('5');
@@ -341,7 +341,7 @@ describe('draining', () => {
     const reading = response.text();
     const whole = harness.post(path, ask);
     await settleTasks();
-    harness.lifecycle.startDraining();
+    harness.lifecycle.isDraining = true;
     harness.lifecycle.cut();
     expect((parseFrames(await reading).at(-1) as Json).error.code).toBe('no_capacity');
     expect((await whole).status).toBe(503);

@@ -82,7 +82,7 @@ describe('/readyz', () => {
     harness.registry.isClosed = true;
     expect(await ready()).toEqual([503, 'registry closed']);
     harness.registry.isClosed = false;
-    harness.lifecycle.startDraining();
+    harness.lifecycle.isDraining = true;
     expect(await ready()).toEqual([503, 'draining']);
     expect((await harness.fetch('GET', '/livez')).status).toBe(200);
   });
