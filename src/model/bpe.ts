@@ -20,32 +20,24 @@ export interface BpeVocabulary {
 /** A growing run of tokens with an end: pushing past `max` throws CONTEXT_LENGTH_EXCEEDED. */
 export class TokenBuffer {
   readonly #max: number;
-  #tokens = new Int32Array(256);
-  #count = 0;
+  readonly #tokens: number[] = [];
 
   constructor(max: number) {
     this.#max = max;
   }
 
   push(token: number): void {
-    if (this.#count === this.#max) {
+    if (this.#tokens.length === this.#max) {
       throw new GatewayError(
         'CONTEXT_LENGTH_EXCEEDED',
         `the text has more than ${this.#max} tokens, the most that the context holds`,
       );
     }
-    if (this.#count === this.#tokens.length) {
-      const larger = new Int32Array(this.#count * 2);
-      larger.set(this.#tokens);
-      this.#tokens = larger;
-    }
-    this.#tokens[this.#count] = token;
-    this.#count += 1;
+    this.#tokens.push(token);
   }
 
-  /** A copy with its own memory, so that it can be transferred to another thread. */
   finish(): Int32Array<ArrayBuffer> {
-    return this.#tokens.slice(0, this.#count);
+    return Int32Array.from(this.#tokens);
   }
 }
 

@@ -39,6 +39,7 @@ export function createGuard(specials: readonly string[]): Guard {
   const beginnings = new Set(lower.flatMap(properPrefixes));
   const endings = new Set(lower.flatMap(properSuffixes));
   const longest = lower.reduce((most, special) => Math.max(most, special.length), 0);
+  const lengths = Array.from({ length: longest - 1 }, (_, i) => i + 1);
   // Looks ahead instead of consuming: special tokens that overlap are all found.
   const anySpecial = new RegExp(`(?=${specials.map(escapeExpression).join('|')}).`, 'gisu');
 
@@ -48,14 +49,18 @@ export function createGuard(specials: readonly string[]): Guard {
     const head = marked.length - marked.trimStart().length;
     const tail = marked.trimEnd().length;
     let result = marked;
-    if (endsIn(beginnings, marked, longest)) result += mark;
-    if (tail < marked.length && endsIn(beginnings, marked.slice(0, tail), longest)) {
+    const ends = (at: number): boolean =>
+      lengths.some((n) => n <= at && beginnings.has(marked.slice(at - n, at).toLowerCase()));
+    const starts = (at: number): boolean =>
+      lengths.some((n) => endings.has(marked.slice(at, at + n).toLowerCase()));
+    if (ends(marked.length)) result += mark;
+    if (tail < marked.length && ends(tail)) {
       result = marked.slice(0, tail) + mark + result.slice(tail);
     }
-    if (head > 0 && startsIn(endings, marked.slice(head), longest)) {
+    if (head > 0 && starts(head)) {
       result = result.slice(0, head) + mark + result.slice(head);
     }
-    return startsIn(endings, marked, longest) ? mark + result : result;
+    return starts(0) ? mark + result : result;
   };
 }
 
@@ -66,17 +71,3 @@ const properPrefixes = (text: string): string[] =>
 
 const properSuffixes = (text: string): string[] =>
   Array.from({ length: text.length - 1 }, (_, at) => text.slice(at + 1));
-
-function endsIn(set: ReadonlySet<string>, text: string, longest: number): boolean {
-  for (let length = 1; length < Math.min(longest, text.length + 1); length += 1) {
-    if (set.has(text.slice(text.length - length).toLowerCase())) return true;
-  }
-  return false;
-}
-
-function startsIn(set: ReadonlySet<string>, text: string, longest: number): boolean {
-  for (let length = 1; length < Math.min(longest, text.length + 1); length += 1) {
-    if (set.has(text.slice(0, length).toLowerCase())) return true;
-  }
-  return false;
-}

@@ -2,7 +2,8 @@
 // checked against the tensor table, so that everything after this file may trust the numbers.
 
 import { GatewayError } from '../errors.ts';
-import type { GgufFile, GgufMetadata } from './gguf.ts';
+import type { GgufFile } from './gguf.ts';
+import type { GgufMetadata } from './gguf-values.ts';
 import { quoted } from './quoted.ts';
 
 /** The seven linear layers of a block that an adapter may change, by their GGUF names. */

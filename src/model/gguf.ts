@@ -8,11 +8,8 @@
 
 import { GatewayError } from '../errors.ts';
 import { type ByteSource, type FileSource, openFileSource } from './byte-source.ts';
-import { Cursor, invalid, type MetadataValue, typeU32 } from './gguf-cursor.ts';
-import { GgufMetadata } from './gguf-metadata.ts';
+import { Cursor, GgufMetadata, invalid, type MetadataValue, typeU32 } from './gguf-values.ts';
 import { quoted } from './quoted.ts';
-
-export type { GgufMetadata } from './gguf-metadata.ts';
 
 const magic = 0x46554747; // "GGUF"
 const keysMax = 65_536;
@@ -50,20 +47,14 @@ const typeByNumber: ReadonlyMap<number, GgufType> = new Map(
   Object.entries(tensorTypes).map(([name, [number]]) => [number, name as GgufType]),
 );
 /** Types of ggml that this build does not read: the file is good, the reader is not. */
-const unreadTypes: ReadonlyMap<number, string> = new Map([
-  [16, 'IQ2_XXS'],
-  [17, 'IQ2_XS'],
-  [18, 'IQ3_XXS'],
-  [19, 'IQ1_S'],
-  [20, 'IQ4_NL'],
-  [21, 'IQ3_S'],
-  [22, 'IQ2_S'],
-  [23, 'IQ4_XS'],
-  [29, 'IQ1_M'],
-  [34, 'TQ1_0'],
-  [35, 'TQ2_0'],
-  [39, 'MXFP4'],
-]);
+const unreadTypes: ReadonlyMap<number, string> = new Map(
+  (
+    '16:IQ2_XXS 17:IQ2_XS 18:IQ3_XXS 19:IQ1_S 20:IQ4_NL 21:IQ3_S 22:IQ2_S 23:IQ4_XS 29:IQ1_M ' +
+    '34:TQ1_0 35:TQ2_0 39:MXFP4'
+  )
+    .split(' ')
+    .map((type) => [Number(type.slice(0, 2)), type.slice(3)]),
+);
 
 export interface GgufTensor {
   readonly name: string;

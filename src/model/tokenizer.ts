@@ -4,7 +4,7 @@
 
 import { GatewayError } from '../errors.ts';
 import { byteCharacters, createMerger, type Merger, TokenBuffer } from './bpe.ts';
-import type { GgufMetadata } from './gguf.ts';
+import type { GgufMetadata } from './gguf-values.ts';
 import { createPreTokenizer, type PreTokenizer } from './pre-tokenizer.ts';
 
 /** What a model file says of its vocabulary, as it stands there. */

@@ -114,7 +114,7 @@ describe('a GGUF file that was written', () => {
           const { metadata } = readGguf(memorySource(buildGguf({ keys }), 'INVALID_MODEL_FILE'));
           for (const key of names) {
             expect(metadata.strings(`s.${key}`)).toEqual(strings);
-            expect(metadata.integers(`n.${key}`)).toEqual(numbers.map(Number));
+            expect(metadata.numbers(`n.${key}`)).toEqual(numbers.map(Number));
           }
         },
       ),

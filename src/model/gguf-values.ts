@@ -1,19 +1,20 @@
-// Reads the values of a GGUF header forward through a window of the file. Nothing is allocated for a length that the
-// file states before it has been held against a limit and against the bytes that are left. Little endian throughout.
+// The values of a GGUF header: a cursor that reads them forward through a window of the file, and typed access to those
+// of the metadata. Nothing is allocated for a length that the file states before it has been held against a limit and
+// against the bytes that are left. Little endian throughout.
 
 import { GatewayError } from '../errors.ts';
-import type { ByteSource } from './byte-source.ts';
+import { type ByteSource, memorySource } from './byte-source.ts';
 import { quoted } from './quoted.ts';
 
 /** Of everything before the data. The largest vocabularies in use (262,144 tokens, 514,906 merges) need 20 MB. */
 const headerBytesMax: number = 64 * 1024 * 1024;
 const windowBytes = 1024 * 1024;
-export const stringBytesMax: number = 16 * 1024 * 1024;
+const stringBytesMax = 16 * 1024 * 1024;
 const arrayLengthMax = 4 * 1024 * 1024;
 
-export type Scalar = number | bigint | boolean | string;
+type Scalar = number | bigint | boolean | string;
 /** An array is kept as its bytes until somebody wants it. */
-export interface LazyArray {
+interface LazyArray {
   readonly type: number;
   readonly count: number;
   readonly bytes: Uint8Array;
@@ -24,15 +25,12 @@ export interface MetadataValue {
 }
 
 export const typeU32 = 4;
-export const typeString = 8;
+const typeString = 8;
 const typeArray = 9;
 
 type ReadScalar = (view: DataView, at: number) => Exclude<Scalar, string>;
 /** By GGUF value type: bytes and how to read them. Strings (8) and arrays (9) are not scalars. */
-export const scalarTypes: ReadonlyMap<
-  number,
-  { readonly bytes: number; readonly read: ReadScalar }
-> = new Map<number, { bytes: number; read: ReadScalar }>([
+const scalarTypes = new Map<number, { readonly bytes: number; readonly read: ReadScalar }>([
   [0, { bytes: 1, read: (view, at) => view.getUint8(at) }],
   [1, { bytes: 1, read: (view, at) => view.getInt8(at) }],
   [2, { bytes: 2, read: (view, at) => view.getUint16(at, true) }],
@@ -58,7 +56,7 @@ function readBoolean(view: DataView, at: number): boolean {
   return byte === 1;
 }
 
-export function viewOf(bytes: Uint8Array): DataView {
+function viewOf(bytes: Uint8Array): DataView {
   return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
 }
 
@@ -165,5 +163,92 @@ export class Cursor {
       this.#skip(count * size, what);
     }
     return { type, count, bytes: this.#source.read(start, this.at - start) };
+  }
+}
+
+/** Each getter throws INVALID_MODEL_FILE naming the key when it is absent or of another type: a number is never read out
+ *  of bytes that were declared to be something else. */
+export class GgufMetadata {
+  readonly #values: ReadonlyMap<string, MetadataValue>;
+
+  constructor(values: ReadonlyMap<string, MetadataValue>) {
+    this.#values = values;
+  }
+
+  get keys(): readonly string[] {
+    return [...this.#values.keys()];
+  }
+
+  has(key: string): boolean {
+    return this.#values.has(key);
+  }
+
+  #find(key: string, wanted: string): Scalar | LazyArray {
+    const found = this.#values.get(key);
+    if (found === undefined) throw invalid(`there is no ${key}, ${wanted}`);
+    return found.value;
+  }
+
+  string(key: string): string {
+    const value = this.#find(key, 'a string');
+    if (typeof value !== 'string') throw invalid(`${key} is not a string`);
+    return value;
+  }
+
+  boolean(key: string): boolean {
+    const value = this.#find(key, 'a boolean');
+    if (typeof value !== 'boolean') throw invalid(`${key} is not a boolean`);
+    return value;
+  }
+
+  /** Any number, finite. */
+  number(key: string): number {
+    const value = this.#find(key, 'a number');
+    const number = typeof value === 'bigint' ? Number(value) : value;
+    if (typeof number !== 'number' || !Number.isFinite(number)) {
+      throw invalid(`${key} is not a finite number`);
+    }
+    return number;
+  }
+
+  /** A whole number from 0 to 2^53 - 1, of whatever width the file gave it. */
+  integer(key: string): number {
+    const number = this.number(key);
+    if (!Number.isSafeInteger(number) || number < 0) {
+      throw invalid(`${key} is not a whole number ≥ 0`);
+    }
+    return number;
+  }
+
+  #array(key: string): LazyArray {
+    const value = this.#find(key, 'an array');
+    if (typeof value !== 'object') throw invalid(`${key} is not an array`);
+    return value;
+  }
+
+  strings(key: string): string[] {
+    const { type, count, bytes } = this.#array(key);
+    if (type !== typeString) throw invalid(`${key} is not an array of strings`);
+    const cursor = new Cursor(memorySource(bytes, 'INVALID_MODEL_FILE'));
+    return Array.from({ length: count }, (_, i) =>
+      cursor.string(`${quoted(key)}[${i}]`, stringBytesMax),
+    );
+  }
+
+  /** Integers or floats, by their declared type. 64-bit integers must be safe. */
+  numbers(key: string): number[] {
+    const { type, count, bytes } = this.#array(key);
+    const scalar = scalarTypes.get(type);
+    if (scalar === undefined) throw invalid(`${key} is not an array of numbers`);
+    const view = viewOf(bytes);
+    return Array.from({ length: count }, (_, i) => {
+      const value = scalar.read(view, i * scalar.bytes);
+      if (typeof value === 'boolean') throw invalid(`${key} is not an array of numbers`);
+      const number = Number(value);
+      if (typeof value === 'bigint' && !Number.isSafeInteger(number)) {
+        throw invalid(`${key}[${i}] is ${value}, which a double cannot hold`);
+      }
+      return number;
+    });
   }
 }
