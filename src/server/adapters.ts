@@ -4,6 +4,7 @@
 import { realpath } from 'node:fs/promises';
 import { isAbsolute, resolve, sep } from 'node:path';
 import type { Context } from 'hono';
+import { z } from 'zod';
 import { type Generation, isAdapterName, isGeneration } from '../adapters/adapter.ts';
 import type { AdapterRecord, ImportedAdapter } from '../adapters/registry.ts';
 import { type ErrorCode, GatewayError } from '../errors.ts';
@@ -11,8 +12,27 @@ import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { readBody } from './limits.ts';
 import { invalidRequest } from './problem.ts';
-import { addAdapterSchema, swapSchema } from './schemas.ts';
 import { packTar } from './tar.ts';
+
+export const adapterName: z.ZodString = z
+  .string()
+  .refine(
+    isAdapterName,
+    'an adapter name is 1 to 64 of a-z 0-9 . _ - and starts with a letter or digit',
+  );
+export const directoryName: z.ZodString = z.string().min(1).max(1024);
+const generation = z.custom<Generation>(
+  (value) => typeof value === 'string' && isGeneration(value),
+  'want sha256: and 64 hex digits',
+);
+const swapSchema = z.strictObject({ generation });
+const addSchema = z.strictObject({
+  name: adapterName,
+  source: directoryName,
+  accept_base_name: z.string().min(1).max(256).exactOptional(),
+  if_generation: generation.exactOptional(),
+  replace: z.boolean().exactOptional(),
+});
 
 export function listAdapters(c: Context<Env>, deps: ServerDeps): Response {
   const data = deps.registry.list().map((record) => describeAdapter(record, deps));
@@ -37,7 +57,7 @@ export function deleteAdapter(c: Context<Env>, deps: ServerDeps): Response {
 }
 
 export async function addAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
-  const body = await readBody(c, deps, addAdapterSchema);
+  const body = await readBody(c, deps, addSchema);
   const isReplace = body.replace === true;
   if (body.if_generation !== undefined && !isReplace) {
     throw invalidRequest('if_generation needs replace: true', 'if_generation');

@@ -1,6 +1,7 @@
 // POST /v1/chat/completions: OpenAI's chat shape over generate.
 
 import type { Context } from 'hono';
+import { z } from 'zod';
 import type { ChatMessage } from '../engine/text.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
@@ -9,7 +10,38 @@ import { readBody } from './limits.ts';
 import { chatLogprobs } from './logprobs.ts';
 import { invalidRequest } from './problem.ts';
 import type { Shape } from './reply.ts';
-import { type ChatBody, chatSchema } from './schemas.ts';
+import { fewEntries, generationSchema, plainText, tokenIdMax } from './schemas.ts';
+
+const textPart = z.strictObject({ type: z.literal('text'), text: plainText });
+const message = z.strictObject({
+  role: z.enum(['system', 'user', 'assistant']),
+  content: z.union([plainText, z.array(textPart).min(1).max(256)]),
+});
+
+/** Values that a template may print: no character that could spell a special token (faults.md B56). */
+const templateValue = z.union([
+  z.boolean(),
+  z.number(),
+  z
+    .string()
+    .max(128)
+    .regex(/^[\w .:,-]*$/),
+]);
+/** What the gateway itself gives to the template. */
+const templateOwn = ['messages', 'add_generation_prompt', 'bos_token', 'eos_token', 'tools'];
+
+const chatSchema = generationSchema({
+  messages: z.array(message).min(1).max(1024),
+  max_completion_tokens: z.int().min(1).max(tokenIdMax).exactOptional(),
+  logprobs: z.boolean().exactOptional(),
+  top_logprobs: z.int().min(0).max(20).exactOptional(),
+  response_format: z.strictObject({ type: z.literal('text') }).exactOptional(),
+  chat_template_kwargs: fewEntries(16)
+    .pipe(z.record(z.string().regex(/^[a-z_][a-z0-9_]{0,63}$/i), templateValue))
+    .refine((value) => !templateOwn.some((name) => name in value), 'sets a reserved variable')
+    .exactOptional(),
+});
+type ChatBody = z.infer<typeof chatSchema>;
 
 export async function completeChat(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const { config, text } = deps;

@@ -2,6 +2,7 @@
 // Choice i·n + j is sample j of prompt i.
 
 import type { Context } from 'hono';
+import { z } from 'zod';
 import type { TextService } from '../engine/text.ts';
 import { GatewayError } from '../errors.ts';
 import type { ServerDeps } from './deps.ts';
@@ -11,7 +12,34 @@ import { readBody } from './limits.ts';
 import { LegacyLogprobs } from './logprobs.ts';
 import { invalidRequest } from './problem.ts';
 import type { Shape } from './reply.ts';
-import { type CompletionBody, completionSchema } from './schemas.ts';
+import { generationSchema, plainText, tokens } from './schemas.ts';
+
+type Prompts = string | number[] | string[] | number[][];
+
+const texts = z.array(plainText).min(1).max(8);
+const tokenLists = z.array(tokens).min(1).max(8);
+
+/** The first element tells which of the four forms is meant; a union would blame another one. */
+function promptForm(value: unknown): z.ZodType {
+  if (!Array.isArray(value)) return plainText;
+  if (Array.isArray(value[0])) return tokenLists;
+  return typeof value[0] === 'number' ? tokens : texts;
+}
+
+const prompt: z.ZodType<Prompts> = z
+  .custom<Prompts>((value) => value !== undefined, 'want a prompt')
+  .check(({ value, issues }) => {
+    const parsed = promptForm(value).safeParse(value);
+    for (const { path, message } of parsed.error?.issues ?? []) {
+      issues.push({ code: 'custom', path, message, input: value });
+    }
+  });
+
+const completionSchema = generationSchema({
+  prompt,
+  echo: z.boolean().exactOptional(),
+  logprobs: z.int().min(0).max(20).exactOptional(),
+});
 
 export async function completeText(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const { config, text, engine } = deps;
@@ -46,12 +74,12 @@ export async function completeText(c: Context<Env>, deps: ServerDeps): Promise<R
 
 type Prompt = string | readonly number[];
 
-function promptsOf(prompt: CompletionBody['prompt']): readonly Prompt[] {
+function promptsOf(prompt: Prompts): readonly Prompt[] {
   if (typeof prompt === 'string') return [prompt];
   return isTokens(prompt) ? [prompt] : prompt;
 }
 
-function isTokens(prompt: Exclude<CompletionBody['prompt'], string>): prompt is number[] {
+function isTokens(prompt: Exclude<Prompts, string>): prompt is number[] {
   return typeof prompt[0] === 'number';
 }
 

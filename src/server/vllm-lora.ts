@@ -2,18 +2,25 @@
 // unless the configuration turns them on, as in vLLM; the path jail and the admin key apply to them like to /v1/adapters.
 
 import type { Context } from 'hono';
+import { z } from 'zod';
 import { isAdapterName } from '../adapters/adapter.ts';
 import { GatewayError } from '../errors.ts';
-import { publishAdapter, removeAdapter } from './adapters.ts';
+import { adapterName, directoryName, publishAdapter, removeAdapter } from './adapters.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { readBody } from './limits.ts';
 import { HttpError, invalidRequest } from './problem.ts';
-import { loadLoraSchema, unloadLoraSchema } from './schemas.ts';
+
+const loadSchema = z.strictObject({
+  lora_name: adapterName,
+  lora_path: directoryName,
+  load_inplace: z.boolean().exactOptional(),
+});
+const unloadSchema = z.strictObject({ lora_name: z.string().min(1).max(256) });
 
 export async function loadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   checkEnabled(deps);
-  const body = await readBody(c, deps, loadLoraSchema);
+  const body = await readBody(c, deps, loadSchema);
   const isReplace = body.load_inplace === true;
   if (!isReplace && deps.registry.find(body.lora_name) !== null) {
     // vLLM answers 400 here, where /v1/adapters answers 409.
@@ -34,7 +41,7 @@ export async function loadLora(c: Context<Env>, deps: ServerDeps): Promise<Respo
 
 export async function unloadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   checkEnabled(deps);
-  const body = await readBody(c, deps, unloadLoraSchema);
+  const body = await readBody(c, deps, unloadSchema);
   const record = isAdapterName(body.lora_name) ? deps.registry.find(body.lora_name) : null;
   if (record === null) {
     throw new GatewayError('ADAPTER_NOT_FOUND', 'The lora adapter cannot be found.', {
