@@ -8,11 +8,11 @@ import type { Stepper } from '../model/stepper.ts';
 import type { AdapterLoader } from './adapter-loading.ts';
 import { blockCells, blocksFor, reservedBlocks } from './kv-pool.ts';
 import type { BaseInfo, GenerateRequest } from './messages.ts';
-import type { PrefixCache } from './prefix-cache.ts';
+import type { CellAdmission, PrefixCache } from './prefix-cache.ts';
 import { planAdmission } from './scheduler.ts';
-import type { Holdings, Sequence } from './sequence.ts';
+import type { Sequence } from './sequence.ts';
 
-export interface AdmissionOptions {
+interface AdmissionOptions {
   readonly base: BaseInfo;
   readonly stepper: Stepper;
   readonly residency: Residency;
@@ -20,13 +20,10 @@ export interface AdmissionOptions {
   readonly loader: AdapterLoader;
 }
 
-export type AdmissionOutcome =
-  | { readonly kind: 'admitted'; readonly holdings: Holdings }
-  | { readonly kind: 'failed'; readonly error: GatewayError };
-
-export interface Decision {
+interface Decision {
   readonly sequence: Sequence;
-  readonly outcome: AdmissionOutcome;
+  /** null: it holds what it needs. */
+  readonly error: GatewayError | null;
 }
 
 /** How many may be admitted past one that waits for room. Guess: a few batches. */
@@ -85,8 +82,8 @@ export class Admission {
         if (sequence.passes >= passesMax) break;
         passed.push(sequence);
       } else if (outcome !== 'no-adapter') {
-        decisions.push({ sequence, outcome });
-        if (outcome.kind === 'failed') continue;
+        decisions.push({ sequence, error: outcome });
+        if (outcome !== null) continue;
         runningCount += 1;
         for (const one of passed) one.passes += 1;
         if (loader.progress === 'no-room') this.#passesOfLoad += 1;
@@ -95,38 +92,38 @@ export class Admission {
     return decisions;
   }
 
-  #tryOne(sequence: Sequence): AdmissionOutcome | 'no-cells' | 'no-adapter' {
+  #tryOne(sequence: Sequence): GatewayError | null | 'no-cells' | 'no-adapter' {
     const { residency, loader } = this.#options;
-    const { request, rank } = sequence;
+    const { generation, rank } = sequence;
     let adapter: ResidentUse | null = null;
-    if (request.adapter !== null && rank > 0) {
-      adapter = residency.acquire(request.adapter.generation);
+    if (generation !== null) {
+      adapter = residency.acquire(generation);
       if (adapter === null) {
-        loader.want(request.adapter.generation);
+        loader.want(generation);
         return 'no-adapter';
       }
       if (rank > adapter.rankMax) {
         const message = `rank ${rank} of an adapter that has ${adapter.rankMax}`;
         adapter.release();
-        return { kind: 'failed', error: new GatewayError('INVALID_REQUEST', message) };
+        return new GatewayError('INVALID_REQUEST', message);
       }
     }
-    const holdings = this.#takeCells(sequence, adapter);
-    if (holdings === null) {
+    const cells = this.#takeCells(sequence);
+    if (cells === null) {
       adapter?.release();
       return 'no-cells';
     }
-    sequence.holdings = holdings;
-    sequence.position = holdings.cells.cachedTokens;
-    return { kind: 'admitted', holdings };
+    sequence.holdings = { cells, adapter };
+    sequence.position = cells.cachedTokens;
+    return null;
   }
 
-  #takeCells(sequence: Sequence, adapter: ResidentUse | null): Holdings | null {
+  #takeCells(sequence: Sequence): CellAdmission | null {
     const { cache, stepper, base } = this.#options;
     const cells = cache.admit(
       {
         baseHash: base.hash,
-        generation: adapter?.generation ?? null,
+        generation: sequence.generation,
         rank: sequence.rank,
         scale: 1,
         tenant: sequence.tenant,
@@ -138,6 +135,6 @@ export class Admission {
     if (cells.copyFrom !== null) {
       stepper.copyCells(cells.copyFrom, cells.cellBase, blocksFor(cells.cachedTokens) * blockCells);
     }
-    return { cells, adapter };
+    return cells;
   }
 }

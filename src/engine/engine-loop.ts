@@ -67,7 +67,8 @@ export class EngineLoop {
     this.#sampler = new Sampler(base.config.vocabSize);
     this.#loader = new AdapterLoader(options.residency, {
       wake: () => this.#wake(),
-      isAwaited: (generation) => [...this.#waiting.values()].some((one) => one.needs(generation)),
+      isAwaited: (generation) =>
+        [...this.#waiting.values()].some((one) => one.generation === generation),
       onFailed: (generation, error) => this.#failGeneration(generation, error),
     });
     this.#admission = new Admission({ ...options, loader: this.#loader });
@@ -171,15 +172,15 @@ export class EngineLoop {
 
   #admit(): void {
     for (const decision of this.#admission.run(this.#waiting.values(), this.#running.values())) {
-      const { sequence, outcome } = decision;
+      const { sequence, error } = decision;
       this.#waiting.delete(sequence.id);
-      if (outcome.kind === 'failed') {
-        this.#outbox.failed(sequence.id, outcome.error);
+      if (error !== null) {
+        this.#outbox.failed(sequence.id, error);
         continue;
       }
       this.#running.set(sequence.id, sequence);
       const queueMs = this.#options.clock.nowMs() - sequence.submittedMs;
-      const { cachedTokens } = outcome.holdings.cells;
+      const cachedTokens = sequence.position;
       this.#outbox.event(sequence.id, { kind: 'start', queueMs, cachedTokens });
     }
   }
@@ -291,7 +292,7 @@ export class EngineLoop {
 
   #failGeneration(generation: Generation, error: GatewayError): void {
     for (const sequence of [...this.#waiting.values()]) {
-      if (!sequence.needs(generation)) continue;
+      if (sequence.generation !== generation) continue;
       this.#waiting.delete(sequence.id);
       this.#outbox.failed(sequence.id, error);
     }

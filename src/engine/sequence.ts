@@ -23,7 +23,6 @@ export interface Accepted {
 /** What a sequence holds while it runs. */
 export interface Holdings {
   readonly cells: CellAdmission;
-  /** null for the base model and for rank 0. */
   readonly adapter: ResidentUse | null;
 }
 
@@ -91,8 +90,9 @@ export class Sequence {
     return this.request.adapter?.rank ?? 0;
   }
 
-  needs(generation: Generation): boolean {
-    return this.rank > 0 && this.request.adapter?.generation === generation;
+  /** null for the base model and for rank 0, which is the same. */
+  get generation(): Generation | null {
+    return this.rank > 0 ? this.request.adapter!.generation : null;
   }
 
   /** Cells it can ever fill: the last token of the answer is never fed back. */
@@ -123,7 +123,7 @@ export class Sequence {
   }
 
   /** The end without another token: gives back what was held as half a character or half a stop string. */
-  finish(reason: FinishReason): { readonly text: string; readonly end: SequenceEnd } {
+  finish(reason: FinishReason): Accepted & { readonly end: SequenceEnd } {
     const { text, stop } = this.#matcher.push(this.#detokenizer.flush());
     if (stop !== null) return { text, end: { reason: 'stop', stopString: stop } };
     return { text: text + this.#matcher.flush(), end: { reason, stopString: null } };
