@@ -35,10 +35,7 @@ export interface Settings {
   readonly runtimeLoraUpdating: boolean;
   /** Plain, or `sha256:` + hex. */
   readonly apiKeys: readonly string[];
-  /** One key a line; `#` starts a comment line. */
-  readonly apiKeysFile: string | null;
   readonly adminKeys: readonly string[];
-  readonly adminKeysFile: string | null;
   /** Serve /metrics without a key although keys are configured (a scraper inside the cluster). */
   readonly metricsPublic: boolean;
   /** Host names that a keyless gateway answers to, besides localhost and IP literals (DNS rebinding, faults.md B84). */
@@ -116,9 +113,7 @@ const shape = {
   adaptersRoot: path.nullable().default(null),
   runtimeLoraUpdating: z.boolean().default(false),
   apiKeys: keys,
-  apiKeysFile: path.nullable().default(null),
   adminKeys: keys,
-  adminKeysFile: path.nullable().default(null),
   metricsPublic: z.boolean().default(false),
   hostsAllowed: z.array(z.string().min(1).max(255)).max(64).default([]).readonly(),
   bodyBytesMax: count(1024, 2 ** 28).default(4 * 1024 * 1024),
@@ -146,10 +141,6 @@ export const settingNames: ReadonlyArray<keyof Settings> = Object.keys(shape) as
   keyof Settings
 >;
 export const settingsSchema: z.ZodType<Settings> = z.strictObject(shape);
-
-export function isKey(text: string): boolean {
-  return key.safeParse(text).success;
-}
 
 const wrappers = [z.ZodDefault, z.ZodPrefault, z.ZodNullable, z.ZodReadonly] as const;
 

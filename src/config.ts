@@ -7,17 +7,14 @@ import { readFileSync } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { join, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
-import { isKey, kindOf, type Settings, settingNames, settingsSchema } from './config-schema.ts';
+import { kindOf, type Settings, settingNames, settingsSchema } from './config-schema.ts';
 import { GatewayError } from './errors.ts';
 import type { ApiKey } from './server/auth.ts';
 
 type Key = keyof Settings;
 
 export interface Config
-  extends Omit<
-    Settings,
-    'threads' | 'adaptersRoot' | 'apiKeys' | 'apiKeysFile' | 'adminKeys' | 'adminKeysFile'
-  > {
+  extends Omit<Settings, 'threads' | 'adaptersRoot' | 'apiKeys' | 'adminKeys'> {
   readonly threads: number;
   readonly adaptersRoot: string;
   /** Inference and admin keys together; empty: inference is open, admin is for this machine. */
@@ -98,26 +95,22 @@ function fromFlags(flags: ConfigFlags): Entry[] {
 
 const fileBytesMax = 1024 * 1024;
 
-function readText(path: string, setting: string): string {
+function fromFile(path: string): Entry[] {
+  const origin = `file ${path}`;
   let text: string;
   try {
     text = readFileSync(path, 'utf8');
   } catch (cause) {
-    const message = `configuration: ${setting}: cannot read ${path}`;
-    throw new GatewayError('INVALID_REQUEST', message, { cause });
+    throw new GatewayError('INVALID_REQUEST', `configuration: config: cannot read ${path}`, {
+      cause,
+    });
   }
-  if (text.length <= fileBytesMax) return text;
-  return refuse(setting, `want at most ${fileBytesMax} bytes`, `file ${path}`);
-}
-
-function fromFile(path: string): Entry[] {
-  const origin = `file ${path}`;
+  if (text.length > fileBytesMax) refuse('config', `want at most ${fileBytesMax} bytes`, origin);
   let values: unknown;
   try {
     // maxAliasCount 0: an alias bomb is not parsed.
-    values = parseYaml(readText(path, 'config'), { maxAliasCount: 0 });
+    values = parseYaml(text, { maxAliasCount: 0 });
   } catch (error) {
-    if (error instanceof GatewayError) throw error;
     return refuse('config', (error as Error).message.split('\n', 1)[0]!, origin);
   }
   if (values === null) return [];
@@ -140,20 +133,11 @@ function merge(entries: readonly Entry[]): Settings {
   return refuse(path.join('.'), unknown === undefined ? issue.message : 'no such setting', origin);
 }
 
-function digestOf(text: string): Uint8Array {
-  if (text.startsWith('sha256:')) return Buffer.from(text.slice(7), 'hex');
-  return createHash('sha256').update(text).digest();
-}
-
-function readKeys(settings: Settings, access: ApiKey['access']): ApiKey[] {
-  const setting = access === 'admin' ? 'adminKeys' : 'apiKeys';
-  const path = settings[`${setting}File`];
-  const lines = path === null ? [] : readText(path, `${setting}File`).split('\n');
-  const inFile = lines.map((line) => line.trim()).filter((line) => !/^(#|$)/.test(line));
-  const wanted = 'a line is not a key (16 to 512 letters, digits or ._~+/-)';
-  if (!inFile.every(isKey)) refuse(`${setting}File`, wanted, 'its file');
-  const all = [...settings[setting], ...inFile];
-  return all.map((one) => ({ digest: digestOf(one), access }));
+function toApiKey(text: string, access: ApiKey['access']): ApiKey {
+  const digest = text.startsWith('sha256:')
+    ? Buffer.from(text.slice(7), 'hex')
+    : createHash('sha256').update(text).digest();
+  return { digest, access };
 }
 
 /** CPUs' worth of time that the control group allows, rounded down; Infinity without a limit. */
@@ -180,16 +164,18 @@ export interface ConfigSources {
 /** Reads the YAML file that `--config` or RANKGATE_CONFIG names, if any. Throws INVALID_REQUEST. */
 export function loadConfig({ flags = {}, environment = process.env }: ConfigSources = {}): Config {
   const file = flags.config ?? environment.RANKGATE_CONFIG;
-  const settings = merge([
+  const { adminKeys, ...kept } = merge([
     ...(typeof file === 'string' && file !== '' ? fromFile(file) : []),
     ...fromEnvironment(environment),
     ...fromFlags(flags),
   ]);
-  const { apiKeysFile: _a, adminKeysFile: _b, adminKeys: _c, ...kept } = settings;
   if (kept.prefillTokensMax > kept.stepTokensMax) {
     refuse('prefillTokensMax', `at most stepTokensMax, which is ${kept.stepTokensMax}`, 'together');
   }
-  const apiKeys = [...readKeys(settings, 'inference'), ...readKeys(settings, 'admin')];
+  const apiKeys = [
+    ...kept.apiKeys.map((one) => toApiKey(one, 'inference')),
+    ...adminKeys.map((one) => toApiKey(one, 'admin')),
+  ];
   // One letter away from RANKGATE_API_KEYS: ignored, it would leave a gateway open that was meant to be closed.
   if (environment.RANKGATE_API_KEY !== undefined && apiKeys.length === 0) {
     refuse(
