@@ -19,7 +19,6 @@ import { createTextService } from './engine/text-service.ts';
 import { openGguf } from './model/gguf.ts';
 import { type ModelFile, modelNameOf } from './model/model-source.ts';
 import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
-import { parseBudget } from './router/budget.ts';
 import { createRouter, type Router } from './router/router.ts';
 import { createApp } from './server/app.ts';
 import type { Clock } from './server/deps.ts';
@@ -180,10 +179,8 @@ async function startServer(parts: Parts): Promise<{ listening: Listening; stop: 
     clock,
     text: parts.text,
     importer: parts.importer,
-    budget: (source) => parseBudget(source, config),
-    route: (input) => router.route(input),
-    settle: (outcome) => router.settle(outcome),
-    config: { ...config, modelName, tiers: Object.keys(config.tiers), startedS },
+    router,
+    config: { ...config, modelName, startedS },
     random: { id: () => randomUUID(), seed: () => randomInt(2 ** 32) },
     metrics: () => metrics.render(),
     log: config.log === 'json' ? logToStdout() : () => {},

@@ -11,6 +11,7 @@ export interface Router {
   /** Throws DEADLINE_TOO_SHORT for a strict budget, INVALID_BUDGET for a fixed rank that the adapter has not. */
   route(input: RouteInput): Plan;
   observe(report: StepReport): void;
+  /** Told of complete answers only; the times are from the plan, as its prediction was. */
   settle(answer: FinishedAnswer): void;
   /** The learned state as JSON; restore() answers false when it is not of this base, backend and thread count. */
   save(): string;

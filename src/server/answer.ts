@@ -6,7 +6,7 @@ import type { InferenceReport } from '../channels.ts';
 import type { EngineEvent, FinishReason, GenerateRequest, Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
 import { meets, statesTime } from '../router/budget.ts';
-import type { Budget, Plan } from '../router/policy.ts';
+import type { Budget, Plan, RouteInput } from '../router/policy.ts';
 import type { ServerDeps } from './deps.ts';
 import type { FlyingSequence } from './in-flight.ts';
 import { merge, type Tagged } from './merge.ts';
@@ -60,7 +60,7 @@ export class Answer {
     this.#deps = deps;
     this.request = request;
     this.#promptTokens = prompts.reduce((sum, prompt) => sum + prompt.length, 0);
-    this.#plan = deps.route({
+    this.#plan = deps.router.route({
       budget,
       promptTokens: Math.max(...prompts.map((prompt) => prompt.length)),
       tokensMax,
@@ -242,7 +242,7 @@ export class Answer {
 
   #settle(endedMs: number): void {
     const { request } = this;
-    this.#deps.settle({
+    this.#deps.router.settle({
       adapter: request.target.lease?.name ?? null,
       prediction: this.#plan.prediction,
       tokensMax: request.tokensMax,
@@ -253,7 +253,7 @@ export class Answer {
   }
 }
 
-function adapterOf({ lease }: Target): Parameters<ServerDeps['route']>[0]['adapter'] {
+function adapterOf({ lease }: Target): RouteInput['adapter'] {
   if (lease === null) return null;
   const { rankMax, rankCurve } = lease.manifest;
   return { name: lease.name, generation: lease.generation, rankMax, rankCurve };

@@ -6,9 +6,7 @@ import type { Settings } from '../config-schema.ts';
 import type { EngineClock } from '../engine/clock.ts';
 import type { Engine } from '../engine/engine.ts';
 import type { TextService } from '../engine/text.ts';
-import type { BudgetSource } from '../router/budget.ts';
-import type { FinishedAnswer } from '../router/latency-model.ts';
-import type { Budget, Plan, RouteInput } from '../router/policy.ts';
+import type { Router } from '../router/router.ts';
 import type { ApiKey } from './auth.ts';
 import type { InFlight } from './in-flight.ts';
 
@@ -35,12 +33,18 @@ export interface Lifecycle {
 export interface ServerConfig
   extends Pick<
     Settings,
-    | ('metricsPublic' | 'hostsAllowed' | 'runtimeLoraUpdating' | 'bodyBytesMax')
+    | (
+        | 'tiers'
+        | 'latencyDefaults'
+        | 'metricsPublic'
+        | 'hostsAllowed'
+        | 'runtimeLoraUpdating'
+        | 'bodyBytesMax'
+      )
     | ('chatTokensDefault' | 'completionTokensDefault' | 'pingMs' | 'stallMsMax' | 'tokenAgeMsMax')
   > {
   /** The base model's name at the API. */
   readonly modelName: string;
-  readonly tiers: readonly string[];
   /** Unix seconds at which the process started: `created` of the base model's card. */
   readonly startedS: number;
   /** Empty: nothing is asked of inference, and admin routes answer this machine only. */
@@ -54,12 +58,7 @@ export interface ServerDeps {
   readonly text: TextService;
   readonly registry: Registry;
   readonly importer: Importer;
-  /** Throws INVALID_BUDGET. */
-  readonly budget: (source: BudgetSource) => Budget;
-  /** Pure: the policy bound to the latency model. Throws DEADLINE_TOO_SHORT when the budget is strict. */
-  readonly route: (input: RouteInput) => Plan;
-  /** Told of complete answers only; the times are from the plan, as its prediction was. */
-  readonly settle: (answer: FinishedAnswer) => void;
+  readonly router: Pick<Router, 'route' | 'settle'>;
   readonly inFlight: InFlight;
   readonly config: ServerConfig;
   readonly clock: Clock;

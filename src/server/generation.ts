@@ -4,6 +4,7 @@
 import type { Context } from 'hono';
 import type { Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
+import { parseBudget } from '../router/budget.ts';
 import { Answer } from './answer.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
@@ -42,11 +43,9 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
   const target = resolveModel(body.model, deps.config, deps.registry);
   let answer: Answer | null = null;
   try {
-    const budget = deps.budget({
-      latency: body.latency,
-      header: (name) => c.req.header(name) ?? null,
-      tier: tierOf(body, target),
-    });
+    const header = (name: string): string | null => c.req.header(name) ?? null;
+    const source = { latency: body.latency, header, tier: tierOf(body, target) };
+    const budget = parseBudget(source, deps.config);
     const prompts = await ask.encode();
     const { signal } = c.req.raw;
     if (signal.aborted) throw new GatewayError('CANCELLED', 'the client went away');

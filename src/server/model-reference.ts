@@ -17,11 +17,11 @@ const referencePattern = /^([^@:]+)(?:@(sha256:[^:]+))?(?::([^@:]+))?$/;
 /** Leases the adapter; the caller releases it. */
 export function resolveModel(
   asked: string,
-  known: { readonly modelName: string; readonly tiers: readonly string[] },
+  known: { readonly modelName: string; readonly tiers: object },
   registry: Registry,
 ): Target {
   const [, name = '', generation, tier = null] = referencePattern.exec(asked) ?? [];
-  if (tier !== null && !known.tiers.includes(tier)) throw notFound(asked);
+  if (tier !== null && !Object.hasOwn(known.tiers, tier)) throw notFound(asked);
   if (name === known.modelName && generation === undefined) return { asked, lease: null, tier };
   if (!isAdapterName(name)) throw notFound(asked);
   if (generation !== undefined && !isGeneration(generation)) throw notFound(asked);

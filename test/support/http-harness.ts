@@ -2,7 +2,6 @@ import { createHash } from 'node:crypto';
 import { getEventListeners } from 'node:events';
 import type { Generation } from '../../src/adapters/adapter.ts';
 import { GatewayError } from '../../src/errors.ts';
-import { parseBudget } from '../../src/router/budget.ts';
 import type { FinishedAnswer } from '../../src/router/latency-model.ts';
 import type { Plan, RouteInput } from '../../src/router/policy.ts';
 import { type App, createApp } from '../../src/server/app.ts';
@@ -29,9 +28,15 @@ function sha256(text: string): Uint8Array {
   return createHash('sha256').update(text).digest();
 }
 
+const noTimes = { totalMs: null, ttftMs: null, perTokenMs: null };
+
 const configDefault: ServerConfig = {
   modelName: 'tiny-base',
-  tiers: ['instant', 'quality'],
+  tiers: {
+    instant: { ...noTimes, totalMs: 300, strict: false, rankMin: 0 },
+    quality: { ...noTimes, strict: false, rankMin: 0 },
+  },
+  latencyDefaults: { ...noTimes, strict: false, rankMin: 0 },
   startedS: 1_700_000_000,
   apiKeys: [],
   metricsPublic: false,
@@ -45,8 +50,6 @@ const configDefault: ServerConfig = {
   adaptersRoot: '/nowhere/at/all',
   runtimeLoraUpdating: false,
 };
-
-const noTimes = { totalMs: null, ttftMs: null, perTokenMs: null };
 
 export interface Harness {
   readonly app: App;
@@ -103,19 +106,13 @@ export function createHarness(config: Partial<ServerConfig> = {}): Harness {
     text,
     registry,
     importer,
-    budget: (source) =>
-      parseBudget(source, {
-        tiers: {
-          instant: { ...noTimes, totalMs: 300, strict: false, rankMin: 0 },
-          quality: { ...noTimes, strict: false, rankMin: 0 },
-        },
-        latencyDefaults: { ...noTimes, strict: false, rankMin: 0 },
-      }),
-    route(input) {
-      routed.push(input);
-      return tablePlan(input);
+    router: {
+      route(input) {
+        routed.push(input);
+        return tablePlan(input);
+      },
+      settle: (outcome) => void outcomes.push(outcome),
     },
-    settle: (outcome) => void outcomes.push(outcome),
     inFlight,
     config: whole,
     clock,

@@ -3,7 +3,7 @@ import { describe, expect, it } from 'vitest';
 import { resolveModel } from '../../../src/server/model-reference.ts';
 import { FakeRegistry, fakeGeneration, fakeManifest } from '../../support/fake-registry.ts';
 
-const known = { modelName: 'tiny-base', tiers: ['instant'] };
+const known = { modelName: 'tiny-base', tiers: { instant: {} } };
 const generation = fakeGeneration('a1');
 
 function registry(): FakeRegistry {
