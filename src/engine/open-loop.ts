@@ -45,19 +45,13 @@ export async function openLoop(
   clock: EngineClock,
   emit: (message: FromEngine) => void,
 ): Promise<EngineLoop> {
-  const { modelPath, modelHash, libraryDirectory } = config;
+  const { modelPath, modelHash, libraryDirectory, weights: mode, ...sizes } = config;
   const { decoder, description } = await openDecoder({
+    ...sizes,
     modelPath,
     modelHash,
-    mode: config.weights,
-    backend: config.backend,
-    threads: config.threads,
+    mode,
     ...(libraryDirectory === null ? {} : { libraryDirectory }),
-    cacheDirectory: config.cacheDirectory,
-    cells: config.cells,
-    pages: config.pages,
-    tokensMax: config.tokensMax,
-    segmentsMax: config.segmentsMax,
   });
   try {
     using file = openGguf(modelPath);

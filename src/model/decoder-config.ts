@@ -79,36 +79,36 @@ export function readDecoderConfig(file: Pick<GgufFile, 'metadata' | 'tensors'>):
   if (architecture !== 'llama')
     throw unsupported(`the architecture ${quoted(architecture)} (llama is)`);
   refuseVariants(file);
-  const size = sizeReader(metadata);
-  const width = size('embedding_length', sizesMax.width);
-  const heads = size('attention.head_count', sizesMax.heads);
-  const kvHeads = size('attention.head_count_kv', sizesMax.heads, heads);
+  const read = numberReader(metadata);
+  const width = read('embedding_length', sizesMax.width);
+  const heads = read('attention.head_count', sizesMax.heads);
+  const kvHeads = read('attention.head_count_kv', sizesMax.heads, heads);
   if (width % heads !== 0) throw badModel(`width ${width} is not a multiple of ${heads} heads`);
   if (heads % kvHeads !== 0)
     throw badModel(`${heads} heads are not a multiple of ${kvHeads} key heads`);
   const headSize = width / heads;
   for (const key of ['attention.key_length', 'attention.value_length']) {
-    const length = size(key, sizesMax.width, headSize);
+    const length = read(key, sizesMax.width, headSize);
     if (length !== headSize)
       throw unsupported(`${key} ${length} beside a head size of ${headSize}`);
   }
-  const ropeSize = size('rope.dimension_count', headSize, headSize);
+  const ropeSize = read('rope.dimension_count', headSize, headSize);
   if (ropeSize % 2 !== 0) throw badModel(`rope.dimension_count ${ropeSize} is odd`);
   const config: DecoderConfig = {
     family: 'llama',
     name: metadata.has('general.name') ? metadata.string('general.name') : 'llama',
-    blocks: size('block_count', sizesMax.blocks),
+    blocks: read('block_count', sizesMax.blocks),
     width,
     heads,
     kvHeads,
     headSize,
-    ffnWidth: size('feed_forward_length', sizesMax.ffnWidth),
+    ffnWidth: read('feed_forward_length', sizesMax.ffnWidth),
     vocabSize: vocabularySize(file),
-    contextLength: size('context_length', sizesMax.context),
+    contextLength: read('context_length', sizesMax.context),
     ropeSize,
-    ropeBase: positive(metadata, 'llama.rope.freq_base', { max: 1e12, whenAbsent: 10_000 }),
+    ropeBase: read('rope.freq_base', 1e12, 10_000, 'number'),
     ropeStyle: 'norm',
-    normEps: positive(metadata, 'llama.attention.layer_norm_rms_epsilon', { max: 1 }),
+    normEps: read('attention.layer_norm_rms_epsilon', 1, undefined, 'number'),
     tiedEmbeddings: !file.tensors.has('output.weight'),
   };
   checkTensors(file, config);
@@ -146,29 +146,17 @@ function refuseVariants({ metadata, tensors }: Pick<GgufFile, 'metadata' | 'tens
   }
 }
 
-function sizeReader(
+/** Reads numbers of this family within bounds: more than 0, and whole unless told otherwise. */
+function numberReader(
   metadata: GgufMetadata,
-): (key: string, max: number, whenAbsent?: number) => number {
-  return (key, max, whenAbsent) => {
+): (key: string, max: number, whenAbsent?: number, kind?: 'integer' | 'number') => number {
+  return (key, max, whenAbsent, kind = 'integer') => {
     const name = `llama.${key}`;
     if (whenAbsent !== undefined && !metadata.has(name)) return whenAbsent;
-    const value = metadata.integer(name);
-    if (value < 1 || value > max) throw badModel(`${name} is ${value}, 1 to ${max} is accepted`);
-    return value;
+    const value = metadata[kind](name);
+    if (value > 0 && value <= max) return value;
+    throw badModel(`${name} is ${value}, more than 0 and at most ${max} is accepted`);
   };
-}
-
-function positive(
-  metadata: GgufMetadata,
-  key: string,
-  { max, whenAbsent }: { readonly max: number; readonly whenAbsent?: number },
-): number {
-  if (whenAbsent !== undefined && !metadata.has(key)) return whenAbsent;
-  const value = metadata.number(key);
-  if (!(value > 0 && value <= max)) {
-    throw badModel(`${key} is ${value}, more than 0 and at most ${max} is accepted`);
-  }
-  return value;
 }
 
 function vocabularySize({ tensors }: Pick<GgufFile, 'tensors'>): number {

@@ -3,9 +3,9 @@
 // because a caller must not speak with the template's voice (faults.md B56).
 
 import { GatewayError } from '../errors.ts';
-import { byteCharacters, createMerger, type Merger, TokenBuffer } from './bpe.ts';
+import { byteCharacters, createMerger, TokenBuffer } from './bpe.ts';
 import type { GgufMetadata } from './gguf-values.ts';
-import { createPreTokenizer, type PreTokenizer } from './pre-tokenizer.ts';
+import { createPreTokenizer } from './pre-tokenizer.ts';
 
 /** What a model file says of its vocabulary, as it stands there. */
 export interface TokenizerSource {
@@ -19,14 +19,11 @@ export interface TokenizerSource {
   readonly tokenTypes: ArrayLike<number>;
   readonly bos: number | null;
   readonly eos: number | null;
-  readonly unknown: number | null;
-  readonly padding: number | null;
   /** tokenizer.ggml.add_bos_token; null when absent: the pre-tokenizer decides, as in llama.cpp. */
   readonly addBos: boolean | null;
 }
 
 export interface Tokenizer {
-  readonly vocabSize: number;
   readonly bos: number | null;
   readonly eos: number | null;
   readonly addsBos: boolean;
@@ -97,12 +94,18 @@ export function createTokenizer(source: TokenizerSource): Tokenizer {
   const addsBos = (source.addBos ?? pre.addsBos) && bos !== null;
   const writeText = (text: string, output: TokenBuffer): void => {
     for (const part of partition(text, plain)) {
-      if (typeof part === 'number') output.push(part);
-      else writeWords(part, output, { pre, merger });
+      if (typeof part === 'number') {
+        output.push(part);
+        continue;
+      }
+      let start = 0;
+      for (const end of pre.wordEnds(part)) {
+        merger.merge(part.slice(start, end), output);
+        start = end;
+      }
     }
   };
   return {
-    vocabSize: source.tokens.length,
     bos,
     eos,
     addsBos,
@@ -143,8 +146,6 @@ export function readTokenizerSource(metadata: GgufMetadata): TokenizerSource {
     tokenTypes: has('token_type') ? metadata.numbers(key('token_type')) : [],
     bos: id('bos'),
     eos: id('eos'),
-    unknown: id('unknown'),
-    padding: id('padding'),
     addBos: has('add_bos_token') ? metadata.boolean(key('add_bos_token')) : null,
   };
 }
@@ -167,7 +168,7 @@ function check({ model, tokens, merges, tokenTypes, ...ids }: TokenizerSource): 
   const distinct = new Set(tokens);
   if (distinct.size !== tokens.length)
     fail(`${tokens.length - distinct.size} tokens repeat others`);
-  for (const key of ['bos', 'eos', 'unknown', 'padding'] as const) {
+  for (const key of ['bos', 'eos'] as const) {
     const id = ids[key];
     if (id !== null && !(Number.isInteger(id) && id >= 0 && id < tokens.length)) {
       fail(`${key} token is ${id} of ${tokens.length}`);
@@ -202,19 +203,6 @@ function cutOut(text: string, special: Special): (string | number)[] {
     .split(special.text)
     .flatMap((part, index) => (index === 0 ? [part] : [special.token, part]))
     .filter((part) => part !== '');
-}
-
-interface Stages {
-  readonly pre: PreTokenizer;
-  readonly merger: Merger;
-}
-
-function writeWords(text: string, output: TokenBuffer, { pre, merger }: Stages): void {
-  let start = 0;
-  for (const end of pre.wordEnds(text)) {
-    merger.merge(text.slice(start, end), output);
-    start = end;
-  }
 }
 
 const byteOf: ReadonlyMap<string, number> = new Map(

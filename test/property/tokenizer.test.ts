@@ -80,8 +80,6 @@ describe('chat encoding', () => {
     tokenTypes: tokens.map((token) => (specials.includes(token) ? 3 : 1)),
     bos: null,
     eos: null,
-    unknown: null,
-    padding: null,
     addBos: false,
   });
   const spelled = specials.flatMap((special) =>

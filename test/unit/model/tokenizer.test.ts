@@ -161,8 +161,6 @@ function tiny(extra: readonly (readonly [text: string, type: number])[]): Tokeni
     tokenTypes: [...byteCharacters.map(() => 1), 1, 1, ...extra.map(([, type]) => type)],
     bos: null,
     eos: null,
-    unknown: null,
-    padding: null,
     addBos: null,
   };
 }
@@ -259,7 +257,7 @@ describe('tokenizer of a small vocabulary', () => {
     ['INVALID_MODEL_FILE', { merges: ['a b', 'a '] }, /merge 1/],
     ['INVALID_MODEL_FILE', { bos: 258 }, /bos token is 258/],
     ['INVALID_MODEL_FILE', { eos: -1 }, /eos token is -1/],
-    ['INVALID_MODEL_FILE', { padding: 0.5 }, /padding/],
+    ['INVALID_MODEL_FILE', { eos: 0.5 }, /eos token is 0.5/],
   ])('refuses with %s: %o', (code, change, message) => {
     expect(() => createTokenizer({ ...tiny([]), ...change })).toThrow(
       expect.objectContaining({ code, message: expect.stringMatching(message) }),
