@@ -19,7 +19,7 @@ import { createTextService } from './engine/text-service.ts';
 import { openGguf } from './model/gguf.ts';
 import { type ModelFile, modelNameOf } from './model/model-source.ts';
 import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
-import { createRouter, type Router } from './router/router.ts';
+import { Router } from './router/router.ts';
 import { createApp } from './server/app.ts';
 import type { Clock } from './server/deps.ts';
 import { probeEngine } from './server/health.ts';
@@ -124,7 +124,7 @@ function readIfThere(path: string): string | null {
 function startRouter(config: Config, engine: Supervisor, path: string): Router {
   const { hash: baseHash, backend } = engine.base;
   const identity = { baseHash, backend, threads: config.threads };
-  const router = createRouter({ identity, prefillTokensMax: config.prefillTokensMax });
+  const router = new Router({ identity, prefillTokensMax: config.prefillTokensMax });
   const saved = readIfThere(path);
   if (saved !== null) router.restore(saved);
   engine.onStep((report) => router.observe(report));

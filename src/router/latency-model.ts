@@ -65,6 +65,7 @@ export class LatencyModel {
     this.#stepTime.observe(report);
   }
 
+  /** Told of complete answers only; the times are from the plan, as its prediction was. */
   settle(answer: FinishedAnswer): void {
     const { completionTokens, tokensMax, ttftMs, totalMs, prediction: predicted } = answer;
     if (!(completionTokens >= 1) || !(totalMs >= ttftMs) || !(ttftMs >= 0)) return;

@@ -1,37 +1,19 @@
-// Binds the latency model and the rank policy into what the server calls: a plan for a request, and back to the model what
-// became of it. Refuses what its caller would rather not have late. No clock and no I/O.
+// What the server calls: a latency model that also decides. Refuses what its caller would rather not have late. No clock
+// and no I/O.
 
-import type { StepReport } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
-import { type FinishedAnswer, LatencyModel, type LatencyModelOptions } from './latency-model.ts';
+import { LatencyModel } from './latency-model.ts';
 import type { Plan, Predict, RouteInput } from './policy.ts';
 import { chooseRank, fits } from './rank-policy.ts';
 
-export interface Router {
+export class Router extends LatencyModel {
   /** Throws DEADLINE_TOO_SHORT for a strict budget, INVALID_BUDGET for a fixed rank that the adapter has not. */
-  route(input: RouteInput): Plan;
-  observe(report: StepReport): void;
-  /** Told of complete answers only; the times are from the plan, as its prediction was. */
-  settle(answer: FinishedAnswer): void;
-  /** The learned state as JSON; restore() answers false when it is not of this base, backend and thread count. */
-  save(): string;
-  restore(text: string): boolean;
-}
-
-export function createRouter(options: LatencyModelOptions): Router {
-  const model = new LatencyModel(options);
-  const predict: Predict = (input, rank) => model.predict(input, rank);
-  return {
-    route(input) {
-      const plan = chooseRank(input, predict);
-      if (plan.reason === 'infeasible' && input.budget.strict) throw tooShort(input, plan, predict);
-      return plan;
-    },
-    observe: (report) => model.observe(report),
-    settle: (answer) => model.settle(answer),
-    save: () => model.save(),
-    restore: (text) => model.restore(text),
-  };
+  route(input: RouteInput): Plan {
+    const predict: Predict = (what, rank) => this.predict(what, rank);
+    const plan = chooseRank(input, predict);
+    if (plan.reason === 'infeasible' && input.budget.strict) throw tooShort(input, plan, predict);
+    return plan;
+  }
 }
 
 const idle: RouteInput['load'] = {

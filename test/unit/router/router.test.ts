@@ -2,7 +2,7 @@ import { describe, expect, it } from 'vitest';
 import type { StepReport } from '../../../src/engine/messages.ts';
 import type { LatencyModelOptions } from '../../../src/router/latency-model.ts';
 import type { Budget, Plan, RouteInput } from '../../../src/router/policy.ts';
-import { createRouter, type Router } from '../../../src/router/router.ts';
+import { Router } from '../../../src/router/router.ts';
 import { createRng, type Rng } from '../../support/random.ts';
 
 const options: LatencyModelOptions = {
@@ -122,26 +122,24 @@ function train(router: Router, rng: Rng, answers: number): void {
 
 describe('the router', () => {
   it('says nothing before it has seen steps', () => {
-    expect(createRouter(options).route(inputOf({ promptTokens: 5, tokens: 5, others: 0 }))).toEqual(
-      {
-        rank: 16,
-        rankMax: 16,
-        reason: 'full',
-        prediction: null,
-      },
-    );
+    expect(new Router(options).route(inputOf({ promptTokens: 5, tokens: 5, others: 0 }))).toEqual({
+      rank: 16,
+      rankMax: 16,
+      reason: 'full',
+      prediction: null,
+    });
   });
 
   it('predicts whole answers and first tokens of a simulated engine within 10 % on average', () => {
     const rng = createRng(1);
-    const router = createRouter(options);
+    const router = new Router(options);
     train(router, rng, 60);
     let totalError = 0;
     let ttftError = 0;
     for (let i = 0; i < 100; i++) {
       const job = randomJob(rng);
       const plan = router.route(inputOf(job));
-      const seen = simulate(createRouter(options), rng, { ...job, rank: plan.rank });
+      const seen = simulate(new Router(options), rng, { ...job, rank: plan.rank });
       totalError += Math.abs(plan.prediction!.totalMs - seen.totalMs) / seen.totalMs;
       ttftError += Math.abs(plan.prediction!.ttftMs - seen.ttftMs) / seen.ttftMs;
     }
@@ -151,13 +149,13 @@ describe('the router', () => {
 
   it('keeps at least 97 of 100 feasible budgets, and uses them', () => {
     const rng = createRng(2);
-    const router = createRouter(options);
+    const router = new Router(options);
     train(router, rng, 100);
     const counts = { met: 0, feasible: 0, ranks: 0, best: 0 };
     for (let i = 0; i < 300; i++) {
       const job = randomJob(rng);
       const exact = (rank: number): number =>
-        simulate(createRouter(options), { ...rng, normal: () => 0 }, { ...job, rank }).totalMs;
+        simulate(new Router(options), { ...rng, normal: () => 0 }, { ...job, rank }).totalMs;
       const totalMs = exact(0) + rng.next() * 1.5 * (exact(16) - exact(0));
       const input = inputOf(job, { totalMs });
       const plan = router.route(input);
@@ -177,7 +175,7 @@ describe('the router', () => {
 
   it('lowers the rank when the machine is loaded, and gives all when the budget is loose', () => {
     const rng = createRng(3);
-    const router = createRouter(options);
+    const router = new Router(options);
     train(router, rng, 100);
     const job = { promptTokens: 40, tokens: 40 };
     const quiet = router.route(inputOf({ ...job, others: 0 }, { totalMs: 950 }));
@@ -190,7 +188,7 @@ describe('the router', () => {
 
   it('refuses a strict budget that cannot be met, and says when to come back only if waiting helps', () => {
     const rng = createRng(4);
-    const router = createRouter(options);
+    const router = new Router(options);
     train(router, rng, 100);
     const job = { promptTokens: 40, tokens: 40, others: 2 };
     expect(() => router.route(inputOf(job, { totalMs: 5, strict: true }))).toThrow(
@@ -209,15 +207,15 @@ describe('the router', () => {
 
   it('continues after a restart, on the same base, backend and thread count only', () => {
     const rng = createRng(5);
-    const router = createRouter(options);
+    const router = new Router(options);
     train(router, rng, 30);
     const saved = router.save();
     const input = inputOf({ promptTokens: 40, tokens: 40, others: 2 }, { totalMs: 700 });
-    const same = createRouter(options);
+    const same = new Router(options);
     expect(same.restore(saved)).toBe(true);
     expect(same.route(input)).toEqual(router.route(input));
     for (const change of [{ baseHash: 'c' }, { backend: 'test 2' }, { threads: 3 }]) {
-      const other = createRouter({ ...options, identity: { ...options.identity, ...change } });
+      const other = new Router({ ...options, identity: { ...options.identity, ...change } });
       expect(other.restore(saved)).toBe(false);
       expect(other.route(input).prediction).toBeNull();
     }
@@ -227,13 +225,13 @@ describe('the router', () => {
       saved.slice(0, -2),
       saved.replace(/"steps":\d+/, '"steps":-1'),
     ]) {
-      expect(createRouter(options).restore(damaged)).toBe(false);
+      expect(new Router(options).restore(damaged)).toBe(false);
     }
   });
 
   it('is not wrecked by outcomes that are none', () => {
     const rng = createRng(6);
-    const router = createRouter(options);
+    const router = new Router(options);
     train(router, rng, 30);
     const input = inputOf({ promptTokens: 40, tokens: 40, others: 2 });
     const plan = router.route(input);
