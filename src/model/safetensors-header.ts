@@ -15,15 +15,13 @@ export interface HeaderEntry {
   readonly end: number;
 }
 
-export interface ParsedHeader {
+interface ParsedHeader {
   readonly metadata: Map<string, string>;
   readonly entries: Map<string, HeaderEntry>;
 }
 
-export interface HeaderLimits {
-  readonly tensorsMax: number;
-  readonly axesMax: number;
-}
+const tensorsMax = 10_000; // faults.md B15
+const axesMax = 8;
 
 /** Own names of every object: harmless in a Map, not in whatever a later reader puts the names into. */
 const refusedNames: ReadonlySet<string> = new Set(['__proto__', 'constructor', 'prototype']);
@@ -131,7 +129,7 @@ function scanMetadata(scanner: Scanner): Map<string, string> {
   return metadata;
 }
 
-function scanEntry(scanner: Scanner, name: string, axesMax: number): HeaderEntry {
+function scanEntry(scanner: Scanner, name: string): HeaderEntry {
   let dtype: string | undefined;
   let shape: number[] | undefined;
   let offsets: number[] | undefined;
@@ -149,7 +147,7 @@ function scanEntry(scanner: Scanner, name: string, axesMax: number): HeaderEntry
 }
 
 /** Throws INVALID_ADAPTER for everything that is not exactly the grammar. */
-export function parseHeader(bytes: Uint8Array, limits: HeaderLimits): ParsedHeader {
+export function parseHeader(bytes: Uint8Array): ParsedHeader {
   let text: string;
   try {
     // A byte order mark must stay, to be refused: the format wants { first.
@@ -170,9 +168,8 @@ export function parseHeader(bytes: Uint8Array, limits: HeaderLimits): ParsedHead
     const bad = badName(name);
     if (bad !== null) fail(bad);
     if (entries.has(name)) fail(`the tensor ${quoted(name)} occurs twice`);
-    if (entries.size === limits.tensorsMax)
-      fail(`there are more than ${limits.tensorsMax} tensors`);
-    entries.set(name, scanEntry(scanner, name, limits.axesMax));
+    if (entries.size === tensorsMax) fail(`there are more than ${tensorsMax} tensors`);
+    entries.set(name, scanEntry(scanner, name));
   });
   scanner.end();
   return { metadata: metadata ?? new Map(), entries };

@@ -4,7 +4,6 @@
 
 import { type ErrorCode, GatewayError } from '../errors.ts';
 import { bf16BitsToF32, f16BitsToF32 } from '../kernels/half.ts';
-import { type ByteSource, memorySource } from './byte-source.ts';
 import { quoted } from './quoted.ts';
 import { badName, type HeaderEntry, parseHeader } from './safetensors-header.ts';
 
@@ -29,28 +28,11 @@ const refusedDtype = /^(F8_|F6_|F4|C64|C128)/;
 
 export interface SafetensorsLimits {
   readonly headerBytesMax?: number;
-  readonly tensorsMax?: number;
   /** What a broken file is thrown as. */
   readonly code?: ErrorCode;
 }
 
 const headerBytesMax = 1024 * 1024; // faults.md B15: 36 MB of header blocked the event loop for a second
-const tensorsMax = 10_000;
-const axesMax = 8;
-
-/** Where a tensor lies; read it from the same source. */
-export interface SafetensorsRange {
-  readonly dtype: SafetensorsDtype;
-  readonly shape: readonly number[];
-  /** From the start of the file. */
-  readonly offset: number;
-  readonly bytes: number;
-}
-
-export interface SafetensorsHeader {
-  readonly metadata: ReadonlyMap<string, string>;
-  readonly tensors: ReadonlyMap<string, SafetensorsRange>;
-}
 
 export interface SafetensorsTensor {
   readonly dtype: SafetensorsDtype;
@@ -64,14 +46,14 @@ export interface SafetensorsFile {
   readonly tensors: ReadonlyMap<string, SafetensorsTensor>;
 }
 
-/** Reads the header only, whatever the size of the data. Throws INVALID_ADAPTER (or `limits.code`), or UNSUPPORTED for a
- *  dtype of the format that this build does not read. */
-export function openSafetensorsHeader(
-  source: ByteSource,
+/** Each tensor's `data` is a view of `bytes`. Throws INVALID_ADAPTER (or `limits.code`), or UNSUPPORTED for a dtype of the
+ *  format that this build does not read. */
+export function readSafetensors(
+  bytes: Uint8Array,
   limits: SafetensorsLimits = {},
-): SafetensorsHeader {
+): SafetensorsFile {
   try {
-    return readHeader(source, limits);
+    return readFile(bytes, limits.headerBytesMax ?? headerBytesMax);
   } catch (error) {
     if (!(error instanceof GatewayError)) throw error;
     const code = error.code === 'INVALID_ADAPTER' ? (limits.code ?? error.code) : error.code;
@@ -79,50 +61,31 @@ export function openSafetensorsHeader(
   }
 }
 
-/** The same for a file in memory; each tensor's `data` is a view of `bytes`. */
-export function readSafetensors(
-  bytes: Uint8Array,
-  limits: SafetensorsLimits = {},
-): SafetensorsFile {
-  const source = memorySource(bytes, limits.code ?? 'INVALID_ADAPTER');
-  const { metadata, tensors } = openSafetensorsHeader(source, limits);
-  const views = new Map<string, SafetensorsTensor>();
-  for (const [name, { dtype, shape, offset, bytes: length }] of tensors) {
-    views.set(name, { dtype, shape, data: source.read(offset, length) });
-  }
-  return { metadata, tensors: views };
-}
-
 function invalid(message: string): GatewayError {
   return new GatewayError('INVALID_ADAPTER', message);
 }
 
-function readHeader(source: ByteSource, limits: SafetensorsLimits): SafetensorsHeader {
-  if (source.bytes < 8) throw invalid(`${source.bytes} bytes are too few for a header`);
-  const start = source.read(0, 8);
+function readFile(bytes: Uint8Array, max: number): SafetensorsFile {
+  if (bytes.length < 8) throw invalid(`${bytes.length} bytes are too few for a header`);
   // A bigint: 2^63 as a number would pass for a smaller one.
-  const length = new DataView(start.buffer, start.byteOffset, 8).getBigUint64(0, true);
-  const max = limits.headerBytesMax ?? headerBytesMax;
+  const length = new DataView(bytes.buffer, bytes.byteOffset, 8).getBigUint64(0, true);
   if (length > BigInt(max)) {
-    if (isPickle(start)) throw invalid('this is a pickle or an archive; only safetensors are read');
+    if (isPickle(bytes)) throw invalid('this is a pickle or an archive; only safetensors are read');
     throw invalid(`a header of ${length} bytes, at most ${max} are read`);
   }
   const dataStart = 8 + Number(length);
-  if (dataStart > source.bytes) {
-    throw invalid(`the header ends at ${dataStart}, the file at ${source.bytes}`);
+  if (dataStart > bytes.length) {
+    throw invalid(`the header ends at ${dataStart}, the file at ${bytes.length}`);
   }
-  const parsed = parseHeader(source.read(8, Number(length)), {
-    tensorsMax: limits.tensorsMax ?? tensorsMax,
-    axesMax,
-  });
-  const tensors = new Map<string, SafetensorsRange>();
-  for (const [name, entry] of parsed.entries) {
+  const data = bytes.subarray(dataStart);
+  const { metadata, entries } = parseHeader(bytes.subarray(8, dataStart));
+  const tensors = new Map<string, SafetensorsTensor>();
+  for (const [name, entry] of entries) {
     const { begin, end, shape } = entry;
-    const dtype = checkedEntry(name, entry);
-    tensors.set(name, { dtype, shape, offset: dataStart + begin, bytes: end - begin });
+    tensors.set(name, { dtype: checkedEntry(name, entry), shape, data: data.subarray(begin, end) });
   }
-  checkTiling(parsed.entries, source.bytes - dataStart);
-  return { metadata: parsed.metadata, tensors };
+  checkTiling(entries, data.length);
+  return { metadata, tensors };
 }
 
 /** torch.save writes a zip of pickles, or a pickle of protocol 2 to 5. Read as a length both are far above any limit, so
@@ -184,14 +147,11 @@ export function toFloat32({ dtype, data }: SafetensorsTensor): Float32Array {
       return new Float32Array(aligned);
     case 'F64':
       return Float32Array.from(new Float64Array(aligned));
-    case 'F16': {
-      const values = new Float32Array(data.length / 2);
-      f16BitsToF32(new Uint16Array(aligned), values);
-      return values;
-    }
+    case 'F16':
     case 'BF16': {
       const values = new Float32Array(data.length / 2);
-      bf16BitsToF32(new Uint16Array(aligned), values);
+      const widen = dtype === 'F16' ? f16BitsToF32 : bf16BitsToF32;
+      widen(new Uint16Array(aligned), values);
       return values;
     }
     default:
