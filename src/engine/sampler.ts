@@ -221,11 +221,16 @@ function orderKey(bits: number): number {
   return (bits >>> 31 === 1 ? ~bits : bits | 0x80000000) >>> 0;
 }
 
+const f32Max = (2 - 2 ** -23) * 2 ** 127;
+
 function adjust(logits: Float32Array, sampling: Sampling, history: SampleHistory): void {
   const { repetitionPenalty, frequencyPenalty, presencePenalty } = sampling;
   const repeat = (token: number): void => {
     const x = logits[token];
-    if (x !== undefined) logits[token] = x > 0 ? x / repetitionPenalty : x * repetitionPenalty;
+    if (x === undefined) return;
+    const changed = x > 0 ? x / repetitionPenalty : x * repetitionPenalty;
+    // A penalty near 0 leaves the range of f32; an infinite logit would fail the row as the model's own fault.
+    logits[token] = Math.min(changed, f32Max);
   };
   if (repetitionPenalty !== 1) {
     for (const token of history.prompt) if (!history.counts.has(token)) repeat(token);

@@ -173,6 +173,15 @@ describe('Sampler', () => {
     }
   });
 
+  it('chooses among repeated tokens under a penalty that divides by next to nothing', () => {
+    const sampling = { ...plain, repetitionPenalty: 1e-300, temperature: 0 };
+    const history = { prompt: new Set([1]), counts: new Map([[2, 1]]) };
+    const sampler = new Sampler(4);
+    expect(sampler.sample(Float32Array.of(9, 1, 2, 3), sampling, history, 0)).toBe(1);
+    const warm = { ...sampling, temperature: 1, topP: 0.9 };
+    expect([1, 2]).toContain(sampler.sample(Float32Array.of(9, 1, 2, 3), warm, history, 0));
+  });
+
   it('fails a row with NaN or infinite logits instead of choosing from it', () => {
     const sampler = new Sampler(4);
     for (const bad of [Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY]) {
