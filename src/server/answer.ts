@@ -3,7 +3,7 @@
 
 import { setMaxListeners } from 'node:events';
 import type { InferenceReport } from '../channels.ts';
-import type { EngineEvent, FinishReason, GenerateRequest, Sampling } from '../engine/messages.ts';
+import type { EngineEvent, GenerateRequest, Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
 import { meets, statesTime } from '../router/budget.ts';
 import type { Budget, Plan, RouteInput } from '../router/policy.ts';
@@ -35,7 +35,8 @@ interface Sequence extends FlyingSequence {
   queueMs: number | null;
   cachedTokens: number;
   completionTokens: number;
-  reason: FinishReason | null;
+  /** Null until it has ended. */
+  end: (EngineEvent & { readonly kind: 'end' }) | null;
 }
 
 export class Answer {
@@ -46,7 +47,6 @@ export class Answer {
   readonly #sequences: readonly Sequence[];
   readonly #controller = new AbortController();
   readonly #outside: readonly AbortSignal[];
-  readonly #plannedMs: number;
   #events: AsyncGenerator<Tagged<EngineEvent>, void, void> | null = null;
   #first: Promise<IteratorResult<Tagged<EngineEvent>>> | null = null;
   #ttftMs: number | null = null;
@@ -70,7 +70,6 @@ export class Answer {
         promptTokens: this.#promptTokens * n - prompts[0]!.length,
       }),
     });
-    this.#plannedMs = deps.clock.nowMs();
     this.#sequences = prompts.flatMap((prompt) =>
       Array.from({ length: n }, () => ({
         promptTokens: prompt.length,
@@ -80,7 +79,7 @@ export class Answer {
         queueMs: null,
         cachedTokens: 0,
         completionTokens: 0,
-        reason: null,
+        end: null,
       })),
     );
     // Every sequence listens, and Node warns of a leak beyond ten; this signal goes with the request.
@@ -123,7 +122,7 @@ export class Answer {
     } catch (error) {
       throw this.#blame(error);
     }
-    if (this.#sequences.some(({ reason }) => reason === null)) {
+    if (this.#sequences.some(({ end }) => end === null)) {
       throw new GatewayError('ENGINE_FAILED', 'a sequence ended without an end event');
     }
     this.#isComplete = true;
@@ -146,14 +145,13 @@ export class Answer {
     }
     for (const sequence of this.#sequences) this.#deps.inFlight.remove(sequence);
     this.request.target.lease?.release();
-    if (this.#isComplete) this.#settle(this.#endedMs);
+    if (this.#isComplete) this.#settle();
   }
 
   report(): InferenceReport {
     const { request } = this;
     const sum = (figure: (sequence: Sequence) => number, of = this.#sequences): number =>
       of.reduce((total, sequence) => total + figure(sequence), 0);
-    const endedMs = this.#isComplete ? this.#endedMs : null;
     return {
       adapter: request.target.lease?.name ?? null,
       generation: request.target.lease?.generation ?? null,
@@ -161,7 +159,7 @@ export class Answer {
       rankMax: this.#plan.rankMax,
       reason: this.#plan.reason,
       predictedMs: this.#plan.prediction?.totalMs ?? null,
-      plannedToEndMs: endedMs === null ? null : endedMs - this.#plannedMs,
+      plannedToEndMs: this.#isComplete ? (this.#longest.end?.totalMs ?? null) : null,
       budgetMet: this.#isComplete ? this.#budgetMet() : null,
       promptTokens: this.#promptTokens,
       completionTokens: sum((sequence) => sequence.completionTokens),
@@ -173,7 +171,7 @@ export class Answer {
       queueMs: this.#sequences.find(({ queueMs }) => queueMs !== null)?.queueMs ?? null,
       ttftMs: this.#ttftMs,
       totalMs: this.#totalMs,
-      finishReasons: this.#sequences.flatMap(({ reason }) => reason ?? []),
+      finishReasons: this.#sequences.flatMap(({ end }) => end?.reason ?? []),
     };
   }
 
@@ -218,7 +216,7 @@ export class Answer {
         sequence.completionTokens += event.tokens.length;
         break;
       case 'end':
-        sequence.reason = event.reason;
+        sequence.end = event;
         sequence.completionTokens = event.completionTokens;
         this.#deps.inFlight.remove(sequence);
         this.#endedMs = this.#deps.clock.nowMs();
@@ -232,23 +230,25 @@ export class Answer {
     if (!statesTime(budget)) return null;
     const [totalMs, ttftMs] = [this.#totalMs ?? 0, this.#ttftMs ?? 0];
     // Sequences run side by side: the longest one sets the pace that was seen.
-    const perTokenMs = (totalMs - ttftMs) / Math.max(1, this.#longest() - 1);
+    const perTokenMs = (totalMs - ttftMs) / Math.max(1, this.#longest.completionTokens - 1);
     return meets(budget, { totalMs, ttftMs, perTokenMs });
   }
 
-  #longest(): number {
-    return Math.max(...this.#sequences.map(({ completionTokens }) => completionTokens));
+  get #longest(): Sequence {
+    return this.#sequences.reduce((a, b) => (b.completionTokens > a.completionTokens ? b : a));
   }
 
-  #settle(endedMs: number): void {
-    const { request } = this;
+  /** The engine's own times: ours stand still while the client does not read, and that says nothing of the machine. */
+  #settle(): void {
+    const { completionTokens, end } = this.#longest;
+    if (end === null) return;
     this.#deps.router.settle({
-      adapter: request.target.lease?.name ?? null,
+      adapter: this.request.target.lease?.name ?? null,
       prediction: this.#plan.prediction,
-      tokensMax: request.tokensMax,
-      completionTokens: this.#longest(),
-      ttftMs: request.receivedMs + (this.#ttftMs ?? 0) - this.#plannedMs,
-      totalMs: endedMs - this.#plannedMs,
+      tokensMax: this.request.tokensMax,
+      completionTokens,
+      ttftMs: end.ttftMs,
+      totalMs: end.totalMs,
     });
   }
 }

@@ -259,6 +259,17 @@ describe('a client that reads slowly', () => {
     await settleTasks();
   });
 
+  it('teaches the router the pace of the engine and not its own', async () => {
+    feed().push(startEvent(), pieceEvent('a'), pieceEvent('b'), endEvent(2));
+    const response = await streamed();
+    const reader = response.body!.getReader();
+    await reader.read();
+    harness.clock.advance(20_000);
+    while (!(await reader.read()).done);
+    await settleTasks();
+    expect(harness.outcomes).toMatchObject([{ completionTokens: 2, ttftMs: 5, totalMs: 9 }]);
+  });
+
   it('for too long is treated as gone, and its lease is given back', async () => {
     feed().push(startEvent(), pieceEvent('a'), pieceEvent('b'));
     const response = await streamed();

@@ -150,7 +150,7 @@ describe('/metrics', () => {
       harness.clock.advance(30);
       yield pieceEvent('abc', request);
       harness.clock.advance(200);
-      yield endEvent(3);
+      yield endEvent(3, 'stop', { ttftMs: 50, totalMs: 250 });
     };
     const prompt = 'user: Secret words\n'.length;
     await harness.post(chat, { ...ask, latency: { total_ms: 1000 } });

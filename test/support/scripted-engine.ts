@@ -144,8 +144,12 @@ export function pieceEvent(text: string, request?: GenerateRequest): EngineEvent
   return { kind: 'piece', text, tokens };
 }
 
-export function endEvent(completionTokens: number, reason: FinishReason = 'stop'): EngineEvent {
-  return { kind: 'end', reason, stopString: null, completionTokens, ttftMs: 5, totalMs: 9 };
+export function endEvent(
+  completionTokens: number,
+  reason: FinishReason = 'stop',
+  times: { readonly ttftMs: number; readonly totalMs: number } = { ttftMs: 5, totalMs: 9 },
+): EngineEvent {
+  return { kind: 'end', reason, stopString: null, completionTokens, ...times };
 }
 
 /** Answers every request at once: who answers (`base`, or the generation's first digits and the rank), the seed, and the
