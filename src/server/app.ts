@@ -3,7 +3,7 @@
 // a path reaches a handler around it (faults.md B43).
 
 import { type Context, Hono } from 'hono';
-import { GatewayError } from '../errors.ts';
+import type { ContentfulStatusCode } from 'hono/utils/http-status';
 import * as adapters from './adapters.ts';
 import { authenticate } from './auth.ts';
 import { completeChat } from './chat.ts';
@@ -56,11 +56,7 @@ export function createApp(deps: ServerDeps): App {
   const routes = routeTable(deps.config.metricsPublic);
   const hono = new Hono<Env>();
   hono.use(async function observe(c, next) {
-    const record = new RequestRecord(
-      { id: requestId(c, deps), method: c.req.method },
-      deps.clock,
-      deps.log,
-    );
+    const record = new RequestRecord(requestId(c, deps), c.req.method, deps);
     c.set('record', record);
     c.header('x-request-id', record.id);
     c.header('x-content-type-options', 'nosniff');
@@ -103,18 +99,8 @@ function requestId(c: Context<Env>, deps: ServerDeps): string {
   return own !== undefined && /^[\w.-]{1,128}$/.test(own) ? own : `req-${deps.random.id()}`;
 }
 
-function problemResponse(c: Context<Env>, thrown: unknown): Response {
-  // Hono's own request errors are HTTPExceptions; anything that is not ours is INTERNAL and shows nothing.
-  const known = thrown instanceof GatewayError || thrown instanceof HttpError;
-  const problem = problemOf(thrown);
-  c.get('record').fail(known || thrown instanceof Error ? thrown : new Error(String(thrown)));
-  const headers = new Headers(problem.headers);
-  headers.set('content-type', 'application/json');
-  headers.set('x-request-id', c.get('record').id);
-  headers.set('x-content-type-options', 'nosniff');
-  headers.set('cache-control', 'no-store');
-  return new Response(JSON.stringify({ error: problem.error }), {
-    status: problem.status,
-    headers,
-  });
+function problemResponse(c: Context<Env>, thrown: Error): Response {
+  c.get('record').fail(thrown);
+  const { status, headers, error } = problemOf(thrown);
+  return c.json({ error }, status as ContentfulStatusCode, headers);
 }

@@ -2,7 +2,7 @@
 // more, whichever of success, failure, cut-off and disconnect comes first. Nothing a client wrote freely is logged.
 
 import { type InferenceReport, publish, type RequestEnd } from '../channels.ts';
-import type { Clock } from './deps.ts';
+import type { ServerDeps } from './deps.ts';
 import { problemOf } from './problem.ts';
 
 export class RequestRecord {
@@ -15,21 +15,15 @@ export class RequestRecord {
   isStream = false;
   /** Asked at the end, when the figures are complete. */
   report: (() => InferenceReport) | null = null;
-  readonly #clock: Clock;
-  readonly #log: (line: string) => void;
+  readonly #deps: Pick<ServerDeps, 'clock' | 'log'>;
   #isFinished = false;
   #thrown: unknown = null;
 
-  constructor(
-    request: { readonly id: string; readonly method: string },
-    clock: Clock,
-    log: (line: string) => void,
-  ) {
-    this.id = request.id;
-    this.method = request.method;
-    this.receivedMs = clock.nowMs();
-    this.#clock = clock;
-    this.#log = log;
+  constructor(id: string, method: string, deps: Pick<ServerDeps, 'clock' | 'log'>) {
+    this.id = id;
+    this.method = method;
+    this.receivedMs = deps.clock.nowMs();
+    this.#deps = deps;
   }
 
   fail(thrown: unknown): void {
@@ -47,18 +41,18 @@ export class RequestRecord {
       code: this.#thrown === null ? null : problemOf(this.#thrown).error.code,
       stream: this.isStream,
       tenant: this.tenant,
-      durationMs: this.#clock.nowMs() - this.receivedMs,
+      durationMs: this.#deps.clock.nowMs() - this.receivedMs,
       inference: this.report?.() ?? null,
     };
     publish('request-end', end);
-    this.#log(JSON.stringify(this.#line(end)));
+    this.#deps.log(JSON.stringify(this.#line(end)));
   }
 
   #line(end: RequestEnd): object {
     const { inference, ...rest } = end;
     const isOurs = end.status >= 500 && this.#thrown !== null;
     return {
-      time: new Date(this.#clock.unixMs()).toISOString(),
+      time: new Date(this.#deps.clock.unixMs()).toISOString(),
       level: end.status >= 500 ? 'error' : 'info',
       event: 'request-end',
       ...rest,

@@ -10,11 +10,8 @@ describe('RequestRecord', () => {
     const lines: string[] = [];
     const ends: RequestEnd[] = [];
     const stop = onEvent('request-end', (end) => void ends.push(end));
-    const record = new RequestRecord(
-      { id: 'r', method: 'GET' },
-      clock,
-      (line) => void lines.push(line),
-    );
+    const log = (line: string): void => void lines.push(line);
+    const record = new RequestRecord('r', 'GET', { clock, log });
     clock.advance(25);
     // The first failure is the cause; what follows from it is not.
     record.fail(new GatewayError('NO_CAPACITY', 'down'));
