@@ -35,7 +35,7 @@ export class EngineChild {
   readonly #listener: ChildListener;
   readonly #process: ChildProcess;
   #why = '';
-  #isReady = false;
+  #isEnding = false;
   #isBusy = false;
   #isDead = false;
   #lastSignMs: number;
@@ -86,6 +86,7 @@ export class EngineChild {
         return;
       }
       this.#onEnd = resolve;
+      this.#isEnding = true;
       this.send({ kind: 'shutdown' });
       this.#cancelTimer();
       this.#cancelTimer = this.#options.clock.after(endMsMax, () =>
@@ -102,7 +103,7 @@ export class EngineChild {
       if (hasExited && isClosed) this.#die();
     };
     this.#process.on('message', (message) => this.#hear(message as FromEngine));
-    this.#process.once('error', (error) => {
+    this.#process.on('error', (error) => {
       this.#why = error.message;
       if (this.#process.pid === undefined) this.#die();
     });
@@ -128,8 +129,8 @@ export class EngineChild {
   #hear(message: FromEngine): void {
     if (this.#isDead) return;
     this.#lastSignMs = this.#options.clock.nowMs();
-    if (message.kind === 'ready' && !this.#isReady) {
-      this.#isReady = true;
+    // The timer of an end must stay: an engine that became ready meanwhile and then stops would never end.
+    if (message.kind === 'ready' && !this.#isEnding) {
       this.#cancelTimer();
       this.#watchSilence(this.#options.silenceMsMax);
     }

@@ -28,6 +28,7 @@ export interface FakeProcessOptions {
   readonly poisonToken?: number;
   readonly refuse?: boolean;
   readonly neverReady?: boolean;
+  readonly stopWhenReady?: boolean;
 }
 
 const options = JSON.parse(process.argv[2]!) as FakeProcessOptions;
@@ -76,4 +77,5 @@ else {
       }),
     );
   });
+  if (options.stopWhenReady === true) process.kill(process.pid, 'SIGSTOP');
 }

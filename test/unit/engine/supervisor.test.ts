@@ -257,6 +257,17 @@ describe('Supervisor: deaths', () => {
     await failed;
   });
 
+  it('an engine that becomes ready and stops while the gateway closes is killed', async () => {
+    const clock = {
+      ...systemClock,
+      after: (ms: number, callback: () => void) => systemClock.after(ms / 2, callback),
+    };
+    const starting = start({ stopWhenReady: true }, { clock, readyMsMax: 1e6, silenceMsMax: 1e9 });
+    const failed = expect(starting).rejects.toMatchObject({ code: 'NO_CAPACITY' });
+    await closeAll();
+    await failed;
+  });
+
   it('a gateway that is killed takes its engine with it', async () => {
     const parent = fork(fileURLToPath(entryUrl(import.meta.url, '../../support/orphan-parent')), {
       execArgv: entryExecArgv(import.meta.url),
