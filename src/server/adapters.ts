@@ -6,7 +6,7 @@ import { isAbsolute, resolve, sep } from 'node:path';
 import type { Context } from 'hono';
 import { z } from 'zod';
 import { type Generation, isAdapterName, isGeneration } from '../adapters/adapter.ts';
-import type { AdapterRecord, ImportedAdapter } from '../adapters/registry.ts';
+import type { AdapterRecord } from '../adapters/registry.ts';
 import { type ErrorCode, GatewayError } from '../errors.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
@@ -26,13 +26,21 @@ const generation = z.custom<Generation>(
   'want sha256: and 64 hex digits',
 );
 const swapSchema = z.strictObject({ generation });
-const addSchema = z.strictObject({
+const addSchema: z.ZodType<Addition> = z.strictObject({
   name: adapterName,
   source: directoryName,
   accept_base_name: z.string().min(1).max(256).exactOptional(),
   if_generation: generation.exactOptional(),
   replace: z.boolean().exactOptional(),
 });
+
+export interface Addition {
+  name: string;
+  source: string;
+  accept_base_name?: string;
+  if_generation?: Generation;
+  replace?: boolean;
+}
 
 export function listAdapters(c: Context<Env>, deps: ServerDeps): Response {
   const data = deps.registry.list().map((record) => describeAdapter(record, deps));
@@ -58,69 +66,46 @@ export function deleteAdapter(c: Context<Env>, deps: ServerDeps): Response {
 
 export async function addAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const body = await readBody(c, deps, addSchema);
-  const isReplace = body.replace === true;
-  if (body.if_generation !== undefined && !isReplace) {
+  if (body.if_generation !== undefined && body.replace !== true) {
     throw invalidRequest('if_generation needs replace: true', 'if_generation');
   }
-  const { record, imported, isNew } = await publishAdapter(deps, {
-    name: body.name,
-    source: body.source,
-    sourceParam: 'source',
-    isReplace,
-    expected: body.if_generation ?? null,
-    ...(body.accept_base_name === undefined ? {} : { acceptBaseName: body.accept_base_name }),
-  });
-  return c.json(
-    { ...describeAdapter(record, deps), warnings: imported.warnings },
-    isNew ? 201 : 200,
-  );
+  const { record, warnings, isNew } = await publishAdapter(deps, body, 'source');
+  return c.json({ ...describeAdapter(record, deps), warnings }, isNew ? 201 : 200);
 }
 
-export interface Publication {
-  readonly name: string;
-  readonly source: string;
-  /** The field that errors about the source name. */
-  readonly sourceParam: string;
-  readonly isReplace: boolean;
-  readonly expected: Generation | null;
-  readonly acceptBaseName?: string;
-}
-
-/** Imports and points the name at the result. A failure leaves the name as it was. */
+/** Imports and points the name at the result. A failure leaves the name as it was. `sourceParam` is the field that errors
+ *  about the source name. */
 export async function publishAdapter(
   deps: ServerDeps,
-  publication: Publication,
-): Promise<{ record: AdapterRecord; imported: ImportedAdapter; isNew: boolean }> {
+  addition: Addition,
+  sourceParam: string,
+): Promise<{ record: AdapterRecord; warnings: readonly string[]; isNew: boolean }> {
   const { registry, importer, config } = deps;
-  const { name, acceptBaseName } = publication;
-  const existing = registry.find(name);
-  if (name === config.modelName || (existing !== null && !publication.isReplace)) {
+  const { name, accept_base_name: acceptBaseName, if_generation: expected = null } = addition;
+  const toReplace = (): AdapterRecord | null => {
+    const existing = registry.find(name);
+    if (name !== config.modelName && (existing === null || addition.replace)) return existing;
     throw new GatewayError('ADAPTER_EXISTS', `the name '${name}' is taken`, { param: 'name' });
-  }
-  const directory = await jailedDirectory(publication, config.adaptersRoot);
-  const imported = await importer.importPeft(
-    directory,
-    acceptBaseName === undefined ? {} : { acceptBaseName },
-  );
+  };
+  toReplace();
+  const directory = await jailedDirectory(addition.source, config.adaptersRoot, sourceParam);
+  const options = acceptBaseName === undefined ? {} : { acceptBaseName };
+  const { generation, warnings } = await importer.importPeft(directory, options);
   // Read again: the import took seconds, and create and swap are where a race is decided.
-  const before = registry.find(name);
-  if (before === null) {
-    if (publication.expected !== null) {
-      throw new GatewayError('GENERATION_MISMATCH', `'${name}' does not exist`, { param: 'name' });
-    }
-    return { record: registry.create(name, imported.generation), imported, isNew: true };
+  const before = toReplace();
+  if (before !== null) {
+    const record = registry.swap(name, generation, expected);
+    unloadUnused(before.generation, deps);
+    return { record, warnings, isNew: false };
   }
-  if (!publication.isReplace) {
-    throw new GatewayError('ADAPTER_EXISTS', `the name '${name}' is taken`, { param: 'name' });
+  if (expected !== null) {
+    throw new GatewayError('GENERATION_MISMATCH', `'${name}' does not exist`, { param: 'name' });
   }
-  const record = registry.swap(name, imported.generation, publication.expected);
-  unloadUnused(before.generation, deps);
-  return { record, imported, isNew: false };
+  return { record: registry.create(name, generation), warnings, isNew: true };
 }
 
 /** The real path of a source inside the root. What lies outside is refused alike whether it exists or not. */
-async function jailedDirectory(publication: Publication, root: string): Promise<string> {
-  const { source, sourceParam: param } = publication;
+async function jailedDirectory(source: string, root: string, param: string): Promise<string> {
   const refuse = (code: ErrorCode, message: string, cause?: unknown): never => {
     throw new GatewayError(code, message, { param, cause });
   };

@@ -21,22 +21,13 @@ const unloadSchema = z.strictObject({ lora_name: z.string().min(1).max(256) });
 export async function loadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   checkEnabled(deps);
   const body = await readBody(c, deps, loadSchema);
-  const isReplace = body.load_inplace === true;
-  if (!isReplace && deps.registry.find(body.lora_name) !== null) {
+  const { lora_name: name, lora_path: source, load_inplace: replace = false } = body;
+  if (!replace && deps.registry.find(name) !== null) {
     // vLLM answers 400 here, where /v1/adapters answers 409.
-    throw invalidRequest(
-      `The lora adapter '${body.lora_name}' has already been loaded.`,
-      'lora_name',
-    );
+    throw invalidRequest(`The lora adapter '${name}' has already been loaded.`, 'lora_name');
   }
-  await publishAdapter(deps, {
-    name: body.lora_name,
-    source: body.lora_path,
-    sourceParam: 'lora_path',
-    isReplace,
-    expected: null,
-  });
-  return c.text(`Success: LoRA adapter '${body.lora_name}' added successfully.`);
+  await publishAdapter(deps, { name, source, replace }, 'lora_path');
+  return c.text(`Success: LoRA adapter '${name}' added successfully.`);
 }
 
 export async function unloadLora(c: Context<Env>, deps: ServerDeps): Promise<Response> {
