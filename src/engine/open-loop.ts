@@ -4,7 +4,9 @@
 import { blobPath } from '../adapters/blobs.ts';
 import { readPacked } from '../adapters/pack.ts';
 import { createResidency } from '../adapters/residency.ts';
+import { GatewayError } from '../errors.ts';
 import type { BackendName } from '../kernels/create-kernels.ts';
+import { rememberedSha256, sha256OfFile } from '../model/file-hash.ts';
 import { openGguf } from '../model/gguf.ts';
 import { openDecoder } from '../model/open-decoder.ts';
 import { endTokensOf, readTokenizerSource, tokenBytesTable } from '../model/tokenizer.ts';
@@ -18,7 +20,7 @@ import { PrefixCache } from './prefix-cache.ts';
 /** Plain data: it crosses to the engine process as JSON. */
 export interface EngineConfig {
   readonly modelPath: string;
-  /** SHA-256 of the model file, hex. */
+  /** SHA-256 of the model file, hex. The file may be another one by the time that an engine is started again. */
   readonly modelHash: string;
   readonly weights: WeightMode;
   readonly backend: BackendName;
@@ -40,12 +42,22 @@ export interface EngineConfig {
 
 const noBytes = new Uint8Array();
 
+async function checkHash({ modelPath, modelHash, cacheDirectory }: EngineConfig): Promise<void> {
+  const found =
+    cacheDirectory === null
+      ? await sha256OfFile(modelPath)
+      : await rememberedSha256(modelPath, cacheDirectory);
+  if (found === modelHash) return;
+  throw new GatewayError('INVALID_MODEL_FILE', `the model file is ${found}, not ${modelHash}`);
+}
+
 export async function openLoop(
   config: EngineConfig,
   clock: EngineClock,
   emit: (message: FromEngine) => void,
 ): Promise<EngineLoop> {
   const { modelPath, modelHash, libraryDirectory, weights: mode, ...sizes } = config;
+  await checkHash(config);
   const { decoder, description } = await openDecoder({
     ...sizes,
     modelPath,

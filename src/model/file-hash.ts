@@ -57,7 +57,7 @@ async function readMemory(path: string): Promise<Memory> {
     return memorySchema.parse(JSON.parse(await readFile(path, 'utf8')));
   } catch {
     // Absent or damaged: the cost is one more pass over the file.
-    await rm(path, { force: true });
+    await rm(path, { force: true }).catch(() => {});
     return [];
   }
 }
@@ -81,10 +81,14 @@ export async function rememberedSha256(
   if (known !== undefined) return known.sha256;
   const sha256 = await sha256OfFile(real, signal);
   const others = memory.filter((one) => one.path !== real).slice(0, rememberedMax - 1);
-  await mkdir(memoryDir, { recursive: true });
-  await writeFileDurably(
-    memoryPath,
-    JSON.stringify([{ path: real, bytes, modifiedMs, inode, sha256 }, ...others]),
-  );
+  try {
+    await mkdir(memoryDir, { recursive: true });
+    await writeFileDurably(
+      memoryPath,
+      JSON.stringify([{ path: real, bytes, modifiedMs, inode, sha256 }, ...others]),
+    );
+  } catch {
+    // A full or read-only disk: the cost is one more pass over the file.
+  }
   return sha256;
 }

@@ -1,5 +1,13 @@
 import { createHash } from 'node:crypto';
-import { readFileSync } from 'node:fs';
+import {
+  copyFileSync,
+  mkdtempSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
+import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { systemClock } from '../../../src/engine/clock.ts';
@@ -67,23 +75,44 @@ async function idsOf(
   return ids;
 }
 
+function start(changes: Partial<EngineConfig> = {}): Supervisor {
+  return new Supervisor({
+    entry: entryUrl(import.meta.url, '../../../src/engine/engine-process'),
+    execArgv: entryExecArgv(import.meta.url),
+    argument: JSON.stringify({ ...config, ...changes }),
+    environment: {},
+    clock: systemClock,
+    readyMsMax: 60_000,
+    silenceMsMax: 30_000,
+    backoffMsMin: 1,
+    backoffMsMax: 100,
+    flightsMax: 50,
+    eventsMax: 1000,
+    drainMsMax: 5000,
+  });
+}
+
+it('serves nothing from a model file that was replaced while it ran', async () => {
+  const directory = mkdtempSync(join(tmpdir(), 'rankgate-engine-'));
+  const modelPath = join(directory, 'model.gguf');
+  copyFileSync(tinyPath, modelPath);
+  const engine = start({ modelPath, cacheDirectory: join(directory, 'cache') });
+  await engine.start();
+  const bytes = readFileSync(tinyPath);
+  bytes[bytes.length - 1]! ^= 1; // as valid as before
+  writeFileSync(`${modelPath}.new`, bytes);
+  renameSync(`${modelPath}.new`, modelPath);
+  process.kill(engine.pid!, 'SIGKILL');
+  const answer = idsOf(engine.submit(requests()[0]!, never));
+  await expect(answer).rejects.toMatchObject({ code: 'NO_CAPACITY' });
+  await engine.close();
+  rmSync(directory, { recursive: true });
+}, 60_000);
+
 describe('engine process over real tensors', () => {
   let engine: Supervisor;
   beforeAll(async () => {
-    engine = new Supervisor({
-      entry: entryUrl(import.meta.url, '../../../src/engine/engine-process'),
-      execArgv: entryExecArgv(import.meta.url),
-      argument: JSON.stringify(config),
-      environment: {},
-      clock: systemClock,
-      readyMsMax: 60_000,
-      silenceMsMax: 30_000,
-      backoffMsMin: 1,
-      backoffMsMax: 100,
-      flightsMax: 50,
-      eventsMax: 1000,
-      drainMsMax: 5000,
-    });
+    engine = start();
     await engine.start();
   });
   afterAll(() => engine.close());
