@@ -1,13 +1,13 @@
 // A model file from the Hugging Face hub: `hf:org/repo/path/file.gguf`. Resumes by Range into a .part file named by the
 // content's hash, so that parts of two revisions never mix; checked against the hub's LFS SHA-256 before it is published.
 
+import { createHash } from 'node:crypto';
 import { createWriteStream } from 'node:fs';
 import { mkdir, open, readFile, rm, stat } from 'node:fs/promises';
 import { basename, join } from 'node:path';
 import { Readable, Transform } from 'node:stream';
 import { pipeline } from 'node:stream/promises';
 import { type FileDownloadInfoOutput, fileDownloadInfo, HubApiError } from '@huggingface/hub';
-import { z } from 'zod';
 import { GatewayError } from '../errors.ts';
 import { renameDurably, sha256OfFile, writeFileDurably } from './file-hash.ts';
 
@@ -26,6 +26,11 @@ export interface HubOptions {
 }
 
 const fileBytesMax = 256 * 1024 ** 3; // guess: nothing larger runs on one machine of the kind this is for
+
+interface FetchedFile {
+  readonly path: string;
+  readonly sha256: string;
+}
 
 // Each segment starts with a letter or digit: no `..`, no empty part, nothing that URL parsing would fold.
 const hubPattern =
@@ -112,43 +117,26 @@ async function appendRest(
   await pipeline(body, count, sink, { signal: options.signal });
 }
 
-const rememberedMax = 64;
-const refsSchema = z.array(z.strictObject({ ref: z.string(), sha256: z.string().length(64) }));
-
-const refOf = (file: HubFile): string => `${file.repo}/${file.path}@${file.revision ?? 'main'}`;
 const pathOf = (dir: string, file: HubFile, sha256: string): string =>
   join(dir, `${sha256.slice(0, 12)}-${basename(file.path)}`);
 
-async function readRefs(dir: string): Promise<z.infer<typeof refsSchema>> {
-  try {
-    return refsSchema.parse(JSON.parse(await readFile(join(dir, 'hub.json'), 'utf8')));
-  } catch {
-    return []; // absent or damaged: the hub is asked
-  }
-}
-
-async function rememberRef(dir: string, file: HubFile, sha256: string): Promise<void> {
-  const others = (await readRefs(dir)).filter(({ ref }) => ref !== refOf(file));
-  const refs = [{ ref: refOf(file), sha256 }, ...others.slice(0, rememberedMax - 1)];
-  await writeFileDurably(join(dir, 'hub.json'), JSON.stringify(refs));
+/** Where it is noted which content a name had when it was last fetched. */
+function notePath(dir: string, file: HubFile): string {
+  const name = `${file.repo}/${file.path}@${file.revision ?? 'main'}`;
+  return join(dir, `hub-${createHash('sha256').update(name).digest('hex').slice(0, 16)}.json`);
 }
 
 /** What was fetched under this name before, if it is still here. */
-async function keptFile(
-  dir: string,
-  file: HubFile,
-): Promise<{ path: string; sha256: string } | null> {
-  const sha256 = (await readRefs(dir)).find(({ ref }) => ref === refOf(file))?.sha256;
-  if (sha256 === undefined) return null;
+async function keptFile(dir: string, file: HubFile): Promise<FetchedFile | null> {
+  const note = await readFile(notePath(dir, file), 'utf8').catch(() => '');
+  const sha256 = /^"([0-9a-f]{64})"$/.exec(note)?.[1];
+  if (sha256 === undefined) return null; // absent or damaged: the hub is asked
   const path = pathOf(dir, file, sha256);
   return (await stat(path).catch(() => null)) === null ? null : { path, sha256 };
 }
 
 /** Downloads what is missing and returns the verified file. A connection that breaks leaves the part for the next call. */
-export async function fetchHubFile(
-  file: HubFile,
-  options: HubOptions,
-): Promise<{ path: string; sha256: string }> {
+export async function fetchHubFile(file: HubFile, options: HubOptions): Promise<FetchedFile> {
   const kept = await keptFile(options.dir, file);
   // A commit never changes; a branch is asked for, yet a hub that is down must not keep a gateway from starting.
   if (kept !== null && /^[0-9a-f]{40}$/.test(file.revision ?? '')) return kept;
@@ -164,7 +152,7 @@ async function downloadFile(
   file: HubFile,
   info: FileDownloadInfoOutput,
   options: HubOptions,
-): Promise<{ path: string; sha256: string }> {
+): Promise<FetchedFile> {
   const sha256 = /^"?([0-9a-f]{64})"?$/.exec(info.etag)?.[1];
   if (sha256 === undefined) {
     throw new GatewayError(
@@ -178,10 +166,17 @@ async function downloadFile(
   await mkdir(options.dir, { recursive: true });
   const path = pathOf(options.dir, file, sha256);
   const present = await stat(path).catch(() => null);
-  if (present?.size === info.size) {
-    await rememberRef(options.dir, file, sha256);
-    return { path, sha256 };
-  }
+  if (present?.size !== info.size) await downloadPart(file, info, { path, sha256 }, options);
+  await writeFileDurably(notePath(options.dir, file), JSON.stringify(sha256));
+  return { path, sha256 };
+}
+
+async function downloadPart(
+  file: HubFile,
+  info: FileDownloadInfoOutput,
+  { path, sha256 }: FetchedFile,
+  options: HubOptions,
+): Promise<void> {
   const part = join(options.dir, `${sha256}.part`);
   await appendRest(part, file, info, options).catch((error: unknown) => {
     if (error instanceof GatewayError || options.signal?.aborted) throw error;
@@ -210,6 +205,4 @@ async function downloadFile(
     await handle.close();
   }
   await renameDurably(part, path);
-  await rememberRef(options.dir, file, sha256);
-  return { path, sha256 };
 }
