@@ -9,6 +9,7 @@ import {
   fsyncSync,
   mkdirSync,
   openSync,
+  readdirSync,
   readSync,
   renameSync,
   rmSync,
@@ -39,6 +40,7 @@ export interface WeightCache extends Disposable {
 export function openWeightCache(directory: string, key: string): WeightCache {
   mkdirSync(directory, { recursive: true });
   const path = join(directory, `${key}.weights`);
+  removeLeftovers(directory, key);
   return openExisting(path) ?? createNew(path);
 }
 
@@ -117,6 +119,16 @@ class ReadCache implements WeightCache {
 
   [Symbol.dispose](): void {
     closeSync(this.#descriptor);
+  }
+}
+
+/** What killed processes left: each as large as the model. A living one that loses its file writes none, which it takes
+ *  for a full disk. */
+function removeLeftovers(directory: string, key: string): void {
+  for (const name of readdirSync(directory)) {
+    if (name.startsWith(`${key}.weights.`) && name.endsWith('.tmp')) {
+      rmSync(join(directory, name), { force: true });
+    }
   }
 }
 

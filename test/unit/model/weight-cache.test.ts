@@ -63,6 +63,27 @@ describe('weight cache', () => {
     expect(again.get('a', a.length)).toEqual(Buffer.from(a));
   });
 
+  it('removes what a killed process left half written, of this model only', () => {
+    const other = 'other.weights.7.tmp';
+    for (const name of ['model.weights.7.tmp', other]) writeFileSync(join(directory, name), a);
+    fill();
+    expect(readdirSync(directory).sort()).toEqual(['model.weights', other]);
+    writeFileSync(join(directory, 'model.weights.8.tmp'), a);
+    openWeightCache(directory, 'model')[Symbol.dispose]();
+    expect(readdirSync(directory).sort()).toEqual(['model.weights', other]);
+  });
+
+  it('writes nothing, and breaks nothing, when another process takes its file away', () => {
+    const mine = openWeightCache(directory, 'model');
+    mine.put('a', a);
+    fill();
+    mine.put('b', b);
+    mine.finish();
+    mine[Symbol.dispose]();
+    using cache = openWeightCache(directory, 'model');
+    expect(cache.get('a', a.length)).toEqual(Buffer.from(a));
+  });
+
   it.each([0, 10, 900, 1077, 1100])('a file cut to %i bytes counts as none', (size) => {
     const path = fill();
     truncateSync(path, size);
