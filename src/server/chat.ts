@@ -10,23 +10,25 @@ import { readBody } from './limits.ts';
 import { chatLogprobs } from './logprobs.ts';
 import { invalidRequest } from './problem.ts';
 import type { Shape } from './reply.ts';
-import { fewEntries, generationSchema, plainText, tokenIdMax } from './schemas.ts';
+import { byForm, fewEntries, generationSchema, plainText, tokenIdMax } from './schemas.ts';
 
 const textPart = z.strictObject({ type: z.literal('text'), text: plainText });
+const textParts = z.array(textPart).min(1).max(256);
 const message = z.strictObject({
   role: z.enum(['system', 'user', 'assistant']),
-  content: z.union([plainText, z.array(textPart).min(1).max(256)]),
+  content: byForm<string | z.infer<typeof textParts>>((value) =>
+    Array.isArray(value) ? textParts : plainText,
+  ),
 });
 
 /** Values that a template may print: no character that could spell a special token (faults.md B56). */
-const templateValue = z.union([
-  z.boolean(),
-  z.number(),
-  z
-    .string()
-    .max(128)
-    .regex(/^[\w .:,-]*$/),
-]);
+const templateValue = z.custom<string | number | boolean>(
+  (value) =>
+    typeof value === 'boolean' ||
+    Number.isFinite(value) ||
+    (typeof value === 'string' && /^[\w .:,-]{0,128}$/.test(value)),
+  'want true, false, a number or at most 128 of letters, digits, blanks and _.:,-',
+);
 /** What the gateway itself gives to the template. */
 const templateOwn = ['messages', 'add_generation_prompt', 'bos_token', 'eos_token', 'tools'];
 

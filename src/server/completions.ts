@@ -12,31 +12,22 @@ import { readBody } from './limits.ts';
 import { LegacyLogprobs } from './logprobs.ts';
 import { invalidRequest } from './problem.ts';
 import type { Shape } from './reply.ts';
-import { generationSchema, plainText, tokens } from './schemas.ts';
+import { byForm, generationSchema, plainText, tokens } from './schemas.ts';
 
 type Prompts = string | number[] | string[] | number[][];
 
 const texts = z.array(plainText).min(1).max(8);
 const tokenLists = z.array(tokens).min(1).max(8);
 
-/** The first element tells which of the four forms is meant; a union would blame another one. */
+/** The first element tells which of the four forms is meant. */
 function promptForm(value: unknown): z.ZodType {
   if (!Array.isArray(value)) return plainText;
   if (Array.isArray(value[0])) return tokenLists;
   return typeof value[0] === 'number' ? tokens : texts;
 }
 
-const prompt: z.ZodType<Prompts> = z
-  .custom<Prompts>((value) => value !== undefined, 'want a prompt')
-  .check(({ value, issues }) => {
-    const parsed = promptForm(value).safeParse(value);
-    for (const { path, message } of parsed.error?.issues ?? []) {
-      issues.push({ code: 'custom', path, message, input: value });
-    }
-  });
-
 const completionSchema = generationSchema({
-  prompt,
+  prompt: byForm<Prompts>(promptForm),
   echo: z.boolean().exactOptional(),
   logprobs: z.int().min(0).max(20).exactOptional(),
 });

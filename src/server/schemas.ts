@@ -3,7 +3,6 @@
 // context) are in generation.ts.
 
 import { z } from 'zod';
-import type { GatewayError } from '../errors.ts';
 import { invalidRequest } from './problem.ts';
 
 // Characters, before tokenising; the text worker has its own, tighter limit from the context length.
@@ -43,7 +42,16 @@ export function fewEntries(entriesMax: number): z.ZodType<Record<string, unknown
   );
 }
 
+/** The value's form (a list or not, say) tells which schema is meant; a union would blame another one. */
+export function byForm<T>(schemaOf: (value: unknown) => z.ZodType): z.ZodCustom<T, T> {
+  return z.custom<T>().check(({ value, issues }) => {
+    const { error } = schemaOf(value).safeParse(value);
+    for (const issue of error?.issues ?? []) issues.push(issue as z.core.$ZodRawIssue);
+  });
+}
+
 const stopString = plainText.pipe(z.string().min(1).max(256));
+const stopStrings = z.array(stopString).max(4);
 
 /** Fields that both completion calls share. Ranges are OpenAI's where it has the field, else vLLM's. */
 const shared = z.strictObject({
@@ -60,7 +68,9 @@ const shared = z.strictObject({
     .min(-(2 ** 31))
     .max(2 ** 32 - 1)
     .exactOptional(),
-  stop: z.union([stopString, z.array(stopString).max(4)]).exactOptional(),
+  stop: byForm<string | string[]>((value) =>
+    Array.isArray(value) ? stopStrings : stopString,
+  ).exactOptional(),
   n: z.int().min(1).max(8).exactOptional(),
   presence_penalty: z.number().min(-2).max(2).exactOptional(),
   frequency_penalty: z.number().min(-2).max(2).exactOptional(),
@@ -110,38 +120,16 @@ export interface GenerationBody {
 export function parseBody<T>(schema: z.ZodType<T>, body: unknown): T {
   const parsed = schema.safeParse(body);
   if (parsed.success) return parsed.data;
-  throw describeIssue(parsed.error.issues[0]!, []);
-}
-
-function describeIssue(issue: z.core.$ZodIssue, parent: readonly PropertyKey[]): GatewayError {
-  const path = [...parent, ...issue.path];
+  const issue = parsed.error.issues[0]!;
   if (issue.code === 'unrecognized_keys') {
-    const param = paramOf([...path, issue.keys[0] ?? '']);
-    return invalidRequest(`unknown or unsupported field: ${param}`, param);
+    const param = paramOf([...issue.path, issue.keys[0] ?? '']);
+    throw invalidRequest(`unknown or unsupported field: ${param}`, param);
   }
-  if (issue.code === 'invalid_union') {
-    const meant = issue.errors.filter(isRightKind).sort(compareAlternatives)[0];
-    if (meant !== undefined) return describeIssue(meant[0]!, path);
-  }
-  const param = paramOf(path);
-  const message = issue.message.replace(/^Invalid input$/, 'none of the accepted forms');
-  return invalidRequest(param === '' ? message : `${param}: ${message}`, param || undefined);
-}
-
-type Alternative = readonly z.core.$ZodIssue[];
-
-/** A text where a list is wanted is no attempt at a list. */
-function isRightKind([first]: Alternative): boolean {
-  return first !== undefined && (first.path.length > 0 || first.code !== 'invalid_type');
-}
-
-/** First the alternative that was most likely meant: fewest faults, then the first fault furthest into the value. */
-function compareAlternatives(a: Alternative, b: Alternative): number {
-  if (a.length !== b.length) return a.length - b.length;
-  const [pathA, pathB] = [a[0]!.path, b[0]!.path];
-  if (pathA.length !== pathB.length) return pathB.length - pathA.length;
-  const at = pathA.findIndex((part, i) => part !== pathB[i]);
-  return at < 0 ? 0 : Number(pathB[at]) - Number(pathA[at]) || 0;
+  const param = paramOf(issue.path);
+  throw invalidRequest(
+    param === '' ? issue.message : `${param}: ${issue.message}`,
+    param || undefined,
+  );
 }
 
 /** `messages[0].content`; a key that a client chose is shown in part only. */
