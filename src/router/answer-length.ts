@@ -86,10 +86,10 @@ export class AnswerLengths {
   }
 
   save(): SavedCurves {
-    return [...this.#curves.entries()].map(([name, curve]) => [name, structuredClone(curve)]);
+    return [...this.#curves.entries()];
   }
 
   restore(saved: SavedCurves): void {
-    for (const [name, curve] of saved.toReversed()) this.#curves.set(name, structuredClone(curve));
+    for (const [name, curve] of saved.toReversed()) this.#curves.set(name, curve);
   }
 }

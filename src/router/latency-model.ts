@@ -7,7 +7,7 @@ import { z } from 'zod';
 import type { StepReport } from '../engine/messages.ts';
 import { AnswerLengths, savedCurves } from './answer-length.ts';
 import type { Prediction, RouteInput } from './policy.ts';
-import { StepTime, type StepWork, savedStepTime } from './step-time.ts';
+import { type StepEstimate, StepTime, type StepWork, savedStepTime } from './step-time.ts';
 
 const adaptersMax = 4096; // ~1.5 MB of answer-length curves
 /** Steps before a prediction is worth more than none. */
@@ -103,7 +103,7 @@ export class LatencyModel {
   }
 
   /** Everything that waits is prefilled first, in steps of at most prefillTokensMax that also decode the running rows. */
-  #firstToken(input: RouteInput, rank: number): { ms: number; doubtMs: number } {
+  #firstToken(input: RouteInput, rank: number): StepEstimate {
     const { load, promptTokens } = input;
     const { decodeRows, kvCells, waiting, waitingPromptTokens } = load;
     const tokens = promptTokens + waitingPromptTokens;
@@ -123,7 +123,7 @@ export class LatencyModel {
   }
 
   /** A decode step once this row and all that wait before it have joined. */
-  #pace(input: RouteInput, rank: number): { ms: number; doubtMs: number } {
+  #pace(input: RouteInput, rank: number): StepEstimate {
     const { load, promptTokens, tokensMax } = input;
     const { decodeRows, decodeRanks, waiting, waitingPromptTokens } = load;
     const rankMean = decodeRows === 0 ? 0 : decodeRanks / decodeRows;

@@ -1,5 +1,5 @@
 // One request's life with the engine: plan, submit its sequences, keep the figures, end exactly once. Holds the adapter's
-// lease from before the plan to the last sequence's end; `end` and `abort` may be called at any time, in any order.
+// lease from before the plan to the last sequence's end; `end` may be called at any time.
 
 import { setMaxListeners } from 'node:events';
 import type { InferenceReport } from '../channels.ts';
