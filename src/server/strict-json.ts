@@ -3,8 +3,8 @@
 
 import { invalidRequest } from './problem.ts';
 
-const codes = { quote: 34, comma: 44, colon: 58, backslash: 92 } as const;
-const brackets = { squareOpen: 91, squareClose: 93, curlyOpen: 123, curlyClose: 125 } as const;
+const quote = 34;
+const backslash = 92;
 
 export interface JsonLimits {
   readonly depthMax: number;
@@ -30,8 +30,8 @@ function scanStructure(text: string, { depthMax, keysMax }: JsonLimits): void {
   const open: Array<Set<string> | null> = [];
   let isKeyNext = false;
   for (let i = 0; i < text.length; i++) {
-    switch (text.charCodeAt(i)) {
-      case codes.quote: {
+    switch (text[i]) {
+      case '"': {
         const end = stringEnd(text, i);
         const keys = open.at(-1);
         if (isKeyNext && keys) {
@@ -39,28 +39,24 @@ function scanStructure(text: string, { depthMax, keysMax }: JsonLimits): void {
           if (keyCount > keysMax) throw invalidRequest(`the body has more than ${keysMax} keys`);
           addKey(keys, text.slice(i, end + 1));
         }
+        isKeyNext = false;
         i = end;
         break;
       }
-      case codes.comma:
+      case ',':
         isKeyNext = open.at(-1) instanceof Set;
         break;
-      case codes.colon:
-        isKeyNext = false;
-        break;
-      case brackets.curlyOpen:
-      case brackets.squareOpen: {
+      case '{':
+      case '[':
         if (open.length === depthMax) {
           throw invalidRequest(`the body is nested deeper than ${depthMax} levels`);
         }
-        isKeyNext = text.charCodeAt(i) === brackets.curlyOpen;
+        isKeyNext = text[i] === '{';
         open.push(isKeyNext ? new Set() : null);
         break;
-      }
-      case brackets.curlyClose:
-      case brackets.squareClose:
+      case '}':
+      case ']':
         open.pop();
-        isKeyNext = false;
         break;
     }
   }
@@ -69,9 +65,8 @@ function scanStructure(text: string, { depthMax, keysMax }: JsonLimits): void {
 /** Index of the closing quote of the string that opens at `start`, or past the text's end. */
 function stringEnd(text: string, start: number): number {
   let i = start + 1;
-  for (let code = text.charCodeAt(i); code !== codes.quote && i < text.length; ) {
-    i += code === codes.backslash ? 2 : 1;
-    code = text.charCodeAt(i);
+  while (i < text.length && text.charCodeAt(i) !== quote) {
+    i += text.charCodeAt(i) === backslash ? 2 : 1;
   }
   return i;
 }
