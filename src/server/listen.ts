@@ -81,7 +81,13 @@ function closer(server: Server, lifecycle: SettableLifecycle): (graceMs: number)
   const answering = new Set<ServerResponse>();
   server.on('connection', (socket) => {
     unused.add(socket);
-    socket.once('close', () => unused.delete(socket));
+    socket.once('close', () => {
+      unused.delete(socket);
+      // Node tells the response whose turn it was. Those of requests pipelined behind it would be computed for nobody.
+      for (const response of answering) {
+        if (response.req.socket === socket && response.socket === null) response.emit('close');
+      }
+    });
   });
   server.prependListener('request', ({ socket }, response) => {
     unused.delete(socket);

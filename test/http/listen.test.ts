@@ -152,6 +152,20 @@ describe('a socket that is dropped', () => {
     });
   }
 
+  it.each([false, true])('aborts what was pipelined on it too, stream %s', async (stream) => {
+    harness.engine.script = () => {
+      const events = new EventFeed();
+      if (stream) events.push(startEvent(), pieceEvent('a'));
+      return events;
+    };
+    const socket = await open();
+    socket.write(httpRequest(JSON.stringify({ ...ask, stream })).repeat(5));
+    await until(() => harness.engine.live === 5);
+    socket.destroy();
+    await until(() => harness.engine.live === 0 && harness.logs.length === 5);
+    expect(harness.logs.every((line) => JSON.parse(line).status === 499)).toBe(true);
+  });
+
   it('in the middle of its body submits nothing', async () => {
     const socket = await open();
     socket.write(httpRequest(JSON.stringify(ask)).slice(0, -10));
