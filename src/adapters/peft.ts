@@ -77,7 +77,7 @@ function checkBaseName({ baseName }: PeftConfig, { base, acceptBaseName }: PeftI
       throw new GatewayError(
         'BASE_MISMATCH',
         `base_model_name_or_path is ${theirs}, this base is ${ours}; ` +
-          `to import it all the same, repeat the name as acceptBaseName`,
+          `to import it all the same, repeat the name as accept_base_name`,
         { param: 'base_model_name_or_path' },
       );
   }

@@ -164,7 +164,7 @@ describe('the base that an adapter names', () => {
     expect(() => named('meta-llama/Llama-3.2-1B')).toThrow(
       expect.objectContaining({
         code: 'BASE_MISMATCH',
-        message: expect.stringContaining('acceptBaseName'),
+        message: expect.stringContaining('accept_base_name'),
       }),
     );
     expect(() => named('meta-llama/Llama-3.2-1B', 'meta-llama/Llama-3.2-3B')).toThrow();
