@@ -147,7 +147,8 @@ export async function exportAdapter(c: Context<Env>, deps: ServerDeps): Promise<
   const { rankMax } = record.manifest;
   const unknown = Object.keys(c.req.query()).find((key) => key !== 'rank');
   if (unknown !== undefined) throw invalidRequest('the only parameter is rank');
-  const asked = c.req.query('rank') ?? String(rankMax);
+  const [asked = String(rankMax), second] = c.req.queries('rank') ?? [];
+  if (second !== undefined) throw invalidRequest('rank: one is wanted', 'rank');
   const rank = /^[1-9]\d{0,3}$/.test(asked) ? Number(asked) : Number.NaN;
   if (!(rank <= rankMax)) throw invalidRequest(`rank: an integer from 1 to ${rankMax}`, 'rank');
   // Leased: the blob must outlast a swap or a removal that comes in between.

@@ -304,7 +304,7 @@ describe('GET /v1/adapters/{name}/export', () => {
     expect(Buffer.from(bytes).includes('"r":4')).toBe(true);
   });
 
-  it.each(['0', '17', '-1', '4.5', '1e1', 'x', ''])('refuses rank=%s', async (rank) => {
+  it.each(['0', '17', '-1', '4.5', '1e1', 'x', '', '4&rank=8'])('refuses rank=%s', async (rank) => {
     const refused = await call('GET', `/v1/adapters/support/export?rank=${rank}`);
     expect(refused).toMatchObject({ status: 400, body: { error: { param: 'rank' } } });
   });
