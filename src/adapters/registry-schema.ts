@@ -58,17 +58,27 @@ export function openDatabase(path: string, bytesMax: number): RegistryDatabase {
     }
     const { page_size: pageBytes } = db.prepare('PRAGMA page_size').get() as { page_size: number };
     db.pragma(`max_page_count = ${Math.ceil(bytesMax / pageBytes)}`);
-    db.transaction(() => migrate(db)).immediate();
+    // Not transaction(), whose own rollback would hide that the disk is full.
+    db.exec('BEGIN IMMEDIATE');
+    migrate(db);
+    db.exec('COMMIT');
     return { db, close: () => closeAll(lock, db) };
   } catch (error) {
-    for (const database of opened) database.close();
+    for (const database of opened) {
+      if (database.inTransaction) database.exec('ROLLBACK'); // close() alone may leave it locked.
+      database.close();
+    }
     throw openError(error);
   }
 }
 
 function closeAll(lock: Database.Database, db: Database.Database): void {
   if (!db.open) return;
-  db.pragma('wal_checkpoint(TRUNCATE)'); // SQLite does it at close only once the statements are gone.
+  try {
+    db.pragma('wal_checkpoint(TRUNCATE)'); // SQLite does it at close only once the statements are gone.
+  } catch {
+    // A full disk: the next open reads the log.
+  }
   db.close();
   lock.exec('ROLLBACK');
   lock.close();
@@ -92,6 +102,9 @@ function openError(error: unknown): GatewayError {
   if (code.startsWith('SQLITE_BUSY') || code.startsWith('SQLITE_LOCKED')) {
     const message = 'another process uses this registry';
     return new GatewayError('NO_CAPACITY', message, { cause: error });
+  }
+  if (code.startsWith('SQLITE_FULL')) {
+    return new GatewayError('DISK_FULL', 'no room left for the registry', { cause: error });
   }
   return new GatewayError('INTERNAL', `the registry cannot be opened (${code})`, { cause: error });
 }

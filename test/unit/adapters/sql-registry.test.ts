@@ -121,6 +121,31 @@ describe('the registry over SQLite', () => {
     expect(registry.swap('a', second!, first!).generation).toBe(second);
   });
 
+  it('says so when there is no room to begin with', () => {
+    registry.close();
+    rmSync(join(directory, 'registry.db'));
+    const begin = () => open({ bytesMax: 1 });
+    expect(begin).toThrow(expect.objectContaining({ code: 'DISK_FULL' }));
+    registry = open();
+  });
+
+  it('closes whole, and keeps all, when its log cannot be moved into the database', async () => {
+    const [first] = await stored(1);
+    registry.create('a', first!);
+    const { pragma } = Database.prototype;
+    Database.prototype.pragma = function (this: Database.Database, text: string): unknown {
+      if (text.startsWith('wal_checkpoint')) throw new Error('database or disk is full');
+      return pragma.call(this, text);
+    };
+    try {
+      registry.close();
+    } finally {
+      Database.prototype.pragma = pragma;
+    }
+    registry = open();
+    expect(registry.find('a')?.generation).toBe(first);
+  });
+
   it('ends a lease and removes a name although the generation cannot be deleted', async () => {
     const [first] = await stored(1);
     registry.create('a', first!);
