@@ -5,6 +5,7 @@ import { once, setMaxListeners } from 'node:events';
 import type { Server, ServerResponse } from 'node:http';
 import type { AddressInfo, Socket } from 'node:net';
 import { createAdaptorServer } from '@hono/node-server';
+import { GatewayError } from '../errors.ts';
 import type { App } from './app.ts';
 import type { Lifecycle } from './deps.ts';
 
@@ -66,7 +67,11 @@ export async function listen(
   // Silence in both directions. Longer than any whole answer takes: until its end a non-stream answer sends nothing.
   server.setTimeout(30 * 60_000);
   server.listen({ host: options.host, port: options.port });
-  await once(server, 'listening');
+  await once(server, 'listening').catch((cause: unknown) => {
+    const why = cause instanceof Error && 'code' in cause ? String(cause.code) : 'unknown';
+    const message = `cannot listen on ${options.host} port ${options.port}: ${why}`;
+    throw new GatewayError('INVALID_REQUEST', message, { cause });
+  });
   return { port: (server.address() as AddressInfo).port, close: closer(server, lifecycle) };
 }
 

@@ -203,6 +203,16 @@ describe('a socket that is not read', () => {
   });
 });
 
+describe('a port that is taken', () => {
+  it('is said so', async () => {
+    const options = { host: '127.0.0.1', port: listening.port, connectionsMax: 1, keepAliveMs: 1 };
+    await expect(listen(harness.app, harness.lifecycle, options)).rejects.toMatchObject({
+      code: 'INVALID_REQUEST',
+      message: `cannot listen on 127.0.0.1 port ${listening.port}: EADDRINUSE`,
+    });
+  });
+});
+
 describe('limits of the connection', () => {
   it('a body that is too large sees its 413', async () => {
     const answer = await raw(httpRequest(`{"x":"${'y'.repeat(600_000)}"}`));
