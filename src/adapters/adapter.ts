@@ -8,10 +8,11 @@
 //   blk.{block}.{projection}.b  [pages, out, 8]
 // The served delta at rank k is y += B[:, :k] · A[:k, :] · x: the scale (alpha/r, rsLoRA, patterns) is folded in at import.
 
+import { ranksPerPage } from '../kernels/kernels.ts';
 import type { Projection } from '../model/decoder-config.ts';
 
 /** Ranks per page. The unit in which adapters occupy the engine's memory and in which a row's cost grows. */
-export const pageRanks = 8;
+export const pageRanks: number = ranksPerPage;
 /** Largest rank that is accepted anywhere. */
 export const rankMaxLimit = 256;
 
@@ -56,13 +57,4 @@ export interface AdapterManifest {
     /** base_model_name_or_path as the adapter's config had it: opaque text, never fetched. */
     readonly baseName: string | null;
   };
-}
-
-/** Bytes of the packed tensors that uniform rank k touches for one token: whole ranks, f16. */
-export function adapterBytesAtRank(manifest: AdapterManifest, rank: number): number {
-  let bytes = 0;
-  for (const module of manifest.modules) {
-    bytes += 2 * Math.min(rank, module.rank) * (module.in + module.out);
-  }
-  return bytes;
 }

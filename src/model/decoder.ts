@@ -135,11 +135,6 @@ export class Decoder implements Stepper {
     return program;
   }
 
-  /** Records the programs that serving will want first, so that no request pays for it. */
-  warm(sizes: readonly ProgramSize[]): void {
-    for (const size of sizes) this.#program(size);
-  }
-
   #forward(ops: Ops, { rows, segments, pages }: ProgramSize): Readonly<Record<string, Tensor>> {
     const { config } = this;
     const { heads, kvHeads, headSize, normEps } = config;
