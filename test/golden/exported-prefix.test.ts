@@ -26,7 +26,8 @@ describe('an exported prefix', () => {
     const wanted = flat(logitsPerToken(stepper, ids, rowsAt(rank)));
     const got = flat(logitsPerToken(stepper, ids, writeAdapter(stepper, reopened, 13)(rank)));
     const full = flat(logitsPerToken(stepper, ids, rowsAt(packed.manifest.rankMax)));
-    const worst = (a: number[]): number => Math.max(...a.map((logit, i) => Math.abs(logit - wanted[i]!)));
+    const worst = (a: number[]): number =>
+      Math.max(...a.map((logit, i) => Math.abs(logit - wanted[i]!)));
     expect(worst(got)).toBeLessThanOrEqual(1e-3 * range(wanted));
     expect(worst(full)).toBeGreaterThan(1e-3 * range(wanted)); // the other ranks would show
   });
