@@ -1,7 +1,7 @@
 // The obvious f32 implementation of every op, one loop nest each: the oracle of the conformance suite, and what a new
 // backend is written against. Programs replay their closure eagerly. Weights of any type are dequantised when written.
 
-import { checkIndices, checkRange, checkShape, elementCount, mismatch } from './check.ts';
+import { checkRange, checkShape, mismatch } from './check.ts';
 import type {
   AttentionSegment,
   ByteMove,
@@ -13,8 +13,8 @@ import type {
   StoredTensor,
   Tensor,
 } from './kernels.ts';
-import { EagerOps, type InputData, ReferenceTensor, stored, type Value } from './reference-ops.ts';
-import { SymbolicOps } from './symbolic-ops.ts';
+import { EagerOps, ReferenceTensor, stored, type Value } from './reference-ops.ts';
+import { checkInput, type InputData, SymbolicOps } from './symbolic-ops.ts';
 
 export class ReferenceKernels implements Kernels {
   readonly name = 'reference';
@@ -65,12 +65,7 @@ class ReferenceProgram implements Program {
   }
 
   write(name: string, data: InputData): void {
-    const plan = this.#symbolic.inputs.get(name);
-    if (plan === undefined) throw mismatch('write', `the program has no input ${name}`);
-    if (data.length !== elementCount(plan.shape)) {
-      throw mismatch('write', `${name} wants ${plan.shape.join('×')}, got ${data.length} numbers`);
-    }
-    if (plan.indexLimit !== Number.POSITIVE_INFINITY) checkIndices(name, data, plan.indexLimit);
+    checkInput(this.#symbolic.inputs, name, data);
     this.#inputs.set(name, data.slice());
   }
 

@@ -12,8 +12,7 @@ import type {
   StoredTensor,
   Tensor,
 } from './kernels.ts';
-
-export type InputData = Float32Array | Int32Array | BigInt64Array;
+import type { InputData } from './symbolic-ops.ts';
 
 export interface Value extends Tensor {
   /** Row-major numbers; i64 values are exact below 2^53. */

@@ -11,6 +11,25 @@ export interface InputPlan {
   indexLimit: number;
 }
 
+export type InputData = Float32Array | Int32Array | BigInt64Array;
+
+const arrayOf = { f32: Float32Array, i32: Int32Array, i64: BigInt64Array } as const;
+
+/** What every backend asks of Program.write before it copies: the name, the type, the size and every index. */
+export function checkInput(
+  inputs: ReadonlyMap<string, InputPlan>,
+  name: string,
+  data: InputData,
+): void {
+  const plan = inputs.get(name);
+  if (plan === undefined) throw check.mismatch('write', `the program has no input ${name}`);
+  if (!(data instanceof arrayOf[plan.dtype]) || data.length !== check.elementCount(plan.shape)) {
+    const wanted = `${plan.shape.join('×')} ${plan.dtype}`;
+    throw check.mismatch('write', `${name} wants ${wanted}, got ${data.length} numbers`);
+  }
+  if (plan.indexLimit !== Number.POSITIVE_INFINITY) check.checkIndices(name, data, plan.indexLimit);
+}
+
 export class SymbolicOps implements Ops {
   readonly inputs: Map<string, InputPlan> = new Map();
   /** Upper bound on native tensor structs, views included. */

@@ -449,6 +449,7 @@ export function kernelSuite(
       refused(() => program.write('ids', Int32Array.of(1, 10)));
       refused(() => program.write('ids', Int32Array.of(-1, 0)));
       refused(() => program.write('ids', Int32Array.of(1)));
+      refused(() => program.write('ids', Float32Array.of(1, 2)));
       refused(() => program.write('other', Int32Array.of(1, 2)));
       refused(() => program.run([]));
       refused(() => kernels.write(table, new Uint8Array(8), table.bytes - 4));

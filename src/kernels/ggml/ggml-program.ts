@@ -7,9 +7,9 @@
 
 import koffi from 'koffi';
 import { GatewayError } from '../../errors.ts';
-import { checkIndices, checkRange, checkSegments, elementCount, mismatch } from '../check.ts';
+import { checkRange, checkSegments, elementCount, mismatch } from '../check.ts';
 import type { AttentionSegment, Ops, Program, ProgramShape, Tensor } from '../kernels.ts';
-import { type InputPlan, SymbolicOps } from '../symbolic-ops.ts';
+import { checkInput, type InputData, type InputPlan, SymbolicOps } from '../symbolic-ops.ts';
 import { ggmlType, tensorLayout } from './library.ts';
 import { Arena, TensorBuffer } from './memory.ts';
 import {
@@ -27,14 +27,14 @@ const maskHidden = 0xfc00; // -infinity in f16
 /** Segments per program, an arbitrary bound: tensor structs grow with segments × attends. */
 const segmentsLimit = 256;
 
-type InputData = Float32Array | Int32Array | BigInt64Array;
-
 interface Recording {
   readonly arena: Arena;
   readonly recorder: Recorder;
   readonly outputs: ReadonlyMap<string, Node>;
   /** Address of q of each attend; known once the scratch is placed. */
   readonly qAddresses: readonly number[];
+  /** The tightest of all attends: a run's segments are checked against it once. */
+  readonly limits: Parameters<typeof checkSegments>[1];
   readonly version: number;
 }
 
@@ -139,7 +139,12 @@ export class GgmlProgram implements Program {
     }
     scratch.place(recorder.graph);
     const qAddresses = recorder.sites.map(({ q }) => Number(library.pointer('ggml_get_data', q)));
-    return { arena, recorder, outputs, qAddresses, version: scratch.version };
+    const limits = {
+      rows: Math.min(...recorder.sites.map(({ rows }) => rows)),
+      cells: Math.min(...recorder.sites.map(({ k }) => k.shape[0]!)),
+      segmentsMax: this.#segmentsMax,
+    };
+    return { arena, recorder, outputs, qAddresses, limits, version: scratch.version };
   }
 
   /** The recording, made again when another program has grown and so moved the shared scratch. */
@@ -148,6 +153,8 @@ export class GgmlProgram implements Program {
     if (recording === undefined) throw new GatewayError('INTERNAL', 'the program was disposed');
     if (recording.version === this.#host.scratch.version) return recording;
     release(recording);
+    // Recording again may fail for want of memory: what was released must not be released once more.
+    this.#recording = undefined;
     this.#tierRows = [];
     const again = this.#record();
     this.#recording = again;
@@ -156,13 +163,7 @@ export class GgmlProgram implements Program {
   }
 
   write(name: string, values: InputData): void {
-    const plan = this.#inputs.get(name);
-    if (plan === undefined) throw mismatch('write', `the program has no input ${name}`);
-    if (!isOfType(values, plan.dtype) || values.length !== elementCount(plan.shape)) {
-      const wanted = `${plan.shape.join('×')} ${plan.dtype}`;
-      throw mismatch('write', `${name} wants ${wanted}, got ${values.length} numbers`);
-    }
-    if (plan.indexLimit !== Number.POSITIVE_INFINITY) checkIndices(name, values, plan.indexLimit);
+    checkInput(this.#inputs, name, values);
     const recording = this.#current();
     this.#values.set(name, values.slice());
     this.#copyIn(recording, name, values);
@@ -174,14 +175,12 @@ export class GgmlProgram implements Program {
   }
 
   run(segments: readonly AttentionSegment[]): void {
-    const { arena, recorder, qAddresses } = this.#current();
+    const { arena, recorder, qAddresses, limits } = this.#current();
     if (this.#values.size !== this.#inputs.size) {
       const missing = [...this.#inputs.keys()].filter((name) => !this.#values.has(name));
       throw mismatch('run', `inputs never written: ${missing.join(', ')}`);
     }
-    for (const { rows, k, views } of recorder.sites) {
-      checkSegments(segments, { rows, cells: k.shape[0]!, segmentsMax: views.length });
-    }
+    if (recorder.sites.length > 0) checkSegments(segments, limits);
     this.#aimMasks(arena, recorder, segments);
     this.#aimTiers(arena, recorder);
     for (const [i, site] of recorder.sites.entries()) aim(arena, site, qAddresses[i]!, segments);
@@ -238,8 +237,7 @@ export class GgmlProgram implements Program {
   }
 
   [Symbol.dispose](): void {
-    if (this.#recording === undefined) return;
-    release(this.#recording);
+    if (this.#recording !== undefined) release(this.#recording);
     this.#recording = undefined;
     this.#mask[Symbol.dispose]();
     this.#onDispose();
@@ -280,17 +278,6 @@ function tierRows(pages: Int32Array, count: number, tiers: number): number[] {
     }
   }
   return rows;
-}
-
-function isOfType(values: InputData, dtype: 'f32' | 'i32' | 'i64'): boolean {
-  switch (dtype) {
-    case 'f32':
-      return values instanceof Float32Array;
-    case 'i32':
-      return values instanceof Int32Array;
-    case 'i64':
-      return values instanceof BigInt64Array;
-  }
 }
 
 function release({ arena, recorder }: Recording): void {
