@@ -1,11 +1,13 @@
-// Backend name → implementation, loaded when asked for: the ggml backend opens shared objects on import of its library.
+// Backend name → implementation, loaded when asked for: ggml opens shared objects, tfjs looks for what may not be installed.
 
 import type { Kernels } from './kernels.ts';
 
-export type BackendName = 'ggml' | 'reference';
+export type BackendName = 'ggml' | 'tfjs' | 'reference';
 
 export interface KernelsOptions {
+  /** Of ggml. TensorFlow.js takes its own from the environment, before it is loaded. */
   readonly threads: number;
+  /** Of ggml's shared objects, or a folder with TensorFlow.js in its node_modules. */
   readonly libraryDirectory?: string;
 }
 
@@ -14,6 +16,12 @@ export async function createKernels(name: BackendName, options: KernelsOptions):
     case 'ggml': {
       const { GgmlKernels } = await import('./ggml/ggml-kernels.ts');
       return new GgmlKernels(options);
+    }
+    case 'tfjs': {
+      const { loadTensorFlow } = await import('./tfjs/tensorflow.ts');
+      const { TfjsKernels } = await import('./tfjs/tfjs-kernels.ts');
+      const directory = options.libraryDirectory;
+      return new TfjsKernels(await loadTensorFlow(directory === undefined ? {} : { directory }));
     }
     case 'reference': {
       const { ReferenceKernels } = await import('./reference-kernels.ts');

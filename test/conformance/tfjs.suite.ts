@@ -1,0 +1,146 @@
+// The kernel suite on one of the packages that the tfjs backend runs on, and what only that backend promises: no tensor is
+// left behind. One package a test file: TensorFlow.js is one engine a process.
+
+import { describe, expect, it } from 'vitest';
+import { GatewayError } from '../../src/errors.ts';
+import type { Kernels, Ops, StoredTensor, Tensor } from '../../src/kernels/kernels.ts';
+import type { TensorFlowPackage } from '../../src/kernels/tfjs/tensorflow.ts';
+import { TfjsKernels } from '../../src/kernels/tfjs/tfjs-kernels.ts';
+import { createRng, normals } from '../support/random.ts';
+import { loadForTest, whyNoTensorflow } from '../support/tensorflow.ts';
+import { kernelSuite } from './kernels.suite.ts';
+import { trainingSuite } from './training.suite.ts';
+
+const [rows, cells, width, pages] = [6, 300, 32, 9];
+
+/** One of everything that stores, caches or writes: where a tensor could be left behind. */
+function buildStep(
+  ops: Ops,
+  stored: Readonly<Record<string, StoredTensor>>,
+): Record<string, Tensor> {
+  const x = ops.embed(stored.w!, ops.input('ids', 'i32', [rows]));
+  const at = ops.input('at', 'i32', [rows]);
+  const cell = ops.input('cell', 'i64', [rows]);
+  const page = ops.input('page', 'i32', [rows, 2]);
+  const turned = ops.rope(ops.reshape(x, [rows, 2, 16]), at, {
+    size: 16,
+    base: 10_000,
+    style: 'neox',
+  });
+  ops.writeCells(stored.k!, ops.reshape(turned, [rows, width]), cell);
+  ops.writeCells(stored.v!, x, cell);
+  const seen = ops.attend(turned, stored.k!, stored.v!);
+  const gate = ops.input('gate', 'f32', [rows, 2, 8]);
+  const [h] = ops.shrink(seen, page, [{ a: stored.a!, gate }]);
+  const y = ops.expand(ops.linear(seen, stored.w!), h!, page, stored.b!);
+  return { y: ops.add(y, ops.linear(ops.rmsNorm(x, stored.norm!, 1e-5), stored.w!)) };
+}
+
+function storeAll(kernels: Kernels): Record<string, StoredTensor> {
+  const rng = createRng(5);
+  const write = (tensor: StoredTensor, from = 0): StoredTensor => {
+    const numbers = normals(rng, (tensor.bytes - from) / 4, 0.1);
+    kernels.write(tensor, new Uint8Array(numbers.buffer), from);
+    return tensor;
+  };
+  const pool = { pages, width };
+  const pageBytes = 8 * width * 4;
+  return {
+    w: write(kernels.store('f32', [width, width])),
+    norm: write(kernels.store('f32', [width])),
+    k: kernels.store('f16', [cells, width], 'undefined'),
+    v: kernels.store('f16', [cells, width], 'undefined'),
+    a: write(kernels.storePages('shrink', 'f32', pool), pageBytes),
+    b: write(kernels.storePages('expand', 'f32', pool), pageBytes),
+  };
+}
+
+function runOften(kernels: Kernels, count: () => number): { before: number; after: number } {
+  const stored = storeAll(kernels);
+  using program = kernels.compile((ops) => buildStep(ops, stored), { segments: 2 });
+  const rng = createRng(6);
+  const out = new Float32Array(rows * width);
+  const step = (i: number): void => {
+    const base = (i * 7) % (cells - 40);
+    program.write(
+      'ids',
+      Int32Array.from({ length: rows }, () => rng.below(width)),
+    );
+    program.write(
+      'at',
+      Int32Array.from({ length: rows }, (_, row) => row),
+    );
+    program.write(
+      'cell',
+      BigInt64Array.from({ length: rows }, (_, row) => BigInt(base + row)),
+    );
+    program.write(
+      'page',
+      Int32Array.from({ length: rows * 2 }, () => rng.below(pages)),
+    );
+    program.write('gate', normals(rng, rows * 16));
+    program.run([
+      { rowStart: 0, rowCount: 2, cellBase: base, cells: 2 + (i % 30) },
+      { rowStart: 2, rowCount: 1, cellBase: base, cells: 1 + (i % 30) },
+    ]);
+    program.read('y', 0, out);
+    expect(out.slice(0, 3 * width).every(Number.isFinite)).toBe(true);
+  };
+  // Every part of the caches and both layouts of the weight exist after a round over the cells.
+  for (let i = 0; i < cells; i++) step(i);
+  const before = count();
+  for (let i = 0; i < 1000; i++) step(i);
+  return { before, after: count() };
+}
+
+export function tfjsSuite(name: TensorFlowPackage): void {
+  const missing = whyNoTensorflow(name);
+  if (missing !== null) {
+    describe(name, () => {
+      it.skip(`computes what the reference computes (skipped: ${missing})`, () => undefined);
+    });
+    return;
+  }
+  describe(name, async () => {
+    const loaded = await loadForTest(name);
+    const { tf } = loaded;
+    const create = (): Kernels => new TfjsKernels(loaded);
+    kernelSuite(loaded.description, create);
+    trainingSuite(loaded.description, create);
+
+    it('says what computes', () => {
+      using kernels = create();
+      expect(kernels.description).toMatch(new RegExp(`^${name} \\d+\\.\\d+\\.\\d+, .*, f32$`));
+    });
+
+    it('a thousand runs leave as many tensors as there were, and disposing leaves none', () => {
+      const empty = tf.memory().numTensors;
+      {
+        using kernels = create();
+        const { before, after } = runOften(kernels, () => tf.memory().numTensors);
+        expect(before).toBeGreaterThan(empty);
+        expect(after).toBe(before);
+      }
+      expect(tf.memory().numTensors).toBe(empty);
+    });
+
+    it('a run that fails half way leaves no tensor more when it fails again', () => {
+      const empty = tf.memory().numTensors;
+      {
+        using kernels = create();
+        const stored = storeAll(kernels);
+        using program = kernels.compile((ops) => buildStep(ops, stored), { segments: 1 });
+        for (const input of ['ids', 'at']) program.write(input, new Int32Array(rows));
+        program.write('cell', new BigInt64Array(rows));
+        program.write('page', new Int32Array(rows * 2));
+        const fail = (): number => {
+          // The gates were never written, which comes out after the cells have been.
+          expect(() => program.run([])).toThrow(GatewayError);
+          return tf.memory().numTensors;
+        };
+        expect(fail()).toBe(fail());
+      }
+      expect(tf.memory().numTensors).toBe(empty);
+    });
+  });
+}
