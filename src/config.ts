@@ -4,12 +4,12 @@
 
 import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
-import { availableParallelism } from 'node:os';
 import { join, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
 import { kindOf, type Settings, settingNames, settingsSchema } from './config-schema.ts';
 import { GatewayError } from './errors.ts';
 import type { ApiKey } from './server/auth.ts';
+import { usableCores } from './usable-cores.ts';
 
 type Key = keyof Settings;
 
@@ -140,20 +140,6 @@ function toApiKey(text: string, access: ApiKey['access']): ApiKey {
   return { digest, access };
 }
 
-/** CPUs' worth of time that the control group allows, rounded down; Infinity without a limit. */
-function cgroupCpus(): number {
-  const read = (name: string): string => {
-    try {
-      return readFileSync(join('/sys/fs/cgroup', name), 'utf8');
-    } catch {
-      return ''; // Not Linux, or the other version of control groups.
-    }
-  };
-  const text = read('cpu.max') || read('cpu/cpu.cfs_quota_us') + read('cpu/cpu.cfs_period_us');
-  const [quota = 0, period = 0] = text.trim().split(/\s+/).map(Number);
-  return quota > 0 && period > 0 ? Math.floor(quota / period) : Number.POSITIVE_INFINITY;
-}
-
 type ConfigFlags = Readonly<Record<string, string | boolean>>;
 
 export interface ConfigSources {
@@ -188,7 +174,7 @@ export function loadConfig({ flags = {}, environment = process.env }: ConfigSour
   return Object.freeze({
     ...kept,
     dataDir,
-    threads: kept.threads ?? Math.max(1, Math.min(availableParallelism(), cgroupCpus())),
+    threads: kept.threads ?? usableCores().count,
     adaptersRoot: resolve(kept.adaptersRoot ?? join(dataDir, 'incoming')),
     apiKeys: Object.freeze(apiKeys),
   });

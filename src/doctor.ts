@@ -2,11 +2,12 @@
 // for real, since only that says which variant it picks. Runs apart from the gateway, which never loads native code.
 
 import { stat } from 'node:fs/promises';
-import { arch, availableParallelism, cpus, freemem, platform, totalmem } from 'node:os';
+import { arch, cpus, freemem, platform, totalmem } from 'node:os';
 import { join } from 'node:path';
 import type { Config } from './config.ts';
 import { createKernels } from './kernels/create-kernels.ts';
 import { defaultSource } from './model/model-source.ts';
+import { usableCores } from './usable-cores.ts';
 
 const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`;
 
@@ -33,9 +34,9 @@ async function modelState(config: Config): Promise<string> {
 export async function examine(config: Config): Promise<Record<string, string>> {
   return {
     node: `${process.version} ${platform()} ${arch()}`,
-    cpu: `${cpus()[0]?.model.trim() ?? 'unknown'}, ${cpus().length} present, ${availableParallelism()} usable`,
+    cpu: `${cpus()[0]?.model.trim() ?? 'unknown'}, ${cpus().length} present`,
     memory: `${gigabytes(freemem())} free of ${gigabytes(totalmem())}`,
-    threads: String(config.threads),
+    threads: `${config.threads} (usable cores: ${usableCores().why})`,
     backend: await backendOf(config.threads),
     weights: config.weights,
     model: await modelState(config),
