@@ -17,6 +17,8 @@ export interface Settings {
   readonly hubUrl: string | null;
   readonly hubToken: string | null;
   readonly weights: 'faithful' | 'parity';
+  /** tfjs: TensorFlow.js, where it is installed beside rankgate. */
+  readonly backend: 'ggml' | 'tfjs';
   /** null: every core that this process may use. */
   readonly threads: number | null;
   /** Tokens of all sequences and cached prefixes together; 23,040 bytes a cell for the default model in f16: 377 MB. */
@@ -102,6 +104,7 @@ const shape = {
     .default(null),
   hubToken: z.string().min(1).max(512).nullable().default(null),
   weights: z.enum(['faithful', 'parity']).default('faithful'),
+  backend: z.enum(['ggml', 'tfjs']).default('ggml'),
   threads: count(1, 256).nullable().default(null),
   kvCells: count(64, 2 ** 24).default(16_384),
   adapterPages: count(2, 65_536).default(64),

@@ -11,9 +11,9 @@ import { usableCores } from './usable-cores.ts';
 
 const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`;
 
-async function backendOf(threads: number): Promise<string> {
+async function backendOf({ backend, threads }: Config): Promise<string> {
   try {
-    using kernels = await createKernels('ggml', { threads });
+    using kernels = await createKernels(backend, { threads });
     return kernels.description;
   } catch (error) {
     return `not usable: ${error instanceof Error ? error.message : String(error)}`;
@@ -37,7 +37,7 @@ export async function examine(config: Config): Promise<Record<string, string>> {
     cpu: `${cpus()[0]?.model.trim() ?? 'unknown'}, ${cpus().length} present`,
     memory: `${gigabytes(freemem())} free of ${gigabytes(totalmem())}`,
     threads: `${config.threads} (usable cores: ${usableCores().why})`,
-    backend: await backendOf(config.threads),
+    backend: await backendOf(config),
     weights: config.weights,
     model: await modelState(config),
     data: config.dataDir,

@@ -64,12 +64,19 @@ function makePaths(config: Config): Paths {
   };
 }
 
+/** TensorFlow.js reads its threads, and what it says on stderr, from the environment only. What the operator set wins. */
+function tensorFlowEnvironment({ backend, threads }: Config): Record<string, string> {
+  if (backend !== 'tfjs') return {};
+  const own = { TF_NUM_INTRAOP_THREADS: String(threads), TF_NUM_INTEROP_THREADS: '1' };
+  return { ...own, TF_CPP_MIN_LOG_LEVEL: '1' };
+}
+
 async function startEngine(config: Config, model: ModelFile, paths: Paths): Promise<Supervisor> {
   const engineConfig: EngineConfig = {
     modelPath: model.path,
     modelHash: model.sha256,
     weights: config.weights,
-    backend: 'ggml',
+    backend: config.backend,
     threads: config.threads,
     libraryDirectory: null,
     cacheDirectory: paths.cache,
@@ -89,7 +96,7 @@ async function startEngine(config: Config, model: ModelFile, paths: Paths): Prom
     entry: entryUrl(import.meta.url, './engine/engine-process'),
     execArgv: entryExecArgv(import.meta.url),
     argument: JSON.stringify(engineConfig),
-    environment: childEnvironment(),
+    environment: { ...tensorFlowEnvironment(config), ...childEnvironment() },
     clock: systemClock,
     readyMsMax,
     silenceMsMax,

@@ -1,5 +1,6 @@
 // A model file on disk → a decoder that can step: reads the header, makes the kernels, loads the weights, sizes memory.
 
+import { GatewayError } from '../errors.ts';
 import { type BackendName, createKernels } from '../kernels/create-kernels.ts';
 import { Decoder } from './decoder.ts';
 import { type DecoderConfig, readDecoderConfig } from './decoder-config.ts';
@@ -28,13 +29,26 @@ export interface OpenedDecoder {
   readonly config: DecoderConfig;
   /** What computes, for logs and system_fingerprint: `ggml 0.23.0, AMD EPYC, 2 threads, faithful`. */
   readonly description: string;
+  /** kernels.ts; none where the backend cannot. */
+  readonly setThreads: ((threads: number) => void) | null;
+}
+
+/** TensorFlow.js computes in f32 whatever is stored: rounding weights to bf16 would save nothing, and it has no int8. */
+function modeOf({ backend, mode }: OpenDecoderOptions): WeightMode {
+  if (backend !== 'tfjs') return mode;
+  if (mode !== 'parity') return 'exact';
+  throw new GatewayError(
+    'UNSUPPORTED',
+    'weights parity are ggml’s kernels; tfjs has faithful only',
+  );
 }
 
 /** Throws INVALID_MODEL_FILE or UNSUPPORTED, with everything that was opened closed again. */
 export async function openDecoder(options: OpenDecoderOptions): Promise<OpenedDecoder> {
   using file = openGguf(options.modelPath);
   const config = readDecoderConfig(file);
-  const { threads, libraryDirectory, mode } = options;
+  const { threads, libraryDirectory } = options;
+  const mode = modeOf(options);
   const kernels = await createKernels(options.backend, {
     threads,
     ...(libraryDirectory === undefined ? {} : { libraryDirectory }),
@@ -50,7 +64,8 @@ export async function openDecoder(options: OpenDecoderOptions): Promise<OpenedDe
     const cellType = mode === 'exact' ? 'f32' : 'f16';
     const memory = { cells, cellType, pages, tokensMax, segmentsMax } as const;
     const decoder = new Decoder({ config, weights, kernels, ...memory });
-    return { decoder, config, description: `${kernels.description}, ${mode}` };
+    const setThreads = kernels.setThreads?.bind(kernels) ?? null;
+    return { decoder, config, description: `${kernels.description}, ${mode}`, setThreads };
   } catch (error) {
     kernels[Symbol.dispose]();
     throw error;

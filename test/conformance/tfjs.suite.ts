@@ -1,17 +1,30 @@
 // The kernel suite on one of the packages that the tfjs backend runs on, and what only that backend promises: no tensor is
-// left behind. One package a test file: TensorFlow.js is one engine a process.
+// left behind; and the tiny model on it, adapters and all. One package a test file: TensorFlow.js is one engine a process.
 
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { GatewayError } from '../../src/errors.ts';
 import type { Kernels, Ops, StoredTensor, Tensor } from '../../src/kernels/kernels.ts';
+import { ReferenceKernels } from '../../src/kernels/reference-kernels.ts';
 import type { TensorFlowPackage } from '../../src/kernels/tfjs/tensorflow.ts';
 import { TfjsKernels } from '../../src/kernels/tfjs/tfjs-kernels.ts';
+import { Decoder } from '../../src/model/decoder.ts';
+import { readDecoderConfig } from '../../src/model/decoder-config.ts';
+import { openGguf } from '../../src/model/gguf.ts';
+import type { Stepper } from '../../src/model/stepper.ts';
+import { loadWeights } from '../../src/model/weights.ts';
+import { generateGreedy } from '../support/generate.ts';
+import { packDirectory, writeAdapter } from '../support/load-adapter.ts';
+import { tinyPath } from '../support/open-test-decoder.ts';
 import { createRng, normals } from '../support/random.ts';
 import { loadForTest, whyNoTensorflow } from '../support/tensorflow.ts';
 import { kernelSuite } from './kernels.suite.ts';
 import { trainingSuite } from './training.suite.ts';
 
 const [rows, cells, width, pages] = [6, 300, 32, 9];
+const goldenFolder = join(import.meta.dirname, '../golden');
+const adapterNames = ['plain-r4', 'patterns-r16', 'qv-r8'] as const;
 
 /** One of everything that stores, caches or writes: where a tensor could be left behind. */
 function buildStep(
@@ -93,6 +106,42 @@ function runOften(kernels: Kernels, count: () => number): { before: number; afte
   return { before, after: count() };
 }
 
+function openTinyOver(kernels: Kernels): Decoder {
+  using file = openGguf(tinyPath);
+  const config = readDecoderConfig(file);
+  const weights = loadWeights(file, config, { kernels, mode: 'exact', cache: null });
+  const sizes = { cells: 600, cellType: 'f32', pages: 20, tokensMax: 64, segmentsMax: 8 } as const;
+  return new Decoder({ config, weights, kernels, ...sizes });
+}
+
+/** Logits of a prefill and of a decode step of rows under different adapters, ranks and none. */
+function mixedLogits(stepper: Stepper): Float32Array[] {
+  let page = 1;
+  const adapters = adapterNames.map((name) => {
+    const packed = packDirectory(join(goldenFolder, 'adapters', name), stepper.config);
+    const at = writeAdapter(stepper, packed, page);
+    page += packed.pages;
+    return at;
+  });
+  const rankOf = [adapters[0]!(4), null, adapters[1]!(16), adapters[1]!(1), adapters[2]!(3)];
+  const step = (position: number, tokens: readonly number[]): Float32Array[] => {
+    const segments = rankOf.map((adapter, run) => ({
+      tokens: Int32Array.from(tokens),
+      cellBase: 50 + 64 * run,
+      position,
+      adapter,
+      wantsLogits: true,
+    }));
+    const result = stepper.step(segments);
+    return segments.map((_, i) => result.logits(i).slice());
+  };
+  return [...step(0, [5, 80, 21, 300]), ...step(4, [42])];
+}
+
+function largestDifference(a: Float32Array, b: Float32Array): number {
+  return a.reduce((worst, value, i) => Math.max(worst, Math.abs(value - b[i]!)), 0);
+}
+
 export function tfjsSuite(name: TensorFlowPackage): void {
   const missing = whyNoTensorflow(name);
   if (missing !== null) {
@@ -107,6 +156,27 @@ export function tfjsSuite(name: TensorFlowPackage): void {
     const create = (): Kernels => new TfjsKernels(loaded);
     kernelSuite(loaded.description, create);
     trainingSuite(loaded.description, create);
+
+    it('the tiny model continues every prompt as transformers does', () => {
+      using decoder = openTinyOver(create());
+      const text = readFileSync(join(goldenFolder, 'tiny/greedy.json'), 'utf8');
+      const { runs } = JSON.parse(text) as { runs: Array<{ ids: number[]; greedy: number[] }> };
+      for (const { ids, greedy } of runs) {
+        expect(generateGreedy(decoder, ids, { count: greedy.length })).toEqual(greedy);
+      }
+    });
+
+    it('the tiny model under a batch of adapters gives the logits of the reference', () => {
+      using decoder = openTinyOver(create());
+      using reference = openTinyOver(new ReferenceKernels());
+      const [got, wanted] = [mixedLogits(decoder), mixedLogits(reference)];
+      got.forEach((row, i) => {
+        expect(largestDifference(row, wanted[i]!), `row ${i}`).toBeLessThan(1e-4);
+      });
+      // The bar can be missed: rows that differ in the adapter or the rank only are far apart.
+      expect(largestDifference(wanted[0]!, wanted[2]!)).toBeGreaterThan(0.01);
+      expect(largestDifference(wanted[2]!, wanted[3]!)).toBeGreaterThan(0.01);
+    });
 
     it('says what computes', () => {
       using kernels = create();

@@ -16,6 +16,7 @@ export interface TestDecoderOptions {
   readonly threads?: number;
   readonly cells?: number;
   readonly pages?: number;
+  readonly libraryDirectory?: string;
 }
 
 const defaults = { backend: 'ggml', threads: 1, cells: 2048, pages: 1 } as const;

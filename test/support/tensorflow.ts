@@ -8,7 +8,7 @@ import {
   type TensorFlowPackage,
 } from '../../src/kernels/tfjs/tensorflow.ts';
 
-export const tensorflowDirectory: string = join(import.meta.dirname, '../../data/tensorflow');
+const tensorflowDirectory: string = join(import.meta.dirname, '../../data/tensorflow');
 
 /** What the script writes last, by package. */
 const proofs: Readonly<Record<TensorFlowPackage, string>> = {

@@ -55,7 +55,7 @@ export interface TensorFlow {
   };
 }
 
-export const tensorFlowVersion = '4.22.0';
+const tensorFlowVersion = '4.22.0';
 
 /** In the order of preference. The last needs no native code. */
 const candidates = {
@@ -79,10 +79,13 @@ export interface LoadedTensorFlow {
   readonly description: string;
 }
 
-function reasonOf(error: unknown): string {
-  const { code, message } = error as NodeJS.ErrnoException;
-  if (code === 'MODULE_NOT_FOUND') return 'not installed';
-  return `does not load (${message.trim().split('\n')[0]})`;
+function isThere(name: string, require: NodeJS.Require): boolean {
+  try {
+    require.resolve(name);
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 async function load(name: TensorFlowPackage, require: NodeJS.Require): Promise<LoadedTensorFlow> {
@@ -102,19 +105,25 @@ export async function loadTensorFlow(options: TensorFlowOptions = {}): Promise<L
   const require = createRequire(
     directory === undefined ? import.meta.url : join(directory, 'package.json'),
   );
-  const passed: string[] = [];
+  const absent: string[] = [];
+  const broken: string[] = [];
   for (const name of packages) {
-    try {
-      const { tf, description } = await load(name, require);
-      const broken = passed.filter((reason) => !reason.endsWith('not installed'));
-      return { tf, description: [description, ...broken].join('; ') };
-    } catch (error) {
-      passed.push(`${name} ${reasonOf(error)}`);
+    const { plugin } = candidates[name];
+    if (!isThere(name, require)) absent.push(`${name} not installed`);
+    else if (plugin !== null && !isThere(plugin, require)) absent.push(`${name} needs ${plugin}`);
+    else {
+      try {
+        const { tf, description } = await load(name, require);
+        return { tf, description: [description, ...broken].join('; ') };
+      } catch (error) {
+        const { message } = error as Error;
+        broken.push(`${name} does not load (${message.trim().split('\n')[0]})`);
+      }
     }
   }
   throw new GatewayError(
     'UNSUPPORTED',
-    `TensorFlow.js: ${passed.join('; ')}. Install one of them at version ${tensorFlowVersion}: ` +
+    `TensorFlow.js: ${[...broken, ...absent].join('; ')}. Install one of them at version ${tensorFlowVersion}: ` +
       '@tensorflow/tfjs-node-gpu, @tensorflow/tfjs-node, or @tensorflow/tfjs with @tensorflow/tfjs-backend-wasm',
   );
 }
