@@ -3,7 +3,7 @@
 
 import { pageRanks } from '../adapters/adapter.ts';
 import type { Segment } from '../model/stepper.ts';
-import type { GeneratedToken, GenerateRequest, StepReport } from './messages.ts';
+import type { GeneratedToken, GenerateRequest, StepWork } from './messages.ts';
 import { logprobsOf } from './sampler.ts';
 import type { Sequence } from './sequence.ts';
 
@@ -28,22 +28,22 @@ export function chooseSegment(sequence: Sequence, count: number): Chosen {
   return { sequence, segment };
 }
 
-export function reportOf(batch: readonly Chosen[], ms: number): StepReport {
-  const report = { decodeRows: 0, prefillTokens: 0, decodeRanks: 0, prefillRanks: 0, kvCells: 0 };
+export function workOf(batch: readonly Chosen[]): StepWork {
+  const work = { decodeRows: 0, prefillTokens: 0, decodeRanks: 0, prefillRanks: 0, kvCells: 0 };
   for (const { sequence, segment } of batch) {
     const count = segment.tokens.length;
     const { position } = segment;
     // Row i of the segment attends to position + i + 1 cells.
-    report.kvCells += count * position + (count * (count + 1)) / 2;
+    work.kvCells += count * position + (count * (count + 1)) / 2;
     if (sequence.isPrompt(position)) {
-      report.prefillTokens += count;
-      report.prefillRanks += count * sequence.rank;
+      work.prefillTokens += count;
+      work.prefillRanks += count * sequence.rank;
     } else {
-      report.decodeRows += 1;
-      report.decodeRanks += sequence.rank;
+      work.decodeRows += 1;
+      work.decodeRanks += sequence.rank;
     }
   }
-  return { ms, ...report };
+  return work;
 }
 
 /** The chosen token with its bytes and, when asked for, the log-probabilities of the raw logits [V]. */

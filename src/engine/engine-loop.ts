@@ -9,7 +9,7 @@ import { asGatewayError, GatewayError } from '../errors.ts';
 import type { Stepper, StepResult } from '../model/stepper.ts';
 import { AdapterLoader } from './adapter-loading.ts';
 import { Admission } from './admission.ts';
-import { type Chosen, chooseSegment, describeToken, reportOf } from './batch.ts';
+import { type Chosen, chooseSegment, describeToken, workOf } from './batch.ts';
 import type { EngineClock } from './clock.ts';
 import type { BaseInfo, EngineStats, FromEngine, GenerateRequest } from './messages.ts';
 import { Outbox } from './outbox.ts';
@@ -17,6 +17,7 @@ import type { PrefixCache } from './prefix-cache.ts';
 import { Sampler } from './sampler.ts';
 import { planStep, type StepLimits } from './scheduler.ts';
 import { Sequence, type SequenceEnd } from './sequence.ts';
+import type { StepWatch } from './thread-governor.ts';
 
 export interface LoopLimits {
   /** Sequences that wait, and the prompt tokens they may bring together. */
@@ -35,6 +36,7 @@ export interface LoopOptions {
   /** A token's bytes as the reader sees them: empty for control tokens. */
   readonly bytesOf: (token: number) => Uint8Array;
   readonly clock: EngineClock;
+  readonly watch: StepWatch;
   /** Must not throw; called within a tick, in order. */
   readonly emit: (message: FromEngine) => void;
 }
@@ -118,7 +120,7 @@ export class EngineLoop {
   }
 
   stats(): EngineStats {
-    const { cache, stepper, residency } = this.#options;
+    const { cache, stepper, residency, watch } = this.#options;
     const { tokensQueried, tokensHit } = cache.counters();
     return {
       running: this.#running.size,
@@ -127,6 +129,7 @@ export class EngineLoop {
       kvCellsMax: stepper.cells,
       residents: residency.list(),
       adapterSlotsMax: residency.pagesMax,
+      threads: watch.threads,
       steps: this.#steps,
       tokensGenerated: this.#tokens,
       prefixTokensQueried: tokensQueried,
@@ -198,15 +201,17 @@ export class EngineLoop {
   #step(): void {
     this.#steps += 1;
     const batch = this.#choose();
-    const startMs = this.#options.clock.nowMs();
+    const { clock, stepper, watch } = this.#options;
+    const startMs = clock.nowMs();
     try {
-      const result = this.#options.stepper.step(batch.map((one) => one.segment));
+      watch.begin();
+      const result = stepper.step(batch.map((one) => one.segment));
+      watch.end(workOf(batch));
       for (const [i, chosen] of batch.entries()) this.#settle(chosen, result, i);
     } catch (error) {
       this.#stepAlone(batch, error);
     }
-    const report = reportOf(batch, this.#options.clock.nowMs() - startMs);
-    this.#outbox.step(report, this.stats());
+    this.#outbox.step({ ms: clock.nowMs() - startMs, ...workOf(batch) }, this.stats());
   }
 
   /** A step that throws has computed nothing. One bad sequence must not fail the rest, so each is tried by itself. */

@@ -68,9 +68,8 @@ export type EngineEvent =
       readonly totalMs: number;
     };
 
-/** One engine step as the latency model sees it. */
-export interface StepReport {
-  readonly ms: number;
+/** What one engine step had to do. */
+export interface StepWork {
   /** Rows that decoded one token. */
   readonly decodeRows: number;
   /** Prompt tokens processed. */
@@ -80,6 +79,11 @@ export interface StepReport {
   readonly prefillRanks: number;
   /** Σ cells attended over all rows. */
   readonly kvCells: number;
+}
+
+/** One engine step as the latency model sees it. */
+export interface StepReport extends StepWork {
+  readonly ms: number;
 }
 
 export interface ResidentAdapter {
@@ -97,6 +101,8 @@ export interface EngineStats {
   readonly kvCellsMax: number;
   readonly residents: readonly ResidentAdapter[];
   readonly adapterSlotsMax: number;
+  /** Of the kernels, now: fewer than configured while others want the cores. */
+  readonly threads: number;
   readonly steps: number;
   readonly tokensGenerated: number;
   readonly prefixTokensQueried: number;

@@ -8,7 +8,7 @@ import { GatewayError } from '../errors.ts';
 import type { BackendName } from '../kernels/create-kernels.ts';
 import { rememberedSha256, sha256OfFile } from '../model/file-hash.ts';
 import { openGguf } from '../model/gguf.ts';
-import { openDecoder } from '../model/open-decoder.ts';
+import { type OpenedDecoder, openDecoder } from '../model/open-decoder.ts';
 import { endTokensOf, readTokenizerSource, tokenBytesTable } from '../model/tokenizer.ts';
 import type { WeightMode } from '../model/weights.ts';
 import type { EngineClock } from './clock.ts';
@@ -16,6 +16,7 @@ import { EngineLoop, type LoopLimits } from './engine-loop.ts';
 import { blockCells, KvPool, reservedBlocks } from './kv-pool.ts';
 import type { FromEngine } from './messages.ts';
 import { PrefixCache } from './prefix-cache.ts';
+import { type StepWatch, watchSteps } from './thread-governor.ts';
 
 /** Plain data: it crosses to the engine process as JSON. */
 export interface EngineConfig {
@@ -42,6 +43,19 @@ export interface EngineConfig {
 
 const noBytes = new Uint8Array();
 
+function watchThreads(
+  threads: number,
+  setThreads: OpenedDecoder['setThreads'],
+  clock: EngineClock,
+): StepWatch {
+  if (setThreads === null) return { threads, begin() {}, end() {} };
+  const cpuMs = (): number => {
+    const { user, system } = process.cpuUsage();
+    return (user + system) / 1000;
+  };
+  return watchSteps({ threadsMax: threads, setThreads, nowMs: () => clock.nowMs(), cpuMs });
+}
+
 async function checkHash({ modelPath, modelHash, cacheDirectory }: EngineConfig): Promise<void> {
   const found =
     cacheDirectory === null
@@ -58,7 +72,7 @@ export async function openLoop(
 ): Promise<EngineLoop> {
   const { modelPath, modelHash, libraryDirectory, weights: mode, ...sizes } = config;
   await checkHash(config);
-  const { decoder, description } = await openDecoder({
+  const { decoder, description, setThreads } = await openDecoder({
     ...sizes,
     modelPath,
     modelHash,
@@ -89,6 +103,7 @@ export async function openLoop(
       limits: config.limits,
       bytesOf: (token) => bytes[token] ?? noBytes,
       clock,
+      watch: watchThreads(config.threads, setThreads, clock),
       emit,
     });
   } catch (error) {

@@ -280,6 +280,7 @@ const noStats: EngineStats = {
   kvCellsMax: 0,
   residents: [],
   adapterSlotsMax: 0,
+  threads: 0,
   steps: 0,
   tokensGenerated: 0,
   prefixTokensQueried: 0,

@@ -116,6 +116,8 @@ export interface Kernels extends Disposable {
   read(tensor: StoredTensor, out: Uint8Array, byteOffset: number): void;
   /** Moves bytes inside one stored tensor; the ranges do not overlap. */
   copyWithin(tensor: StoredTensor, range: ByteMove): void;
+  /** How many threads runs use from now on, at most as many as the kernels were made with; absent where a backend cannot. */
+  setThreads?(threads: number): void;
   /** Records a program. `build` returns its named outputs; it is pure and may be called more than once. */
   compile(build: (ops: Ops) => Readonly<Record<string, Tensor>>, shape: ProgramShape): Program;
 }

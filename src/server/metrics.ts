@@ -76,6 +76,12 @@ function addEngineState(page: Page, source: MetricsSource): void {
   const [queries, hits] = ['vllm:prefix_cache_queries_total', 'vllm:prefix_cache_hits_total'];
   read('counter', queries, 'Prompt tokens looked up.', (now) => now.prefixTokensQueried);
   read('counter', hits, 'Prompt tokens found there.', (now) => now.prefixTokensHit);
+  read(
+    'gauge',
+    'rankgate_threads',
+    'Threads of the kernels, fewer when others want the cores.',
+    (now) => now.threads,
+  );
   page.gauge('vllm:lora_requests_info', 'Resident adapters; the value is the time.', () => {
     const { residents, adapterSlotsMax } = engine.stats();
     const resident = new Set(residents.map((one) => one.generation));

@@ -73,6 +73,7 @@ else {
         limits: { waitingMax: 100, waitingTokensMax: 100_000, prefillTokensMax: 32 },
         bytesOf: fakeBytesOf,
         clock: systemClock,
+        watch: { threads: 1, begin() {}, end() {} },
         emit,
       }),
     );

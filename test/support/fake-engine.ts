@@ -319,6 +319,7 @@ export class FakeEngine implements Engine {
         uses: flights.filter((one) => one.request.adapter?.generation === generation).length,
       })),
       adapterSlotsMax: 8,
+      threads: 2,
       steps: this.#steps,
       tokensGenerated: this.#tokens,
       prefixTokensQueried: 0,

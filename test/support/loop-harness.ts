@@ -108,6 +108,7 @@ export class LoopHarness {
       stepper: options.wrapStepper?.(this.stepper) ?? this.stepper,
       residency: this.residency,
       cache: this.cache,
+      watch: { threads: 1, begin() {}, end() {} },
       limits: { waitingMax: 1000, waitingTokensMax: 1e6, prefillTokensMax: 32, ...options.limits },
       bytesOf: fakeBytesOf,
       clock: this.clock,

@@ -86,6 +86,7 @@ export class ScriptedEngine implements Engine {
       kvCellsMax: 1024,
       residents: [],
       adapterSlotsMax: 8,
+      threads: 2,
       steps: 0,
       tokensGenerated: 0,
       prefixTokensQueried: 0,

@@ -80,6 +80,10 @@ export class GgmlKernels implements Kernels {
     this.#library.call('ggml_backend_tensor_get', pointer, out, byteOffset, out.byteLength);
   }
 
+  setThreads(threads: number): void {
+    this.#device.setThreads(threads);
+  }
+
   copyWithin(tensor: StoredTensor, { from, to, bytes }: ByteMove): void {
     checkRange('copyWithin', tensor.bytes, from, bytes);
     checkRange('copyWithin', tensor.bytes, to, bytes);

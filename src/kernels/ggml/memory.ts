@@ -26,9 +26,7 @@ export class Device implements Disposable {
     const device = library.pointer('ggml_backend_get_device', this.backend);
     this.description = library.text('ggml_backend_dev_description', device);
     this.#registry = library.pointer('ggml_backend_dev_backend_reg', device);
-    // struct ggml_threadpool_params is about 540 bytes (a cpumask of 512); init writes it whole.
-    const parameters = Buffer.alloc(1024);
-    library.call('ggml_threadpool_params_init', parameters, threads);
+    const parameters = poolParameters(library, threads);
     this.#pool = this.#invoke('ggml_threadpool_new', 'void *', ['void *'], [parameters]) as Pointer;
     if (!this.#pool)
       throw new GatewayError('ENGINE_FAILED', `ggml: no thread pool of ${threads} threads`);
@@ -38,6 +36,11 @@ export class Device implements Disposable {
       ['void *', 'void *'],
       [this.backend, this.#pool],
     );
+    this.setThreads(threads);
+  }
+
+  /** At most as many as the pool has. */
+  setThreads(threads: number): void {
     this.#invoke('ggml_backend_set_n_threads', 'void', ['void *', 'int'], [this.backend, threads]);
   }
 
@@ -55,6 +58,21 @@ export class Device implements Disposable {
     this.#library.call('ggml_backend_free', this.backend);
     this.#invoke('ggml_threadpool_free', 'void', ['void *'], [this.#pool]);
   }
+}
+
+/** struct ggml_threadpool_params { bool cpumask[512]; int n_threads; int prio; uint32_t poll; … }. ggml lets every thread of
+ *  the pool, also one that has no part in the graph, spin for `poll` × 131,072 pauses before it sleeps: by default (50) some
+ *  170 ms of CPU time after each step, and half a core for a thread that is left out. Waking costs less than 0.1 ms a step. */
+function poolParameters(library: GgmlLibrary, threads: number): Buffer {
+  const [threadsAt, pollAt, pollDefault] = [512, 520, 50];
+  const parameters = Buffer.alloc(1024);
+  library.call('ggml_threadpool_params_init', parameters, threads);
+  const isAsKnown =
+    parameters.readInt32LE(threadsAt) === threads &&
+    parameters.readUInt32LE(pollAt) === pollDefault;
+  if (!isAsKnown) throw new GatewayError('UNSUPPORTED', 'ggml: its thread pool has changed');
+  parameters.writeUInt32LE(0, pollAt);
+  return parameters;
 }
 
 /** A context whose tensor structs lie in memory that TypeScript can patch: the replay of a program moves the views of
