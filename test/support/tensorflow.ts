@@ -8,7 +8,7 @@ import {
   type TensorFlowPackage,
 } from '../../src/kernels/tfjs/tensorflow.ts';
 
-const tensorflowDirectory: string = join(import.meta.dirname, '../../data/tensorflow');
+export const tensorflowDirectory: string = join(import.meta.dirname, '../../data/tensorflow');
 
 /** What the script writes last, by package. */
 const proofs: Readonly<Record<TensorFlowPackage, string>> = {
@@ -23,9 +23,14 @@ export function whyNoTensorflow(name: TensorFlowPackage): string | null {
   return `${name} is not set up: node scripts/setup-tensorflow.mjs`;
 }
 
-export async function loadForTest(name: TensorFlowPackage): Promise<LoadedTensorFlow> {
+/** Before TensorFlow.js is loaded: one thread, and no notes about the CPU on stderr. */
+export function quietTensorflow(): void {
   process.env.TF_CPP_MIN_LOG_LEVEL ??= '2';
   process.env.TF_NUM_INTRAOP_THREADS ??= '1';
   process.env.TF_NUM_INTEROP_THREADS ??= '1';
+}
+
+export async function loadForTest(name: TensorFlowPackage): Promise<LoadedTensorFlow> {
+  quietTensorflow();
   return loadTensorFlow({ directory: tensorflowDirectory, packages: [name] });
 }

@@ -93,6 +93,11 @@ async function load(name: TensorFlowPackage, require: NodeJS.Require): Promise<L
   const tf = require(name) as TensorFlow;
   if (plugin !== null) require(plugin);
   if (!(await tf.setBackend(backend))) throw new Error(`its backend ${backend} does not start`);
+  // That it loads says little: on Node 23, tfjs-node 4.22 fails at its first op.
+  const { six } = tf.tidy(() => ({ six: tf.matMul(tf.fill([1, 3], 2), tf.fill([3, 1], 1)) }));
+  const [found] = six.dataSync();
+  six.dispose();
+  if (found !== 6) throw new Error(`its product is ${found}, not 6`);
   const { isUsingGpuDevice, binding } = tf.backend();
   const device = isUsingGpuDevice === true ? 'GPU' : 'CPU';
   const below = binding === undefined ? backend : `libtensorflow ${binding.TF_Version}, ${device}`;

@@ -1,6 +1,7 @@
 // A stored tensor as TensorFlow.js tensors, which are f32 and never change. It is cut along its first axis into parts, so
 // that a write replaces the parts it touches and not a whole cache. 16-bit floats live as f32 and are rounded when they are
-// read back; quantised types and integers keep the bytes that were written beside the numbers decoded from them.
+// read back; quantised types and integers keep the bytes that were written beside the numbers decoded from them. What the
+// reading methods return is borrowed, or new and freed by the caller's `tidy`.
 
 import { byteLength, elementCount, mismatch } from '../check.ts';
 import { dequantizeRows } from '../dequantize.ts';
@@ -64,7 +65,9 @@ export class TfjsTensor implements StoredTensor {
   /** Cuts smaller from now on; what was written stays. For caches, whose rows change at every step. */
   cut(partRows: number): void {
     if (this.#partRows <= partRows) return;
-    const isEmpty = this.#parts.every(({ numbers, bytes }) => numbers === null && bytes === null);
+    const isEmpty =
+      this.#columns === null &&
+      this.#parts.every(({ numbers, bytes }) => numbers === null && bytes === null);
     const kept = isEmpty ? null : new Uint8Array(this.bytes);
     if (kept !== null) this.read(kept, 0);
     this.dispose();
@@ -82,7 +85,9 @@ export class TfjsTensor implements StoredTensor {
 
   #make(index: number): TfTensor {
     const { bytes } = this.#parts[index]!;
-    if (this.#columns !== null) return this.#tf.transpose(this.#columns);
+    if (this.#columns !== null && this.#parts.length === 1) {
+      return this.#tf.transpose(this.#columns);
+    }
     const shape = [this.rowsOfPart(index), ...this.#tail];
     return bytes === null ? this.#tf.zeros(shape) : this.#decode(bytes, shape);
   }
@@ -140,8 +145,8 @@ export class TfjsTensor implements StoredTensor {
       const at = byteOffset + done - index * size;
       const partEnd = Math.min(size, this.bytes - index * size);
       const piece = bytes.subarray(done, done + partEnd - at);
-      const whole = piece.byteLength === partEnd ? piece.slice() : this.#bytesOf(index);
-      if (whole.byteLength !== piece.byteLength) whole.set(piece, at);
+      const whole = piece.byteLength === partEnd ? piece : this.#bytesOf(index);
+      if (whole !== piece) whole.set(piece, at);
       this.#setBytes(index, whole);
       done += piece.byteLength;
     }
@@ -155,7 +160,7 @@ export class TfjsTensor implements StoredTensor {
     const part = this.#parts[index]!;
     part.numbers?.dispose();
     part.numbers = null;
-    part.bytes = bytes;
+    part.bytes = bytes.slice();
     this.#dropColumns();
   }
 
@@ -174,7 +179,7 @@ export class TfjsTensor implements StoredTensor {
   #bytesOf(index: number): Uint8Array {
     const { numbers, bytes } = this.#parts[index]!;
     if (bytes !== null) return bytes.slice();
-    if (numbers === null && this.#columns === null) {
+    if (this.#keepsBytes || (numbers === null && this.#columns === null)) {
       const size = this.#partBytes;
       return new Uint8Array(Math.min(size, this.bytes - index * size));
     }

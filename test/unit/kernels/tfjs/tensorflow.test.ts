@@ -22,18 +22,20 @@ function install(name: string, script: string): void {
   writeFileSync(path, script);
 }
 
-/** Has the backends named, and says which it was set to by what it gives for `backend()`. */
+/** Has the backends named; every product is `product`. */
 function fake(
   backends: readonly string[],
-  binding = 'undefined',
-  isUsingGpuDevice = false,
-): string {
+  { binding = 'undefined', gpu = false, product = 6 } = {},
+) {
   return `exports.version = { tfjs: '4.22.0' };
     exports.setBackend = async (name) => ${JSON.stringify(backends)}.includes(name);
-    exports.backend = () => ({ binding: ${binding}, isUsingGpuDevice: ${isUsingGpuDevice} });`;
+    exports.tidy = (compute) => compute();
+    exports.fill = () => null;
+    exports.matMul = () => ({ dataSync: () => [${product}], dispose() {} });
+    exports.backend = () => ({ binding: ${binding}, isUsingGpuDevice: ${gpu} });`;
 }
 
-const native = "{ TF_Version: '2.15.1' }";
+const native = { binding: "{ TF_Version: '2.15.1' }" };
 
 async function described(): Promise<string> {
   return (await loadTensorFlow({ directory })).description;
@@ -55,7 +57,7 @@ describe('finding TensorFlow.js', () => {
     expect(await described()).toBe('@tensorflow/tfjs 4.22.0, wasm');
     install('@tensorflow/tfjs-node', fake(['tensorflow'], native));
     expect(await described()).toBe('@tensorflow/tfjs-node 4.22.0, libtensorflow 2.15.1, CPU');
-    install('@tensorflow/tfjs-node-gpu', fake(['tensorflow'], native, true));
+    install('@tensorflow/tfjs-node-gpu', fake(['tensorflow'], { ...native, gpu: true }));
     expect(await described()).toBe('@tensorflow/tfjs-node-gpu 4.22.0, libtensorflow 2.15.1, GPU');
   });
 
@@ -85,6 +87,12 @@ describe('finding TensorFlow.js', () => {
     install('@tensorflow/tfjs-node', fake([]));
     const { message } = await refusal(loadTensorFlow({ directory }));
     expect(message).toMatch(/tfjs-node does not load \(its backend tensorflow does not start\)/);
+  });
+
+  it('passes over a package that computes wrong numbers', async () => {
+    install('@tensorflow/tfjs-node', fake(['tensorflow'], { ...native, product: 5 }));
+    const { message } = await refusal(loadTensorFlow({ directory }));
+    expect(message).toMatch(/tfjs-node does not load \(its product is 5, not 6\)/);
   });
 
   it('is what the backend name tfjs loads', async () => {
