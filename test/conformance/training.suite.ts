@@ -3,10 +3,10 @@
 
 import { describe, expect, it } from 'vitest';
 import { GatewayError } from '../../src/errors.ts';
-import type { Kernels } from '../../src/kernels/kernels.ts';
+import type { Kernels, Ops, Tensor } from '../../src/kernels/kernels.ts';
 import { ReferenceKernels } from '../../src/kernels/reference-kernels.ts';
 import { readAll, tapeGradients } from '../support/differentiate.ts';
-import { createRng } from '../support/random.ts';
+import { createRng, normals } from '../support/random.ts';
 import { ruleCases } from '../support/rule-cases.ts';
 
 const seeds = [1, 2, 3, 4, 5, 6];
@@ -35,6 +35,36 @@ export function trainingSuite(name: string, create: () => Kernels): void {
         }
       });
     }
+
+    it('products of sizes that no panel or tile divides', () => {
+      const build = (ops: Ops, w: Tensor): Record<string, Tensor> => {
+        const [x, t] = [ops.input('x', 'f32', [29, 1031]), ops.input('t', 'f32', [29, 45])];
+        return {
+          linear: ops.linear(x, w), // [29, 45]
+          linearT: ops.training.linearT(t, w), // [29, 1031]
+          outer: ops.training.outer(t, x), // [45, 1031]
+          tall: ops.training.outer(x, t), // [1031, 45]
+        };
+      };
+      const run = (kernels: Kernels): Record<string, Float32Array> => {
+        const rng = createRng(8);
+        const w = kernels.store('f32', [45, 1031]);
+        kernels.write(w, new Uint8Array(normals(rng, 45 * 1031).buffer), 0);
+        using program = kernels.compile((ops) => build(ops, w), { segments: 0 });
+        program.write('x', normals(rng, 29 * 1031));
+        program.write('t', normals(rng, 29 * 45));
+        program.run([]);
+        const sizes = { linear: 29 * 45, linearT: 29 * 1031, outer: 45 * 1031, tall: 45 * 1031 };
+        return Object.fromEntries(
+          Object.entries(sizes).map(([output, count]) => [output, readAll(program, output, count)]),
+        );
+      };
+      using kernels = create();
+      using reference = new ReferenceKernels();
+      const got = run(kernels);
+      for (const [output, wanted] of Object.entries(run(reference)))
+        expect(distance(got[output]!, wanted), output).toBeLessThan(distanceMax);
+    });
 
     it('the loss is finite and exact where every share but one underflows', () => {
       using kernels = create();

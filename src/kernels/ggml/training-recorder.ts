@@ -22,7 +22,13 @@ export interface RecorderHost {
   node(pointer: Pointer, shape: readonly number[]): Node;
   /** What ggml's rope takes after x and the positions. */
   rope(options: RopeOptions): readonly unknown[];
+  /** Address of one of our own functions (native/), undefined where they were not built. */
+  native?(name: string): Pointer | undefined;
 }
+
+/** Products of f32 matrices C[M,N]: `linear` x[M,K] · w[N,K]ᵀ, `linear_t` x[M,K] · w[K,N], `outer` a[K,M]ᵀ · b[K,N]. */
+type Form = 'linear' | 'linear_t' | 'outer';
+const tasksMax = -1; // as many as ggml has threads
 
 function pointerOf(tensor: Tensor): Pointer {
   return (tensor as Node | GgmlTensor).pointer;
@@ -70,19 +76,38 @@ export class TrainingRecorder implements TrainingOps {
     return this.#host.node(this.#op('ggml_fill', this.#like(shape), value), shape);
   }
 
-  linearT(x: Tensor, w: Tensor): Node {
-    const shape = [x.shape[0]!, w.shape[1]!];
-    return this.#host.node(this.#throughT(pointerOf(x), pointerOf(w)), shape);
+  /** Ops.linear by an f32 weight. */
+  linear(x: Tensor, w: Tensor): Node {
+    const shape = [x.shape[0]!, w.shape[0]!];
+    return this.#host.node(this.#product('linear', pointerOf(x), pointerOf(w), shape), shape);
   }
 
-  /** x [T,K] · w [K,N]: by way of a transposed copy, which is small where w is a low-rank factor. */
-  #throughT(x: Pointer, w: Pointer): Pointer {
-    return this.#op('ggml_mul_mat', this.#permute(w, 1, 0, 2, 3), x);
+  linearT(x: Tensor, w: Tensor): Node {
+    const shape = [x.shape[0]!, w.shape[1]!];
+    return this.#host.node(this.#product('linear_t', pointerOf(x), pointerOf(w), shape), shape);
   }
 
   outer(a: Tensor, b: Tensor): Node {
-    const pointer = this.#op('ggml_out_prod', pointerOf(b), pointerOf(a));
-    return this.#host.node(pointer, [a.shape[1]!, b.shape[1]!]);
+    const shape = [a.shape[1]!, b.shape[1]!];
+    return this.#host.node(this.#product('outer', pointerOf(a), pointerOf(b), shape), shape);
+  }
+
+  /** `shape` of the result; its leading axes are a batch. Our own kernel (native/training.c) runs at 100 GFLOPS a thread where
+   *  ggml's f32 product runs at 36 (measured, Zen 4); without it, ggml's. */
+  #product(form: Form, left: Pointer, right: Pointer, shape: readonly number[]): Pointer {
+    const address = this.#host.native?.(`rankgate_${form}_f32`);
+    if (address !== undefined) {
+      const args = BigUint64Array.of(left, right);
+      return this.#op('ggml_custom_4d', 0, ...toNe(shape), args, 2, address, tasksMax, null);
+    }
+    switch (form) {
+      case 'linear':
+        return this.#op('ggml_mul_mat', right, left);
+      case 'linear_t':
+        return this.#op('ggml_mul_mat', this.#permute(right, 1, 0, 2, 3), left);
+      case 'outer':
+        return this.#op('ggml_out_prod', right, left);
+    }
   }
 
   rmsNormBack(dy: Tensor, x: Tensor, weight: Tensor, eps: number): Node {
@@ -147,7 +172,8 @@ export class TrainingRecorder implements TrainingOps {
     mask: Tensor,
     { windows, rows, kvHeads, ...sizes }: Windows,
   ): Pointer {
-    const scores = this.#reshape(this.#op('ggml_mul_mat', k, q), [
+    const stacked = [windows, kvHeads, sizes.group * rows, rows];
+    const scores = this.#reshape(this.#product('linear', q, k, stacked), [
       windows,
       kvHeads * sizes.group,
       rows,
@@ -162,8 +188,13 @@ export class TrainingRecorder implements TrainingOps {
     const { windows, rows, kvHeads, group } = own;
     const shares = this.#shares(this.#byHead(q, own), this.#byHead(k, kv), mask, own);
     const stacked = this.#reshape(shares, [windows, kvHeads, group * rows, rows]);
-    const values = this.#permute(this.#byHead(v, kv), 1, 0, 2, 3); // [B, Hkv, D, L]
-    const y = this.#byRow(this.#op('ggml_mul_mat', values, stacked), own); // [B·L, H, D]
+    const mixed = this.#product('linear_t', stacked, this.#byHead(v, kv), [
+      windows,
+      kvHeads,
+      group * rows,
+      own.headSize,
+    ]);
+    const y = this.#byRow(mixed, own); // [B·L, H, D]
     const shape = [q.shape[0]!, q.shape[1]! * q.shape[2]!];
     return this.#host.node(this.#reshape(y, shape), shape);
   }
@@ -176,20 +207,17 @@ export class TrainingRecorder implements TrainingOps {
     const { windows, rows, headSize, kvHeads, group } = own;
     const [queries, keys] = [this.#byHead(q, own), this.#byHead(k, kv)];
     const above = this.#byHead(dy, own); // [B, Hkv, G·L, D]
-    const shares = this.#reshape(this.#shares(queries, keys, mask, own), [
-      windows,
-      kvHeads,
-      group * rows,
-      rows,
-    ]);
-    const dShares = this.#op('ggml_mul_mat', this.#byHead(v, kv), above); // as shares
+    const square = [windows, kvHeads, group * rows, rows];
+    const shares = this.#reshape(this.#shares(queries, keys, mask, own), square);
+    const dShares = this.#product('linear', above, this.#byHead(v, kv), square);
     const scale = 1 / Math.sqrt(headSize);
     // ggml's allocator may compute this in place of either argument, but the kernel bears only the first. It takes the
     // first unless that is a view, and never a view: so dShares is none and shares is one.
     const dScores = this.#op('ggml_soft_max_ext_back', dShares, shares, scale, 0);
-    const dq = this.#op('ggml_mul_mat', this.#permute(keys, 1, 0, 2, 3), dScores); // [B, Hkv, G·L, D]
-    const dk = this.#op('ggml_out_prod', queries, dScores); // [B, Hkv, L, D]
-    const dv = this.#op('ggml_out_prod', above, shares); // [B, Hkv, L, D]
+    const kvShape = [windows, kvHeads, rows, headSize];
+    const dq = this.#product('linear_t', dScores, keys, [windows, kvHeads, group * rows, headSize]);
+    const dk = this.#product('outer', dScores, queries, kvShape);
+    const dv = this.#product('outer', shares, above, kvShape);
     return [
       this.#later(this.#byRow(dq, own), q.shape),
       this.#later(this.#byRow(dk, kv), k.shape),
@@ -276,9 +304,10 @@ export class TrainingRecorder implements TrainingOps {
       const dH = pointerOf(dHs[i]!);
       const flatGate = this.#reshape(pointerOf(gate), dHs[i]!.shape);
       const byPage = this.#byPage(this.#op('ggml_mul', dH, flatGate), pages, a.shape[0]!);
-      const share = this.#throughT(byPage, this.#flat(a)); // [T, K]
+      const share = this.#product('linear_t', byPage, this.#flat(a), x.shape); // [T, K]
       dx = dx === undefined ? share : this.#op('ggml_add', dx, share);
-      const dA = this.#op('ggml_out_prod', pointerOf(x), byPage); // [8·pages, K]
+      const flat = [a.shape[0]! * ranksPerPage, a.shape[2]!];
+      const dA = this.#product('outer', byPage, pointerOf(x), flat);
       const dGate = this.#op('ggml_mul', this.#ofPages(x, a, pages), dH);
       return {
         a: this.#later(this.#reshape(dA, a.shape), a.shape),
@@ -302,7 +331,7 @@ export class TrainingRecorder implements TrainingOps {
     const shared = this.#op('ggml_out_prod', above, this.#reshape(shares, [rows, 1, mixes]));
     const dMapped = this.#reshape(shared, [rows, mixes * ranks]); // weights ⊗ dy
     const kept = this.#op('ggml_mul', pointerOf(dy), keep);
-    const dH = this.#op('ggml_add', kept, this.#throughT(dMapped, flat));
+    const dH = this.#op('ggml_add', kept, this.#product('linear_t', dMapped, flat, h.shape));
     const dAtoms = this.#op('ggml_out_prod', pointerOf(h), dMapped); // [J·R, R]
     const mapped = this.#reshape(this.#op('ggml_mul_mat', flat, pointerOf(h)), [
       rows,
@@ -320,7 +349,8 @@ export class TrainingRecorder implements TrainingOps {
 
   expandBack(dy: Tensor, h: Tensor, pages: Tensor, b: Tensor): ExpandGradients {
     const byPage = this.#byPage(pointerOf(h), pages, b.shape[0]!);
-    const dB = this.#op('ggml_out_prod', pointerOf(dy), byPage); // [8·pages, N]
+    const flat = [b.shape[0]! * ranksPerPage, b.shape[2]!];
+    const dB = this.#product('outer', byPage, pointerOf(dy), flat);
     return {
       h: this.#later(this.#ofPages(dy, b, pages), h.shape),
       b: this.#later(this.#reshape(dB, b.shape), b.shape),
