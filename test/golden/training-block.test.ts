@@ -5,6 +5,7 @@ import { elementCount } from '../../src/kernels/check.ts';
 import { GgmlKernels } from '../../src/kernels/ggml/ggml-kernels.ts';
 import type { Kernels, StoredTensor } from '../../src/kernels/kernels.ts';
 import { ReferenceKernels } from '../../src/kernels/reference-kernels.ts';
+import { TfjsKernels } from '../../src/kernels/tfjs/tfjs-kernels.ts';
 import type { BlockWeights, DecoderWeights } from '../../src/model/decoder.ts';
 import {
   type DecoderConfig,
@@ -16,6 +17,7 @@ import {
   type TrainingBatch,
   TrainingDecoder,
 } from '../../src/model/training-decoder.ts';
+import { loadForTest, whyNoTensorflow } from '../support/tensorflow.ts';
 
 // A one-block decoder with low-rank deltas against torch in f64 (test/oracle/torch-block.py): loss and every gradient.
 
@@ -108,10 +110,15 @@ function open(kernels: Kernels, recompute: boolean): TrainingDecoder {
   return decoder;
 }
 
-const backends: Readonly<Record<string, () => Kernels>> = {
+const backends: Record<string, () => Kernels> = {
   reference: () => new ReferenceKernels(),
   ggml: () => new GgmlKernels({ threads: 1 }),
 };
+const missing = whyNoTensorflow('@tensorflow/tfjs-node');
+if (missing === null) {
+  const tensorflow = await loadForTest('@tensorflow/tfjs-node');
+  backends.tfjs = () => new TfjsKernels(tensorflow);
+}
 
 describe('one block with low-rank deltas, as torch differentiates it', () => {
   for (const [backend, create] of Object.entries(backends)) {
@@ -134,6 +141,8 @@ describe('one block with low-rank deltas, as torch differentiates it', () => {
       });
     }
   }
+
+  if (missing !== null) it.skip(`tfjs (skipped: ${missing})`, () => undefined);
 
   it('every sequence, weight and rank of the batch counts', () => {
     using kernels = new ReferenceKernels();

@@ -130,7 +130,7 @@ export class TfjsRun {
         used,
         (page, i) => Math.floor(i / count) * distinct + places.get(page)!,
       );
-      const isPlain = distinct === count && at.every((place, i) => place === i);
+      const isPlain = at.every((place, i) => place === i);
       const tensor = isPlain ? null : this.ints(at, [rows * count, 1]);
       return { rows, count, pages: [...places.keys()], at: tensor };
     });
