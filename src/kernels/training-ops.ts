@@ -4,14 +4,15 @@
 // Sizes: T rows, K in, N out, R ranks, P pages a row, H heads of D channels, Hkv key heads, V words; a batch is B windows
 // of L rows each, T = B·L.
 
-import { elementCount, mismatch } from './check.ts';
 import {
-  type DType,
-  type RopeOptions,
-  ranksPerPage,
-  type ShrinkPart,
-  type Tensor,
-} from './kernels.ts';
+  checkExpand,
+  checkMixRanks,
+  checkRope,
+  checkShrink,
+  elementCount,
+  mismatch,
+} from './check.ts';
+import type { DType, RopeOptions, ShrinkPart, Tensor } from './kernels.ts';
 
 export interface TrainingOps {
   /** f32, every number `value`. */
@@ -137,9 +138,8 @@ export class SymbolicTraining implements TrainingOps {
     return [this.#result(dy.shape), this.#result(dy.shape)];
   }
 
-  ropeBack(dy: Tensor, positions: Tensor, _options: RopeOptions): Tensor {
-    want('ropeBack dy', dy, [positions.shape[0], undefined, undefined]);
-    return this.#result(dy.shape);
+  ropeBack(dy: Tensor, positions: Tensor, options: RopeOptions): Tensor {
+    return this.#result(checkRope(dy, positions, options));
   }
 
   scatterRows(x: Tensor, rows: Tensor, count: number): Tensor {
@@ -187,14 +187,11 @@ export class SymbolicTraining implements TrainingOps {
     pages: Tensor,
     parts: readonly ShrinkPart[],
   ): ShrinkGradients {
-    const [rows, count] = pages.shape;
-    want('shrinkBack x', x, [rows, undefined]);
+    const shape = checkShrink(x, pages, parts);
     if (dHs.length !== parts.length) throw mismatch('shrinkBack', 'one gradient per part wanted');
-    parts.forEach(({ a, gate }, i) => {
-      want('shrinkBack dH', dHs[i]!, [rows, count! * ranksPerPage]);
-      want('shrinkBack a', a, [undefined, ranksPerPage, x.shape[1]]);
-      want('shrinkBack gate', gate, [rows, count, ranksPerPage]);
-    });
+    for (const dH of dHs) want('shrinkBack dH', dH, shape);
+    for (const { a } of parts) want('shrinkBack a', a, a.shape); // f32
+    this.#host.limit(pages, parts[0]!.a.shape[0]!);
     return {
       x: this.#result(x.shape),
       parts: parts.map(({ a, gate }) => ({
@@ -205,7 +202,7 @@ export class SymbolicTraining implements TrainingOps {
   }
 
   mixRanksBack(dy: Tensor, h: Tensor, atoms: Tensor, weights: Tensor): MixGradients {
-    want('mixRanksBack dy', dy, h.shape);
+    want('mixRanksBack dy', dy, checkMixRanks(h, atoms, weights));
     return {
       h: this.#result(h.shape, 16),
       atoms: this.#result(atoms.shape, 16),
@@ -214,9 +211,9 @@ export class SymbolicTraining implements TrainingOps {
   }
 
   expandBack(dy: Tensor, h: Tensor, pages: Tensor, b: Tensor): ExpandGradients {
-    want('expandBack dy', dy, [pages.shape[0], undefined]);
-    want('expandBack b', b, [undefined, ranksPerPage, dy.shape[1]]);
-    want('expandBack h', h, [pages.shape[0], pages.shape[1]! * ranksPerPage]);
+    checkExpand(dy, h, pages, b);
+    want('expandBack b', b, b.shape); // f32
+    this.#host.limit(pages, b.shape[0]!);
     return { h: this.#result(h.shape, 16), b: this.#result(b.shape, 16) };
   }
 }
