@@ -9,6 +9,7 @@ import { parseArgs } from 'node:util';
 import { defaultSource, fetchBaseModel } from '../src/model/model-source.ts';
 import { adapterModules } from './adapter-numbers.ts';
 import { adapterRank, benchAdapters } from './adapters.ts';
+import { benchColdstart } from './coldstart.ts';
 import { benchDecode } from './decode.ts';
 import { writeGgufLora } from './gguf-lora.ts';
 import type { AdapterSpec, WeightMode } from './job.ts';
@@ -32,6 +33,10 @@ const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>>
   adapters: (settings) =>
     benchAdapters(settings, makeAdapters(settings, adapterRank), settings.rounds),
   ranks: (settings) => benchRanks(settings, makeAdapters(settings, largeRank), settings.rounds),
+  coldstart: (settings) => {
+    installOpponent();
+    return benchColdstart(settings);
+  },
 };
 
 /** node-llama-cpp uses the shared objects that rankgate has installed (node's look-up finds them one folder up), so its own
