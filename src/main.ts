@@ -12,10 +12,12 @@ import { openSqlRegistry } from './adapters/sql-registry.ts';
 import { publish } from './channels.ts';
 import { type Config, childEnvironment } from './config.ts';
 import { systemClock } from './engine/clock.ts';
+import { contextMaxOf } from './engine/kv-pool.ts';
 import type { EngineConfig } from './engine/open-loop.ts';
 import { Supervisor } from './engine/supervisor.ts';
 import type { TextService } from './engine/text.ts';
 import { createTextService } from './engine/text-service.ts';
+import { readDecoderConfig } from './model/decoder-config.ts';
 import { openGguf } from './model/gguf.ts';
 import { type ModelFile, modelNameOf } from './model/model-source.ts';
 import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
@@ -112,12 +114,13 @@ async function startEngine(config: Config, model: ModelFile, paths: Paths): Prom
   return supervisor;
 }
 
-/** The names that an adapter's config may call this base by. */
-function baseNames(model: ModelFile): string[] {
+/** The names that an adapter's config may call this base by, and what the text thread must know before the engine is up. */
+function readBase(model: ModelFile, cells: number): { names: string[]; contextMax: number } {
   using file = openGguf(model.path);
   const { metadata } = file;
   const named = ['general.name', 'general.basename'].filter((key) => metadata.has(key));
-  return [model.label, ...named.map((key) => metadata.string(key))];
+  const names = [model.label, ...named.map((key) => metadata.string(key))];
+  return { names, contextMax: contextMaxOf(readDecoderConfig(file).contextLength, cells) };
 }
 
 function readIfThere(path: string): string | null {
@@ -128,14 +131,19 @@ function readIfThere(path: string): string | null {
   }
 }
 
-function startRouter(config: Config, engine: Supervisor, path: string): Router {
+/** `isNew`: nothing was kept of what an earlier run learned. */
+function startRouter(
+  config: Config,
+  engine: Supervisor,
+  path: string,
+): { router: Router; isNew: boolean } {
   const { hash: baseHash, backend } = engine.base;
   const identity = { baseHash, backend, threads: config.threads };
   const router = new Router({ identity, prefillTokensMax: config.prefillTokensMax });
   const saved = readIfThere(path);
-  if (saved !== null) router.restore(saved);
+  const isNew = saved === null || !router.restore(saved);
   engine.onStep((report) => router.observe(report));
-  return router;
+  return { router, isNew };
 }
 
 /** What cannot be kept is learned again: a full disk is no reason to stop serving or to close by halves. */
@@ -217,22 +225,27 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
     const nowS = (): number => Math.floor(Date.now() / 1000);
     const registry = openSqlRegistry({ path: paths.registry, blobs, nowS });
     closers.push(() => registry.close());
+    const { names, contextMax } = readBase(model, config.kvCells);
+    // Beside the engine's start: on its own it would take a third as long again.
+    const textStart = createTextService({ modelPath: model.path, contextMax });
+    const closeText = textStart.then((text) => () => text.close()).catch(() => () => {});
+    closers.push(async () => (await closeText)());
     const engine = await startEngine(config, model, paths);
     closers.push(() => engine.close());
-    const { contextMax, config: decoderConfig, hash } = engine.base;
-    const text = await createTextService({ modelPath: model.path, contextMax });
-    closers.push(() => text.close());
-    const base = { config: decoderConfig, hash, names: baseNames(model) };
+    const text = await textStart;
+    const { config: decoderConfig, hash } = engine.base;
+    const base = { config: decoderConfig, hash, names };
     const importer = createImporter({ base, registry, blobs, blobDirectory: paths.blobs });
     closers.push(() => importer.close());
-    const router = startRouter(config, engine, paths.latency);
+    const { router, isNew } = startRouter(config, engine, paths.latency);
     const saving = setInterval(() => saveLatency(router, paths.latency), latencySaveMs);
     saving.unref();
     closers.push(() => {
       clearInterval(saving);
       saveLatency(router, paths.latency);
     });
-    await warmUp(engine);
+    const warm = warmUp(engine);
+    if (isNew) await warm; // what was learned before predicts well enough meanwhile
     const modelName = config.modelName ?? modelNameOf(model.label);
     const parts = { config, modelName, engine, text, registry, importer, router };
     const { listening, stop } = await startServer(parts);

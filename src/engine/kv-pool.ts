@@ -25,6 +25,11 @@ export function blocksFor(cells: number): number {
   return Math.ceil(cells / blockCells);
 }
 
+/** Longest prompt + answer of a model in a pool of so many cells. */
+export function contextMaxOf(contextLength: number, cells: number): number {
+  return Math.min(contextLength, (Math.floor(cells / blockCells) - reservedBlocks) * blockCells);
+}
+
 export class KvPool {
   readonly blocks: number;
   /** Sorted by `first`: what lies between two of them is free. */

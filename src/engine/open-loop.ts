@@ -13,7 +13,7 @@ import { endTokensOf, readTokenizerSource, tokenBytesTable } from '../model/toke
 import type { WeightMode } from '../model/weights.ts';
 import type { EngineClock } from './clock.ts';
 import { EngineLoop, type LoopLimits } from './engine-loop.ts';
-import { blockCells, KvPool, reservedBlocks } from './kv-pool.ts';
+import { contextMaxOf, KvPool } from './kv-pool.ts';
 import type { FromEngine } from './messages.ts';
 import { PrefixCache } from './prefix-cache.ts';
 import { type StepWatch, watchSteps } from './thread-governor.ts';
@@ -84,12 +84,11 @@ export async function openLoop(
     const source = readTokenizerSource(file.metadata);
     const bytes = tokenBytesTable(source.tokens, source.tokenTypes);
     const pool = new KvPool(decoder.cells);
-    const cellsMax = (pool.blocks - reservedBlocks) * blockCells;
     return new EngineLoop({
       base: {
         config: decoder.config,
         hash: modelHash,
-        contextMax: Math.min(decoder.config.contextLength, cellsMax),
+        contextMax: contextMaxOf(decoder.config.contextLength, decoder.cells),
         endTokens: endTokensOf(source),
         backend: description,
       },
