@@ -3,6 +3,7 @@
 
 import { z } from 'zod';
 import { isAdapterName, rankMaxLimit } from './adapters/adapter.ts';
+import { type DeviceWish, deviceWishes } from './kernels/ggml/select-device.ts';
 import { budgetMsMax } from './router/budget.ts';
 import type { TierPolicy } from './router/policy.ts';
 
@@ -21,6 +22,8 @@ export interface Settings {
   readonly backend: 'ggml' | 'tfjs';
   /** null: every core that this process may use. */
   readonly threads: number | null;
+  /** What holds the model: `auto` takes a GPU where the package that brings it is installed. */
+  readonly device: DeviceWish;
   /** Tokens of all sequences and cached prefixes together; 23,040 bytes a cell for the default model in f16: 377 MB. */
   readonly kvCells: number;
   /** Pages of 8 ranks; 4.9 MB a page for the default model with all seven projections adapted: 313 MB. */
@@ -106,6 +109,7 @@ const shape = {
   weights: z.enum(['faithful', 'parity']).default('faithful'),
   backend: z.enum(['ggml', 'tfjs']).default('ggml'),
   threads: count(1, 256).nullable().default(null),
+  device: z.enum(deviceWishes).default('auto'),
   kvCells: count(64, 2 ** 24).default(16_384),
   adapterPages: count(2, 65_536).default(64),
   stepTokensMax: count(16, 8192).default(256),

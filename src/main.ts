@@ -80,6 +80,7 @@ async function startEngine(config: Config, model: ModelFile, paths: Paths): Prom
     weights: config.weights,
     backend: config.backend,
     threads: config.threads,
+    device: config.device,
     libraryDirectory: null,
     cacheDirectory: paths.cache,
     blobDirectory: paths.blobs,

@@ -5,7 +5,7 @@
 // `manifest` (the JSON of AdapterManifest) and, per adapted module, two F16 tensors cut into pages of 8 ranks so that a
 // prefix of the rank is one contiguous range and the engine copies it without converting:
 //   blk.{block}.{projection}.a  [pages, 8, in]    row i of page p is rank 8p+i; ranks beyond the module's are zero
-//   blk.{block}.{projection}.b  [pages, out, 8]
+//   blk.{block}.{projection}.b  [pages, 8, out]
 // The served delta at rank k is y += B[:, :k] · A[:k, :] · x: the scale (alpha/r, rsLoRA, patterns) is folded in at import.
 
 import { ranksPerPage } from '../kernels/kernels.ts';
@@ -39,7 +39,7 @@ export interface AdaptedModule {
 }
 
 export interface AdapterManifest {
-  readonly format: 'rankgate-adapter/1';
+  readonly format: 'rankgate-adapter/2';
   readonly kind: 'lora';
   /** SHA-256 of the base model file this was checked against. */
   readonly baseHash: string;

@@ -11,7 +11,7 @@ const size = z
   .max(2 ** 24);
 
 const schema = z.strictObject({
-  format: z.literal('rankgate-adapter/1'),
+  format: z.literal('rankgate-adapter/2'),
   kind: z.literal('lora'),
   baseHash: z.string().regex(/^[0-9a-f]{64}$/),
   rankMax: rank,

@@ -34,7 +34,7 @@ export function packPeft(input: PeftInput): PackedPeft {
   const curve = rankCurve(sigmas);
   const isZero = sigmas.every((sigma) => sigma[0] === 0);
   const { manifest, bytes } = packer.finish({
-    format: 'rankgate-adapter/1',
+    format: 'rankgate-adapter/2',
     kind: 'lora',
     baseHash: input.base.hash,
     rankMax: curve.length,
@@ -82,7 +82,7 @@ function prefixOf(
       a[r * module.in + i] = f16Values[page.a[lane * module.in + i]!]!;
     }
     for (let o = 0; o < module.out; o++) {
-      b[o * kept + r] = f16Values[page.b[o * pageRanks + lane]!]!;
+      b[o * kept + r] = f16Values[page.b[lane * module.out + o]!]!;
     }
   }
   return { a, b };

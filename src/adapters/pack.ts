@@ -19,7 +19,7 @@ export interface PackedAdapter {
   readonly manifest: AdapterManifest;
   /** Pages that the widest module has: ceil(rankMax / 8). */
   readonly pages: number;
-  /** `a` [8, in], `b` [out, 8]; null when the adapter leaves this module alone, or has no ranks left in this page. */
+  /** `a` [8, in], `b` [8, out]; null when the adapter leaves this module alone, or has no ranks left in this page. */
   page(module: ModuleRef, index: number): PageData | null;
 }
 
@@ -68,18 +68,15 @@ function pagesOf(module: AdaptedModule, { a, b }: SqueezedModule): [string, Safe
   const { rank, in: width, out } = module;
   const pages = Math.ceil(rank / pageRanks);
   const pagesA = new Float32Array(pages * pageRanks * width); // [pages, 8, in]
-  const pagesB = new Float32Array(pages * out * pageRanks); // [pages, out, 8]
+  const pagesB = new Float32Array(pages * pageRanks * out); // [pages, 8, out]
   for (let i = 0; i < a.length; i++) pagesA[i] = roundToOdd(a[i]!);
-  for (let r = 0; r < rank; r++) {
-    const start = Math.floor(r / pageRanks) * out * pageRanks + (r % pageRanks);
-    for (let o = 0; o < out; o++) pagesB[start + o * pageRanks] = roundToOdd(b[r * out + o]!);
-  }
+  for (let i = 0; i < b.length; i++) pagesB[i] = roundToOdd(b[i]!);
   return [
     [
       tensorName(module, 'a'),
       f16Tensor(pagesA, [pages, pageRanks, width], tensorName(module, 'a')),
     ],
-    [tensorName(module, 'b'), f16Tensor(pagesB, [pages, out, pageRanks], tensorName(module, 'b'))],
+    [tensorName(module, 'b'), f16Tensor(pagesB, [pages, pageRanks, out], tensorName(module, 'b'))],
   ];
 }
 
@@ -178,7 +175,7 @@ export function openPacked(bytes: Uint8Array, generation: Generation): PackedAda
     modules.set(tensorName(module, 'a'), {
       pages,
       a: view('a', [pages, pageRanks, module.in]),
-      b: view('b', [pages, module.out, pageRanks]),
+      b: view('b', [pages, pageRanks, module.out]),
     });
   }
   return {
@@ -195,7 +192,7 @@ export function openPacked(bytes: Uint8Array, generation: Generation): PackedAda
 interface PagedModule {
   readonly pages: number;
   readonly a: Uint16Array; // [pages, 8, in]
-  readonly b: Uint16Array; // [pages, out, 8]
+  readonly b: Uint16Array; // [pages, 8, out]
 }
 
 function pageOf({ pages, a, b }: PagedModule, index: number): PageData {

@@ -26,6 +26,7 @@ export interface EngineConfig {
   readonly weights: WeightMode;
   readonly backend: BackendName;
   readonly threads: number;
+  readonly device: DeviceWish;
   /** null: the libraries that the installed package carries. */
   readonly libraryDirectory: string | null;
   /** Where converted weights are kept; null: nowhere. */

@@ -6,13 +6,17 @@ import {
   type AttentionSegment,
   type DType,
   dtypeLayout,
-  type LowRank,
   type RopeOptions,
   ranksPerPage,
+  type ShrinkPart,
   type Tensor,
 } from './kernels.ts';
 
 const dimensionMax = 2 ** 31 - 1; // ggml row counts cross C ints in places
+
+const poolTypes: ReadonlySet<DType> = new Set(['f32', 'f16', 'bf16', 'q8_0']);
+/** q, k and v; or gate and up. */
+export const shrinkPartsMax = 4;
 
 function show(tensor: Tensor): string {
   return `${tensor.shape.join('×')} ${tensor.dtype}`;
@@ -157,31 +161,60 @@ export function checkSegments(
   }
 }
 
-export function checkLowRank(y: Tensor, x: Tensor, { a, b, pages, active }: LowRank): number[] {
+/** Pools of adapter pages. */
+export function checkPool(op: string, pool: Tensor, width: number): void {
+  require(pool.shape.length === 3 &&
+    pool.shape[1] === ranksPerPage &&
+    pool.shape[2] === width &&
+    poolTypes.has(pool.dtype), op, () =>
+    `a pool [pages,8,${width}] of f32, f16, bf16 or q8_0 wanted, got ${show(pool)}`);
+}
+
+export function checkShrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): number[] {
   const [rows, count] = pages.shape;
   require(x.shape.length === 2 &&
-    y.shape.length === 2 &&
-    a.shape.length === 3 &&
-    b.shape.length === 3 &&
-    pages.shape.length === 2 &&
-    active.shape.length === 3 &&
     x.dtype === 'f32' &&
-    y.dtype === 'f32' &&
+    pages.shape.length === 2 &&
     pages.dtype === 'i32' &&
-    active.dtype === 'f32' &&
-    a.dtype === b.dtype &&
-    a.shape[0] === b.shape[0] &&
-    a.shape[1] === ranksPerPage &&
-    b.shape[2] === ranksPerPage &&
-    active.shape[2] === ranksPerPage &&
-    a.shape[2] === x.shape[1] &&
-    b.shape[1] === y.shape[1] &&
     x.shape[0] === rows &&
+    parts.length >= 1 &&
+    parts.length <= shrinkPartsMax, 'shrink', () =>
+    `x [T,K], pages [T,P] i32 and 1 to ${shrinkPartsMax} parts wanted, got ${show(x)}, ${show(pages)}, ${parts.length}`);
+  for (const { a, gate } of parts) {
+    checkPool('shrink', a, x.shape[1]!);
+    require(a.shape[0] === parts[0]!.a.shape[0] &&
+      gate.dtype === 'f32' &&
+      gate.shape.join() === [rows, count, ranksPerPage].join(), 'shrink', () =>
+      `gates [${rows},${count},8] and pools of equal pages wanted, got ${show(gate)}, ${show(a)}`);
+  }
+  return [rows!, count! * ranksPerPage];
+}
+
+export function checkMixRanks(h: Tensor, atoms: Tensor, weights: Tensor): number[] {
+  const [rows, ranks] = h.shape;
+  require(h.shape.length === 2 &&
+    h.dtype === 'f32' &&
+    atoms.shape.length === 3 &&
+    atoms.dtype === 'f32' &&
+    atoms.shape[1] === ranks &&
+    atoms.shape[2] === ranks &&
+    weights.dtype === 'f32' &&
+    weights.shape.join() === [rows, 1 + atoms.shape[0]!].join(), 'mixRanks', () =>
+    `h [T,R], atoms [J,R,R] and weights [T,1+J] f32 wanted, got ${[h, atoms, weights].map(show).join(', ')}`);
+  return [...h.shape];
+}
+
+export function checkExpand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): number[] {
+  const [rows, count] = pages.shape;
+  require(y.shape.length === 2 &&
+    y.dtype === 'f32' &&
+    h.dtype === 'f32' &&
+    pages.shape.length === 2 &&
+    pages.dtype === 'i32' &&
     y.shape[0] === rows &&
-    active.shape[0] === rows &&
-    active.shape[1] === count, 'addLowRank', () =>
-    `y [T,N], x [T,K], a [pages,8,K], b [pages,N,8], pages [T,P] i32, active [T,P,8] wanted, got ` +
-    [y, x, a, b, pages, active].map(show).join(', '));
+    h.shape.join() === [rows, count! * ranksPerPage].join(), 'expand', () =>
+    `y [T,N], h [T,8P] f32 and pages [T,P] i32 wanted, got ${[y, h, pages].map(show).join(', ')}`);
+  checkPool('expand', b, y.shape[1]!);
   return [...y.shape];
 }
 

@@ -1,5 +1,6 @@
 // Backend name → implementation, loaded when asked for: ggml opens shared objects, tfjs looks for what may not be installed.
 
+import type { DeviceWish } from './ggml/select-device.ts';
 import type { Kernels } from './kernels.ts';
 
 export type BackendName = 'ggml' | 'tfjs' | 'reference';
@@ -9,6 +10,9 @@ export interface KernelsOptions {
   readonly threads: number;
   /** Of ggml's shared objects, or a folder with TensorFlow.js in its node_modules. */
   readonly libraryDirectory?: string;
+  /** Of ggml: what holds the model, the CPU by default, and how many bytes it will be asked to hold. */
+  readonly device?: DeviceWish;
+  readonly bytesNeeded?: number;
 }
 
 export async function createKernels(name: BackendName, options: KernelsOptions): Promise<Kernels> {

@@ -6,7 +6,9 @@
 // Errors: SHAPE_MISMATCH from every op and every call, thrown before native code sees the shapes (ggml aborts the
 // process on a wrong one), UNSUPPORTED for a type that the backend lacks.
 //
-// Not here yet: gradients, softmax, topK, argmax (the steps that need them add them with their conformance cases).
+// Not here yet: softmax, topK, argmax (the steps that need them add them with their conformance cases).
+
+import type { TrainingOps } from './training-ops.ts';
 
 /** Types of linear weights as GGUF files store them. */
 export type WeightType =
@@ -52,14 +54,17 @@ export interface RopeOptions {
   readonly style: 'norm' | 'neox';
 }
 
-export interface LowRank {
+/** One of the projections that share a shrink's input. */
+export interface ShrinkPart {
+  /** Pool [pages,8,K]. */
   readonly a: Tensor;
-  readonly b: Tensor;
-  readonly pages: Tensor;
-  readonly active: Tensor;
+  /** [T,P,8] f32: scale of every rank of every row, 0 for ranks that the row does not use. */
+  readonly gate: Tensor;
 }
 
 export interface Ops {
+  /** What training needs on top: the loss, and the gradients that the tape of autodiff.ts puts together. */
+  readonly training: TrainingOps;
   /** A value given at each run; `write` it before `run`. */
   input(name: string, dtype: 'f32' | 'i32' | 'i64', shape: readonly number[]): Tensor;
   /** `y[T,E] = table[ids[T]]`; table [V,E] of any weight type. */
@@ -82,14 +87,24 @@ export interface Ops {
   /** Grouped-query attention of q [T,H,D] over the run of cells of each row's segment: `y[T,H·D]`. k, v stored
    *  [cells,Hkv·D]. The segments are given at each run; rows in no segment are undefined. Scale 1/sqrt(D). */
   attend(q: Tensor, k: Tensor, v: Tensor): Tensor;
-  /** `y[t] += Σ_p b[pages[t,p]] · (active[t,p] ⊙ (a[pages[t,p]] · x[t]))`: the low-rank deltas of rows that use
-   *  different adapters and ranks. x [T,K], y [T,N] f32, a stored [pages,8,K], b stored [pages,N,8], pages an input [T,P]
-   *  i32, active [T,P,8] f32. Page 0 adds nothing. Consumes y and returns the sum. A row costs what its own pages cost when
-   *  rows are ordered by falling page count and unused pages are 0; the result does not depend on the order. */
-  addLowRank(y: Tensor, x: Tensor, delta: LowRank): Tensor;
+  /** Into the bottleneck, per part: `h[t,8p+r] = gate[t,p,r] · (a[pages[t,p],r] · x[t])`, 0 for page 0. x [T,K] f32, pages
+   *  an input [T,P] i32, h [T,8P]. Parts share x, so projections of one input are one call. A row costs what its own pages
+   *  cost when rows are ordered by falling page count and unused pages are 0; the result does not depend on the order. */
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Tensor[];
+  /** A mix of shared rank-by-rank maps (algorithms.md section 6): `y[t] = weights[t,0]·h[t] + Σ_j weights[t,1+j]·(atoms[j]·h[t])`;
+   *  h [T,R] f32, atoms stored [J,R,R] f32, weights [T,1+J] f32: a row with weights (1, 0, …) keeps its h. */
+  mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Tensor;
+  /** Out of the bottleneck: `y[t] += Σ_p Σ_r h[t,8p+r] · b[pages[t,p],r]`; h [T,8P] and y [T,N] f32, b a pool [pages,8,N].
+   *  Consumes y, which must be computed by the program, and returns the sum. */
+  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor;
   /** `y[i] = x[rows[i]]`: x [T,N] f32, rows [R] i32. */
   gatherRows(x: Tensor, rows: Tensor): Tensor;
 }
+
+/** What a forward pass may use, so that it runs as it is and on a tape (autodiff.ts). */
+export type ForwardOps = Omit<Ops, 'training'> & {
+  readonly training: Pick<TrainingOps, 'fill' | 'linearT' | 'attendSelf' | 'crossEntropy'>;
+};
 
 export interface ProgramShape {
   /** Most segments of attention in one run; 0 when the program has no attend. */
@@ -111,6 +126,9 @@ export interface Kernels extends Disposable {
   readonly description: string;
   /** `undefined` contents cost no memory until they are written: for caches that are never read before. */
   store(dtype: DType, shape: readonly number[], contents?: 'zero' | 'undefined'): StoredTensor;
+  /** A pool of adapter pages [pages,8,width] for `shrink` or `expand`, f32, f16, bf16 or q8_0: page 0 is zero, the others
+   *  are undefined until they are written. Written and read by whole pages: a backend may lay a pool out otherwise. */
+  storePages(use: 'shrink' | 'expand', dtype: DType, shape: PagePoolShape): StoredTensor;
   /** Bytes in the type's own layout (GGUF's for quantised types). */
   write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void;
   read(tensor: StoredTensor, out: Uint8Array, byteOffset: number): void;
@@ -122,13 +140,18 @@ export interface Kernels extends Disposable {
   compile(build: (ops: Ops) => Readonly<Record<string, Tensor>>, shape: ProgramShape): Program;
 }
 
+export interface PagePoolShape {
+  readonly pages: number;
+  readonly width: number;
+}
+
 export interface ByteMove {
   readonly from: number;
   readonly to: number;
   readonly bytes: number;
 }
 
-/** Ranks per adapter page as addLowRank sees them. */
+/** Ranks per adapter page as shrink and expand see them. */
 export const ranksPerPage = 8;
 
 /** Block length in numbers and block size in bytes of each type. */

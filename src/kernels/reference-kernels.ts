@@ -1,17 +1,19 @@
 // The obvious f32 implementation of every op, one loop nest each: the oracle of the conformance suite, and what a new
 // backend is written against. Programs replay their closure eagerly. Weights of any type are dequantised when written.
 
-import { checkRange, checkShape, mismatch } from './check.ts';
-import type {
-  AttentionSegment,
-  ByteMove,
-  DType,
-  Kernels,
-  Ops,
-  Program,
-  ProgramShape,
-  StoredTensor,
-  Tensor,
+import { checkPool, checkRange, checkShape, mismatch } from './check.ts';
+import {
+  type AttentionSegment,
+  type ByteMove,
+  type DType,
+  type Kernels,
+  type Ops,
+  type PagePoolShape,
+  type Program,
+  type ProgramShape,
+  ranksPerPage,
+  type StoredTensor,
+  type Tensor,
 } from './kernels.ts';
 import { EagerOps, ReferenceTensor, stored, type Value } from './reference-ops.ts';
 import { checkInput, type InputData, SymbolicOps } from './symbolic-ops.ts';
@@ -23,6 +25,12 @@ export class ReferenceKernels implements Kernels {
   store(dtype: DType, shape: readonly number[]): StoredTensor {
     checkShape('store', dtype, shape);
     return new ReferenceTensor(dtype, [...shape]);
+  }
+
+  storePages(_use: 'shrink' | 'expand', dtype: DType, shape: PagePoolShape): StoredTensor {
+    const pool = this.store(dtype, [shape.pages, ranksPerPage, shape.width]);
+    checkPool('storePages', pool, shape.width);
+    return pool;
   }
 
   write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void {

@@ -3,16 +3,18 @@
 import { byteLength, checkSegments, elementCount, mismatch } from './check.ts';
 import { dequantizeRows } from './dequantize.ts';
 import { f32ToF16Bits } from './half.ts';
-import type {
-  AttentionSegment,
-  DType,
-  LowRank,
-  Ops,
-  RopeOptions,
-  StoredTensor,
-  Tensor,
+import {
+  type AttentionSegment,
+  type DType,
+  type Ops,
+  type RopeOptions,
+  ranksPerPage,
+  type ShrinkPart,
+  type StoredTensor,
+  type Tensor,
 } from './kernels.ts';
 import type { InputData } from './symbolic-ops.ts';
+import { ReferenceTraining } from './training-reference.ts';
 
 export interface Value extends Tensor {
   /** Row-major numbers; i64 values are exact below 2^53. */
@@ -56,6 +58,7 @@ function values(tensor: Tensor): Float32Array {
 }
 
 export class EagerOps implements Ops {
+  readonly training: ReferenceTraining = new ReferenceTraining();
   readonly #inputs: ReadonlyMap<string, InputData>;
   readonly #segments: readonly AttentionSegment[];
   readonly #segmentsMax: number;
@@ -198,23 +201,57 @@ export class EagerOps implements Ops {
     return y;
   }
 
-  addLowRank(y: Tensor, x: Tensor, { a, b, pages, active }: LowRank): Tensor {
-    const [rows, width] = y.shape as [number, number];
-    const [count, ranks, inner] = [pages.shape[1]!, a.shape[1]!, x.shape[1]!];
-    const out: Value = { dtype: 'f32', shape: y.shape, values: values(y).slice() };
-    const [shrink, expand, ids] = [stored(a).values, stored(b).values, (pages as Value).values];
-    for (let slot = 0; slot < rows * count; slot++) {
-      const [t, page] = [Math.floor(slot / count), ids[slot]!];
-      if (page === 0) continue;
-      for (let r = 0; r < ranks; r++) {
-        let h = 0;
-        const from = (page * ranks + r) * inner;
-        for (let i = 0; i < inner; i++) h += shrink[from + i]! * values(x)[t * inner + i]!;
-        h *= values(active)[slot * ranks + r]!;
-        for (let n = 0; n < width; n++) {
-          out.values[t * width + n]! += expand[(page * width + n) * ranks + r]! * h;
-        }
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Tensor[] {
+    const [rows, count] = pages.shape as [number, number];
+    const inner = x.shape[1]!;
+    const ids = (pages as Value).values;
+    return parts.map(({ a, gate }) => {
+      const h = f32([rows, count * ranksPerPage]);
+      const weights = stored(a).values;
+      for (let i = 0; i < h.values.length; i++) {
+        const page = ids[Math.floor(i / ranksPerPage)]!;
+        if (page === 0) continue;
+        const row = Math.floor(i / (count * ranksPerPage));
+        const from = (page * ranksPerPage + (i % ranksPerPage)) * inner;
+        let sum = 0;
+        for (let k = 0; k < inner; k++) sum += weights[from + k]! * values(x)[row * inner + k]!;
+        h.values[i] = values(gate)[i]! * sum;
       }
+      return h;
+    });
+  }
+
+  mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Tensor {
+    const [rows, ranks] = h.shape as [number, number];
+    const mixes = atoms.shape[0]!;
+    const maps = stored(atoms).values;
+    const y = f32(h.shape);
+    for (let t = 0; t < rows; t++) {
+      const [keep, ...shares] = values(weights).subarray(t * (1 + mixes), (t + 1) * (1 + mixes));
+      for (let r = 0; r < ranks; r++) {
+        let sum = keep! * values(h)[t * ranks + r]!;
+        shares.forEach((share, j) => {
+          for (let s = 0; s < ranks; s++) {
+            sum += share * maps[(j * ranks + r) * ranks + s]! * values(h)[t * ranks + s]!;
+          }
+        });
+        y.values[t * ranks + r] = sum;
+      }
+    }
+    return y;
+  }
+
+  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor {
+    const [rows, width] = y.shape as [number, number];
+    const ranks = h.shape[1]!;
+    const out: Value = { dtype: 'f32', shape: y.shape, values: values(y).slice() };
+    const weights = stored(b).values;
+    for (let i = 0; i < rows * ranks; i++) {
+      const page = (pages as Value).values[Math.floor(i / ranksPerPage)]!;
+      if (page === 0) continue;
+      const from = (page * ranksPerPage + (i % ranksPerPage)) * width;
+      const row = Math.floor(i / ranks) * width;
+      for (let n = 0; n < width; n++) out.values[row + n]! += values(h)[i]! * weights[from + n]!;
     }
     return out;
   }

@@ -2,7 +2,8 @@
 // reserve, and finds the limit of every index input, all before native code is touched.
 
 import * as check from './check.ts';
-import type { DType, LowRank, Ops, RopeOptions, Tensor } from './kernels.ts';
+import type { DType, Ops, RopeOptions, ShrinkPart, Tensor } from './kernels.ts';
+import { SymbolicTraining } from './training-ops.ts';
 
 export interface InputPlan {
   readonly dtype: 'f32' | 'i32' | 'i64';
@@ -31,6 +32,10 @@ export function checkInput(
 }
 
 export class SymbolicOps implements Ops {
+  readonly training: SymbolicTraining = new SymbolicTraining({
+    result: (...values) => this.#result(...values),
+    limit: (indices, limit) => this.#limit(indices, limit),
+  });
   readonly inputs: Map<string, InputPlan> = new Map();
   /** Upper bound on native tensor structs, views included. */
   tensorCount = 0;
@@ -108,12 +113,25 @@ export class SymbolicOps implements Ops {
     return this.#result('f32', check.checkAttend(q, k, v), 6 + 6 * this.#segments);
   }
 
-  addLowRank(y: Tensor, x: Tensor, delta: LowRank): Tensor {
-    const shape = check.checkLowRank(y, x, delta);
-    this.#limit(delta.pages, delta.a.shape[0]!);
-    // Per tier (at most log2 P + 1): views of x, pages, active, h; three products; per page a view, a target, a sum.
-    const count = delta.pages.shape[1]!;
-    return this.#result('f32', shape, 1 + 10 * (Math.log2(count) + 2) + 4 * count);
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Tensor[] {
+    const shape = check.checkShrink(x, pages, parts);
+    this.#limit(pages, parts[0]!.a.shape[0]!);
+    // Per tier of pages (at most log2 P + 2): three views and the h of the tier, scaled, moved into place.
+    const tensors = 2 + 8 * (Math.log2(pages.shape[1]!) + 2);
+    return parts.map(() => this.#result('f32', shape, tensors));
+  }
+
+  mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Tensor {
+    return this.#result('f32', check.checkMixRanks(h, atoms, weights), 8 + 4 * atoms.shape[0]!);
+  }
+
+  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor {
+    const shape = check.checkExpand(y, h, pages, b);
+    this.#limit(pages, b.shape[0]!);
+    if (this.#plans.has(y) || 'bytes' in y) throw check.mismatch('expand', 'y must be computed');
+    const count = pages.shape[1]!;
+    // Per tier: two views and a product; per page: a view, a target, a sum.
+    return this.#result('f32', shape, 1 + 4 * (Math.log2(count) + 2) + 4 * count);
   }
 
   gatherRows(x: Tensor, rows: Tensor): Tensor {

@@ -11,6 +11,7 @@ import {
   type StoredTensor,
   type Tensor,
 } from '../kernels/kernels.ts';
+import { decoderBlock } from './decoder-block.ts';
 import {
   type DecoderConfig,
   type Projection,
@@ -54,7 +55,7 @@ const programsMax = 48;
 
 interface PagePool {
   readonly a: StoredTensor; // [pages, 8, in]
-  readonly b: StoredTensor; // [pages, out, 8]
+  readonly b: StoredTensor; // [pages, 8, out]
 }
 
 export class Decoder implements Stepper {
@@ -93,9 +94,6 @@ export class Decoder implements Stepper {
     this.#keys = caches();
     this.#values = caches();
     this.#pools = pages > 1 ? storePools(options) : new Map();
-    for (const { a, b } of this.#pools.values()) {
-      for (const pool of [a, b]) this.#writePage(pool, 0, undefined);
-    }
   }
 
   step(segments: readonly Segment[]): StepResult {
@@ -112,11 +110,11 @@ export class Decoder implements Stepper {
         cells: segment.position + segment.tokens.length,
       })),
     );
-    return new Logits(program, outputs, this.config.vocabSize);
+    return new Logits(program, outputs, { segments, vocabSize: this.config.vocabSize });
   }
 
   #program(size: ProgramSize): Program {
-    const key = `${size.rows}/${size.segments}/${size.pages}`;
+    const key = `${size.rows}/${size.segments}/${size.outputs}/${size.pages}`;
     const known = this.#programs.get(key);
     if (known !== undefined) {
       this.#programs.delete(key); // most recently used last
@@ -135,34 +133,29 @@ export class Decoder implements Stepper {
     return program;
   }
 
-  #forward(ops: Ops, { rows, segments, pages }: ProgramSize): Readonly<Record<string, Tensor>> {
+  #forward(ops: Ops, { rows, outputs, pages }: ProgramSize): Readonly<Record<string, Tensor>> {
     const { config } = this;
-    const { heads, kvHeads, headSize, normEps } = config;
+    const kvWidth = config.kvHeads * config.headSize;
     const tokens = ops.input('tokens', 'i32', [rows]);
     const positions = ops.input('positions', 'i32', [rows]);
     const cells = ops.input('cells', 'i64', [rows]);
-    const outputRows = ops.input('outputRows', 'i32', [segments]);
+    const outputRows = ops.input('outputRows', 'i32', [outputs]);
     const project = this.#projector(ops, rows, pages);
-    const rope = { size: config.ropeSize, base: config.ropeBase, style: config.ropeStyle };
 
     let x = ops.embed(this.#weights.tokenEmbedding, tokens); // [T, E]
-    this.#weights.blocks.forEach((block, i) => {
-      const h = ops.rmsNorm(x, block.attn_norm, normEps); // [T, E]
-      const [q, k, v] = project(i, h, ['attn_q', 'attn_k', 'attn_v']) as [Tensor, Tensor, Tensor];
-      const qRope = ops.rope(ops.reshape(q, [rows, heads, headSize]), positions, rope); // [T, H, D]
-      const kRope = ops.rope(ops.reshape(k, [rows, kvHeads, headSize]), positions, rope); // [T, Hkv, D]
-      ops.writeCells(this.#keys[i]!, ops.reshape(kRope, [rows, kvHeads * headSize]), cells);
-      ops.writeCells(this.#values[i]!, v, cells);
-      const attended = ops.attend(qRope, this.#keys[i]!, this.#values[i]!); // [T, H·D]
-      x = ops.add(x, project(i, attended, ['attn_output'])[0]!); // [T, E]
-
-      const g = ops.rmsNorm(x, block.ffn_norm, normEps); // [T, E]
-      const [gate, up] = project(i, g, ['ffn_gate', 'ffn_up']) as [Tensor, Tensor]; // [T, F]
-      x = ops.add(x, project(i, ops.swiglu(gate, up), ['ffn_down'])[0]!); // [T, E]
+    this.#weights.blocks.forEach((norms, i) => {
+      x = decoderBlock(ops, { config, norms, positions }, x, {
+        project: (h, names) => project(i, h, names),
+        attend: (q, k, v) => {
+          ops.writeCells(this.#keys[i]!, ops.reshape(k, [rows, kvWidth]), cells);
+          ops.writeCells(this.#values[i]!, v, cells);
+          return ops.attend(q, this.#keys[i]!, this.#values[i]!); // [T, H·D]
+        },
+      });
     });
-    const last = ops.gatherRows(x, outputRows); // [S, E]
-    const normed = ops.rmsNorm(last, this.#weights.outputNorm, normEps); // [S, E]
-    return { logits: ops.linear(normed, this.#weights.output) }; // [S, V]
+    const last = ops.gatherRows(x, outputRows); // [outputs, E]
+    const normed = ops.rmsNorm(last, this.#weights.outputNorm, config.normEps); // [outputs, E]
+    return { logits: ops.linear(normed, this.#weights.output) }; // [outputs, V]
   }
 
   /** Projections that share an input: the frozen weight, plus each row's own low-rank delta B·(active ⊙ A·x). */
@@ -178,12 +171,15 @@ export class Decoder implements Stepper {
     }
     const pages = ops.input('pages', 'i32', [rows, pagesPerRow]);
     const active = ops.input('active', 'f32', [rows, pagesPerRow, ranksPerPage]);
-    return (block, x, names) =>
-      names.map((name) => {
-        const { a, b } = this.#pools.get(poolKey({ block, projection: name }))!;
+    return (block, x, names) => {
+      const pools = names.map((name) => this.#pools.get(poolKey({ block, projection: name }))!);
+      const parts = pools.map(({ a }) => ({ a, gate: active }));
+      const hidden = ops.shrink(x, pages, parts); // each [T, 8P]
+      return names.map((name, i) => {
         const y = ops.linear(x, weight(block, name)); // [T, out]
-        return ops.addLowRank(y, x, { a, b, pages, active });
+        return ops.expand(y, hidden[i]!, pages, pools[i]!.b);
       });
+    };
   }
 
   copyCells(from: number, to: number, count: number): void {
@@ -234,8 +230,8 @@ function storePools({ config, kernels, pages }: DecoderOptions): Map<string, Pag
     for (const projection of projections) {
       const shape = projectionShape(config, projection);
       pools.set(poolKey({ block, projection }), {
-        a: kernels.store('f16', [pages, ranksPerPage, shape.in], 'undefined'),
-        b: kernels.store('f16', [pages, shape.out, ranksPerPage], 'undefined'),
+        a: kernels.storePages('shrink', 'f16', { pages, width: shape.in }),
+        b: kernels.storePages('expand', 'f16', { pages, width: shape.out }),
       });
     }
   }
@@ -246,25 +242,30 @@ function storePools({ config, kernels, pages }: DecoderOptions): Map<string, Pag
 class Logits implements StepResult {
   readonly #program: Program;
   readonly #outputs: ReadonlyMap<number, number>;
-  readonly #vocabSize: number;
+  readonly #step: { readonly segments: readonly Segment[]; readonly vocabSize: number };
   readonly #rows: Map<number, Float32Array> = new Map();
 
-  constructor(program: Program, outputs: ReadonlyMap<number, number>, vocabSize: number) {
+  constructor(
+    program: Program,
+    outputs: ReadonlyMap<number, number>,
+    step: { readonly segments: readonly Segment[]; readonly vocabSize: number },
+  ) {
     this.#program = program;
     this.#outputs = outputs;
-    this.#vocabSize = vocabSize;
+    this.#step = step;
   }
 
-  logits(segment: number): Float32Array {
-    const known = this.#rows.get(segment);
-    if (known !== undefined) return known;
-    const output = this.#outputs.get(segment);
-    if (output === undefined) {
-      throw new GatewayError('SHAPE_MISMATCH', `segment ${segment} did not want logits`);
+  logits(segment: number, draft = 0): Float32Array {
+    const { segments, vocabSize } = this.#step;
+    const first = this.#outputs.get(segment);
+    if (first === undefined || draft < 0 || draft > (segments[segment]!.drafts ?? 0)) {
+      throw new GatewayError('SHAPE_MISMATCH', `segment ${segment} did not want logits ${draft}`);
     }
-    const row = new Float32Array(this.#vocabSize);
-    this.#program.read('logits', output * this.#vocabSize, row);
-    this.#rows.set(segment, row);
+    const known = this.#rows.get(first + draft);
+    if (known !== undefined) return known;
+    const row = new Float32Array(vocabSize);
+    this.#program.read('logits', (first + draft) * vocabSize, row);
+    this.#rows.set(first + draft, row);
     return row;
   }
 

@@ -2,9 +2,16 @@
 
 import { GatewayError } from '../errors.ts';
 import { type BackendName, createKernels } from '../kernels/create-kernels.ts';
+import type { DeviceWish } from '../kernels/ggml/select-device.ts';
+import { ranksPerPage } from '../kernels/kernels.ts';
 import { Decoder } from './decoder.ts';
-import { type DecoderConfig, readDecoderConfig } from './decoder-config.ts';
-import { openGguf } from './gguf.ts';
+import {
+  type DecoderConfig,
+  projectionShape,
+  projections,
+  readDecoderConfig,
+} from './decoder-config.ts';
+import { type GgufFile, openGguf } from './gguf.ts';
 import { openWeightCache } from './weight-cache.ts';
 import { loadWeights, type WeightMode } from './weights.ts';
 
@@ -16,6 +23,8 @@ export interface OpenDecoderOptions {
   readonly backend: BackendName;
   readonly threads: number;
   readonly libraryDirectory?: string;
+  /** What holds the model; the CPU by default. */
+  readonly device?: DeviceWish;
   /** Where converted weights are kept; null: nowhere. */
   readonly cacheDirectory: string | null;
   readonly cells: number;
@@ -43,14 +52,34 @@ function modeOf({ backend, mode }: OpenDecoderOptions): WeightMode {
   );
 }
 
+/** Memory for the weights in their widest form, the cells and the adapter pages; intermediate values come on top. */
+function bytesNeeded(
+  file: GgufFile,
+  config: DecoderConfig,
+  { mode, cells, pages }: OpenDecoderOptions,
+): number {
+  const numberBytes = mode === 'exact' ? 4 : 2;
+  const weights = [...file.tensors.values()].reduce((sum, { bytes, shape }) => {
+    const converted = numberBytes * shape.reduce((product, size) => product * size, 1);
+    return sum + (mode === 'parity' ? bytes : Math.max(bytes, converted));
+  }, 0);
+  const cellBytes = 2 * numberBytes * config.kvHeads * config.headSize;
+  const pageBytes = projections
+    .map((projection) => projectionShape(config, projection))
+    .reduce((sum, shape) => sum + ranksPerPage * 2 * (shape.in + shape.out), 0);
+  return weights + config.blocks * (cells * cellBytes + pages * pageBytes);
+}
+
 /** Throws INVALID_MODEL_FILE or UNSUPPORTED, with everything that was opened closed again. */
 export async function openDecoder(options: OpenDecoderOptions): Promise<OpenedDecoder> {
   using file = openGguf(options.modelPath);
   const config = readDecoderConfig(file);
-  const { threads, libraryDirectory } = options;
+  const { threads, libraryDirectory, device = 'cpu' } = options;
   const mode = modeOf(options);
   const kernels = await createKernels(options.backend, {
     threads,
+    device,
+    bytesNeeded: bytesNeeded(file, config, options),
     ...(libraryDirectory === undefined ? {} : { libraryDirectory }),
   });
   try {

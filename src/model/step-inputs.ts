@@ -14,21 +14,24 @@ type StepLimits = Pick<Stepper, 'cells' | 'tokensMax' | 'segmentsMax'>;
 export interface ProgramSize {
   readonly rows: number; // T
   readonly segments: number; // S
+  readonly outputs: number; // rows of logits
   readonly pages: number; // P per row; 0 = no adapter ops at all
 }
 
-interface Batch {
-  readonly rows: number;
-  readonly segments: number;
-  readonly pages: number;
+type Batch = ProgramSize;
+
+/** How many rows of a segment give logits. */
+function outputsOf({ wantsLogits, drafts = 0 }: Segment): number {
+  return wantsLogits ? 1 + drafts : 0;
 }
 
 /** Throws SHAPE_MISMATCH for anything that would read or write outside a sequence's run or a limit of the decoder. */
 export function checkBatch(segments: readonly Segment[], limits: StepLimits): Batch {
   let rows = 0;
   let pages = 0;
+  let outputs = 0;
   for (const segment of segments) {
-    const { tokens, cellBase, position, adapter } = segment;
+    const { tokens, cellBase, position, adapter, drafts = 0 } = segment;
     const end = cellBase + position + tokens.length;
     if (tokens.length < 1 || position < 0 || cellBase < scrapCells || end > limits.cells) {
       throw new GatewayError(
@@ -36,7 +39,11 @@ export function checkBatch(segments: readonly Segment[], limits: StepLimits): Ba
         `step: ${tokens.length} tokens at position ${position} of cells ${cellBase} leave ${limits.cells} cells`,
       );
     }
+    if (drafts < 0 || drafts >= tokens.length) {
+      throw new GatewayError('SHAPE_MISMATCH', `step: ${drafts} of ${tokens.length} are drafts`);
+    }
     rows += tokens.length;
+    outputs += outputsOf(segment);
     if (adapter === null) continue;
     const need = pagesOf(segment);
     if (adapter.rank < 1 || need > pagesPerRowMax || adapter.pages.length < need) {
@@ -47,13 +54,14 @@ export function checkBatch(segments: readonly Segment[], limits: StepLimits): Ba
     }
     pages = Math.max(pages, need);
   }
-  if (segments.length < 1 || segments.length > limits.segmentsMax || rows > limits.tokensMax) {
+  const { segmentsMax, tokensMax } = limits;
+  if (segments.length < 1 || Math.max(segments.length, outputs) > segmentsMax || rows > tokensMax) {
     throw new GatewayError(
       'SHAPE_MISMATCH',
-      `step: ${segments.length} segments of ${rows} tokens, limits are ${limits.segmentsMax} and ${limits.tokensMax}`,
+      `step: ${segments.length} segments of ${rows} tokens with ${outputs} outputs, limits are ${segmentsMax} and ${tokensMax}`,
     );
   }
-  return { rows, segments: segments.length, pages };
+  return { rows, segments: segments.length, outputs, pages };
 }
 
 /** Padding costs compute, every size costs a program: exact up to 8 rows, then steps of at most a quarter. */
@@ -71,6 +79,8 @@ export function programSize(batch: Batch, limits: StepLimits): ProgramSize {
   return {
     rows: roundUpRows(batch.rows, limits.tokensMax),
     segments: roundUpPower(batch.segments, limits.segmentsMax),
+    // Without drafts there are at most as many as segments: no program of its own for a batch that wants fewer.
+    outputs: roundUpPower(Math.max(batch.segments, batch.outputs), limits.segmentsMax),
     pages: batch.pages === 0 ? 0 : roundUpPower(batch.pages, pagesPerRowMax),
   };
 }
@@ -86,7 +96,7 @@ function pagesOf({ adapter }: Segment): number {
   return adapter === null ? 0 : Math.ceil(adapter.rank / ranksPerPage);
 }
 
-/** Rows in the order of falling page counts, so that a row costs its own pages only (Ops.addLowRank). */
+/** Rows in the order of falling page counts, so that a row costs its own pages only (Ops.shrink). */
 export function placeRows(segments: readonly Segment[]): readonly PlacedSegment[] {
   let rowStart = 0;
   return segments
@@ -99,7 +109,7 @@ export function placeRows(segments: readonly Segment[]): readonly PlacedSegment[
     });
 }
 
-/** Fills the inputs; returns the output row of each segment that wants logits, by the caller's index. */
+/** Fills the inputs; returns the first output row of each segment that wants logits, by the caller's index. */
 export function writeInputs(
   program: Program,
   placed: readonly PlacedSegment[],
@@ -108,10 +118,11 @@ export function writeInputs(
   const tokens = new Int32Array(size.rows);
   const positions = new Int32Array(size.rows);
   const cells = new BigInt64Array(size.rows); // padding rows write cell 0, which is scrap
-  const outputRows = new Int32Array(size.segments);
+  const outputRows = new Int32Array(size.outputs);
   const pages = new Int32Array(size.rows * size.pages); // page 0 is zero
   const active = new Float32Array(size.rows * size.pages * ranksPerPage);
   const outputs = new Map<number, number>();
+  let outputCount = 0;
   for (const { index, segment, rowStart } of placed) {
     const { adapter, position, cellBase } = segment;
     for (let i = 0; i < segment.tokens.length; i++) {
@@ -124,9 +135,11 @@ export function writeInputs(
       const from = row * size.pages * ranksPerPage;
       active.fill(adapter.scale, from, from + adapter.rank);
     }
-    if (segment.wantsLogits) {
-      outputRows[outputs.size] = rowStart + segment.tokens.length - 1;
-      outputs.set(index, outputs.size);
+    const count = outputsOf(segment);
+    if (count > 0) outputs.set(index, outputCount);
+    for (let i = segment.tokens.length - count; i < segment.tokens.length; i++) {
+      outputRows[outputCount] = rowStart + i;
+      outputCount += 1;
     }
   }
   program.write('tokens', tokens);

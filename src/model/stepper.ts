@@ -25,27 +25,30 @@ export interface Segment {
   readonly adapter: AdapterRows | null;
   /** Whether the last token's logits are wanted (the end of a prompt, or a decode row). */
   readonly wantsLogits: boolean;
+  /** So many of the last tokens are guesses: logits are wanted for each of them and for the token before them. */
+  readonly drafts?: number;
 }
 
 export interface StepResult {
   /** Index in the batch's segments → arg max of its last token's logits; -1… never: absent when not wanted. */
   argmax(segment: number): number;
-  /** [V] f32; valid until the next step. Throws when the segment did not want logits. */
-  logits(segment: number): Float32Array;
+  /** [V] f32 after the last token that is no draft, or after draft `draft` (1 = the first); valid until the next step.
+   *  Throws when the segment did not want them. */
+  logits(segment: number, draft?: number): Float32Array;
 }
 
 export interface Stepper extends Disposable {
   readonly config: DecoderConfig;
   readonly cells: number;
   readonly pages: number;
-  /** Most tokens and most segments in one step. */
+  /** Most tokens in one step; most segments, and most rows of logits. */
   readonly tokensMax: number;
   readonly segmentsMax: number;
   /** Runs one step. Throws SHAPE_MISMATCH when the batch breaks a limit above, before anything is computed. */
   step(segments: readonly Segment[]): StepResult;
   /** Copies cells [from, from+count) to [to, to+count) in every layer; the ranges do not overlap. */
   copyCells(from: number, to: number, count: number): void;
-  /** Writes one page of one module; f16 bits. `a` [8, in], `b` [out, 8]. null zeroes the module's page. */
+  /** Writes one page of one module; f16 bits. `a` [8, in], `b` [8, out]. null zeroes the module's page. */
   writePage(page: number, module: ModuleRef, data: PageData | null): void;
 }
 

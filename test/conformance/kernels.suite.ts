@@ -23,6 +23,8 @@ interface Fixture {
   readonly stored: Readonly<
     Record<string, { dtype: WeightType; shape: number[]; bytes: Uint8Array }>
   >;
+  /** Which of the stored tensors are pools of adapter pages, and for which op. */
+  readonly pools?: Readonly<Record<string, 'shrink' | 'expand'>>;
   readonly inputs: Readonly<Record<string, InputData>>;
   readonly segments?: readonly AttentionSegment[];
   readonly segmentsMax?: number;
@@ -154,7 +156,7 @@ function lowRankCase(used: readonly number[]): KernelCase {
   const [inner, outer, pool] = [64, 80, 12];
   const [rows, count] = [used.length, 2 ** Math.ceil(Math.log2(Math.max(1, ...used)))];
   return {
-    name: `addLowRank, rows of ${used.join(', ')} pages`,
+    name: `shrink, mixRanks and expand, rows of ${used.join(', ')} pages`,
     nmse: halves,
     make: (rng) => {
       const pages = ints(rng, rows * count, pool - 1).map((page) => page + 1);
@@ -162,27 +164,39 @@ function lowRankCase(used: readonly number[]): KernelCase {
         pages.fill(0, row * count + kept, (row + 1) * count);
       }
       const a = f16(rng, [pool, 8, inner]);
-      const b = f16(rng, [pool, outer, 8]);
+      const b = f16(rng, [pool, 8, outer]);
+      const other = f16(rng, [pool, 8, inner]);
       a.bytes.fill(0, 0, 8 * inner * 2);
       b.bytes.fill(0, 0, outer * 8 * 2);
+      other.bytes.fill(0, 0, 8 * inner * 2);
       return {
-        stored: { a, b },
+        pools: { a: 'shrink', other: 'shrink', b: 'expand' },
+        stored: { a, b, other, atoms: randomWeight(rng, 'f32', [3, count * 8, count * 8]) },
         inputs: {
           x: normals(rng, rows * inner),
           y: normals(rng, rows * outer),
           one: new Float32Array(rows * outer).fill(1),
           pages,
           active: Float32Array.from({ length: rows * count * 8 }, () => rng.below(3) / 2),
+          gate: Float32Array.from({ length: rows * count * 8 }, () => rng.below(4) - 1),
+          shares: Float32Array.from({ length: rows * 4 }, () => rng.below(3) / 2),
         },
       };
     },
-    build: (ops, { a, b }) => {
+    build: (ops, { a, b, other, atoms }) => {
       const [x, y] = [ops.input('x', 'f32', [rows, inner]), ops.input('y', 'f32', [rows, outer])];
       const pages = ops.input('pages', 'i32', [rows, count]);
       const active = ops.input('active', 'f32', [rows, count, 8]);
-      // addLowRank consumes its y, and an input must outlive the run.
+      const gate = ops.input('gate', 'f32', [rows, count, 8]);
+      const shares = ops.input('shares', 'f32', [rows, 4]);
+      // expand consumes its y, and an input must outlive the run.
       const own = ops.mul(y, ops.input('one', 'f32', [rows, outer]));
-      return { y: ops.addLowRank(own, x, { a: a!, b: b!, pages, active }) };
+      const [h, g] = ops.shrink(x, pages, [
+        { a: a!, gate: active },
+        { a: other!, gate },
+      ]) as [Tensor, Tensor];
+      const mixed = ops.mixRanks(g, atoms!, shares);
+      return { y: ops.expand(ops.expand(own, h, pages, b!), mixed, pages, b!), h, mixed };
     },
   };
 }
@@ -270,15 +284,12 @@ const kernelCases: readonly KernelCase[] = [
 /** Rows of `attend` outside every segment are undefined; all others of every output are compared. */
 function runCase(kernels: Kernels, test: KernelCase, seed: number): Record<string, Float32Array> {
   const fixture = test.make(createRng(seed));
-  const stored: Record<string, StoredTensor> = {};
   const guards: StoredTensor[] = [];
   const guard = new Uint8Array(64).fill(0xa5);
-  for (const [name, { dtype, shape, bytes }] of Object.entries(fixture.stored)) {
-    stored[name] = kernels.store(dtype, shape);
-    kernels.write(stored[name], bytes, 0);
+  const stored = store(kernels, fixture, () => {
     guards.push(kernels.store('f32', [16]));
     kernels.write(guards.at(-1)!, guard, 0);
-  }
+  });
   const shapes = new Map<string, number>();
   using program = kernels.compile(
     (ops) => {
@@ -302,6 +313,25 @@ function runCase(kernels: Kernels, test: KernelCase, seed: number): Record<strin
     expect(seen).toEqual(guard);
   }
   return results;
+}
+
+/** Stores what a fixture wants; `after` is called behind every tensor. */
+function store(
+  kernels: Kernels,
+  fixture: Fixture,
+  after: () => void = () => undefined,
+): Record<string, StoredTensor> {
+  const stored: Record<string, StoredTensor> = {};
+  for (const [name, { dtype, shape, bytes }] of Object.entries(fixture.stored)) {
+    const use = fixture.pools?.[name];
+    stored[name] =
+      use === undefined
+        ? kernels.store(dtype, shape)
+        : kernels.storePages(use, dtype, { pages: shape[0]!, width: shape[2]! });
+    kernels.write(stored[name], bytes, 0);
+    after();
+  }
+  return stored;
 }
 
 function nmse(got: Float32Array, wanted: Float32Array): number {
@@ -356,11 +386,7 @@ export function kernelSuite(
       const test = attendCase('f32', 0);
       using kernels = create();
       const fixture = test.make(createRng(3));
-      const stored: Record<string, StoredTensor> = {};
-      for (const [key, { dtype, shape, bytes }] of Object.entries(fixture.stored)) {
-        stored[key] = kernels.store(dtype, shape);
-        kernels.write(stored[key], bytes, 0);
-      }
+      const stored = store(kernels, fixture);
       using program = kernels.compile((ops) => test.build(ops, stored), { segments: 4 });
       const run = (segments: readonly AttentionSegment[]): Float32Array => {
         const out = new Float32Array(3 * 384);
@@ -382,11 +408,7 @@ export function kernelSuite(
       const test = lowRankCase([4, 4, 2, 1]);
       const fixture = test.make(createRng(9));
       const open = (backend: Kernels): ((pages: Int32Array) => Float32Array) => {
-        const stored: Record<string, StoredTensor> = {};
-        for (const [key, { dtype, shape, bytes }] of Object.entries(fixture.stored)) {
-          stored[key] = backend.store(dtype, shape);
-          backend.write(stored[key], bytes, 0);
-        }
+        const stored = store(backend, fixture);
         const program = backend.compile((ops) => test.build(ops, stored), { segments: 0 });
         for (const [key, data] of Object.entries(fixture.inputs)) program.write(key, data);
         return (pages) => {

@@ -17,7 +17,7 @@ export function fakeGeneration(digits: string): Generation {
 
 export function fakeManifest(rankMax: number): AdapterManifest {
   return {
-    format: 'rankgate-adapter/1',
+    format: 'rankgate-adapter/2',
     kind: 'lora',
     baseHash: 'b'.repeat(64),
     rankMax,

@@ -103,9 +103,9 @@ export class FakeStepper implements Stepper {
     this.steps += 1;
     this.#options.onStep?.(segments, this.steps);
     const rows = segments.map((segment) => this.#compute(segment));
-    const logits = (index: number): Float32Array => {
-      const row = rows[index];
-      if (row === undefined || row === null) throw new Error(`no logits for segment ${index}`);
+    const logits = (index: number, draft = 0): Float32Array => {
+      const row = rows[index]?.[draft];
+      if (row === undefined) throw new Error(`no logits ${draft} for segment ${index}`);
       return row;
     };
     return { logits, argmax: (index) => indexOfMax(logits(index)) };
@@ -113,8 +113,13 @@ export class FakeStepper implements Stepper {
 
   #check(segments: readonly Segment[]): void {
     const tokens = segments.reduce((sum, segment) => sum + segment.tokens.length, 0);
-    if (tokens > this.tokensMax || segments.length > this.segmentsMax || segments.length === 0) {
-      throw new GatewayError('SHAPE_MISMATCH', `${segments.length} segments, ${tokens} tokens`);
+    const outputs = segments.reduce(
+      (sum, { wantsLogits, drafts = 0 }) => sum + (wantsLogits ? 1 + drafts : 0),
+      0,
+    );
+    const widest = Math.max(segments.length, outputs);
+    if (tokens > this.tokensMax || widest > this.segmentsMax || segments.length === 0) {
+      throw new GatewayError('SHAPE_MISMATCH', `${widest} segments or outputs, ${tokens} tokens`);
     }
     const ranges = segments.map(({ cellBase, position, tokens: { length } }) => ({
       start: cellBase,
@@ -129,17 +134,22 @@ export class FakeStepper implements Stepper {
     });
   }
 
-  #compute(segment: Segment): Float32Array | null {
-    const { tokens, cellBase, position } = segment;
+  /** Logits after the last token that is no draft, then after each draft. */
+  #compute(segment: Segment): Float32Array[] {
+    const { tokens, cellBase, position, wantsLogits, drafts = 0 } = segment;
     const adapter = segment.adapter === null ? 0 : this.#fingerprint(segment.adapter);
-    let value = 0;
+    const rows: Float32Array[] = [];
     for (let i = 0; i < tokens.length; i++) {
-      value = mix(mix(0x51ed270b, tokens[i]!), adapter);
+      let value = mix(mix(0x51ed270b, tokens[i]!), adapter);
       const cell = cellBase + position + i;
       for (let other = cellBase; other < cell; other++) value = mix(value, this.#values[other]!);
       this.#values[cell] = value;
+      if (wantsLogits && i >= tokens.length - 1 - drafts) rows.push(this.#logits(segment, value));
     }
-    if (!segment.wantsLogits) return null;
+    return rows;
+  }
+
+  #logits(segment: Segment, value: number): Float32Array {
     const logits = Float32Array.from(
       { length: this.config.vocabSize },
       (_, token) => (mix(value, token) >>> 8) / 0x200000, // [0, 8)
@@ -194,7 +204,7 @@ export function fakeGeneration(n: number): Generation {
 export function fakePacked(generation: Generation, rankMax: number): PackedAdapter {
   const seed = [...generation].reduce((h, character) => mix(h, character.charCodeAt(0)), 7);
   const manifest: AdapterManifest = {
-    format: 'rankgate-adapter/1',
+    format: 'rankgate-adapter/2',
     kind: 'lora',
     baseHash: fakeBaseHash,
     rankMax,

@@ -1,27 +1,50 @@
 // Kernels over ggml. Stored tensors have a buffer each; programs share one scratch buffer (see GgmlProgram).
 
 import { GatewayError } from '../../errors.ts';
-import { checkRange, checkShape } from '../check.ts';
-import type {
-  ByteMove,
-  DType,
-  Kernels,
-  Ops,
-  Program,
-  ProgramShape,
-  StoredTensor,
-  Tensor,
+import { checkPool, checkRange, checkShape, mismatch } from '../check.ts';
+import {
+  type ByteMove,
+  type DType,
+  dtypeLayout,
+  type Kernels,
+  type Ops,
+  type PagePoolShape,
+  type Program,
+  type ProgramShape,
+  ranksPerPage,
+  type StoredTensor,
+  type Tensor,
 } from '../kernels.ts';
+import { Accelerator, DeviceScheduler } from './device-scheduler.ts';
 import { GgmlProgram } from './ggml-program.ts';
-import { type GgmlLibrary, ggmlType, loadLibrary } from './library.ts';
+import {
+  type GgmlDevice,
+  type GgmlLibrary,
+  ggmlType,
+  listDevices,
+  loadLibrary,
+} from './library.ts';
 import { Arena, Device, GgmlTensor, ours, Scratch, TensorBuffer, toNe } from './memory.ts';
+import type { ProgramHost } from './recorder.ts';
+import { type DeviceChoice, type DeviceWish, selectDevice } from './select-device.ts';
 
+const typeInt8 = 24; // enum ggml_type: a type of one byte a number
 const storedTensorsMax = 4096; // a 30-block decoder with adapters stores about 800
 
 export interface GgmlOptions {
   readonly threads: number;
   /** Folder of the shared objects; the installed npm package by default. */
   readonly libraryDirectory?: string;
+  /** What holds the model; the CPU by default. */
+  readonly device?: DeviceWish;
+  /** Memory that the model, its cache and its adapters will take. */
+  readonly bytesNeeded?: number;
+}
+
+/** Which device a wish leads to on this machine, and why. Loads the library. Throws UNSUPPORTED with what to do. */
+export function chooseDevice(options: Omit<GgmlOptions, 'threads'>): DeviceChoice<GgmlDevice> {
+  const { device: wish = 'cpu', libraryDirectory, bytesNeeded = 0 } = options;
+  return selectDevice(listDevices(loadLibrary(wish, libraryDirectory)), wish, bytesNeeded);
 }
 
 export class GgmlKernels implements Kernels {
@@ -33,6 +56,8 @@ export class GgmlKernels implements Kernels {
   readonly #buffers: TensorBuffer[] = [];
   readonly #programs: Set<GgmlProgram> = new Set();
   readonly #scratch: Scratch;
+  readonly #scheduler: DeviceScheduler | undefined;
+  readonly #host: ProgramHost;
   #disposed = false;
 
   constructor(options: GgmlOptions) {
@@ -40,11 +65,19 @@ export class GgmlKernels implements Kernels {
     if (!Number.isSafeInteger(threads) || threads < 1 || threads > 512) {
       throw new GatewayError('INVALID_REQUEST', `threads: 1 to 512 wanted, got ${threads}`);
     }
-    this.#library = loadLibrary(options.libraryDirectory);
-    this.#device = new Device(this.#library, threads);
-    this.#arena = new Arena(this.#library, storedTensorsMax, 0);
-    this.#scratch = new Scratch(this.#library, this.#device);
-    this.description = `ggml ${this.#library.version}, ${this.#device.description.trim()}, ${threads} threads`;
+    const { device: chosen } = chooseDevice(options);
+    const library = loadLibrary(options.device ?? 'cpu');
+    const device = new Device(library, threads);
+    this.#library = library;
+    this.#device = device;
+    this.#arena = new Arena(library, storedTensorsMax, 0);
+    this.#scratch = new Scratch(library, device);
+    const accelerator = chosen === null ? undefined : new Accelerator(library, chosen);
+    this.#scheduler = accelerator && new DeviceScheduler(library, accelerator, device);
+    const [scratch, scheduler, place] = [this.#scratch, this.#scheduler, accelerator ?? device];
+    this.#host = { library, device, scratch, scheduler, place };
+    const devices = [accelerator, device].flatMap((each) => each?.description.trim() ?? []);
+    this.description = `ggml ${library.version}, ${devices.join(', ')}, ${threads} threads`;
   }
 
   store(
@@ -53,6 +86,28 @@ export class GgmlKernels implements Kernels {
     contents: 'zero' | 'undefined' = 'zero',
   ): StoredTensor {
     checkShape('store', dtype, shape);
+    return this.#store(dtype, shape, { contents, transposedPages: false });
+  }
+
+  storePages(use: 'shrink' | 'expand', dtype: DType, shape: PagePoolShape): StoredTensor {
+    const pool = [shape.pages, ranksPerPage, shape.width];
+    checkShape('storePages', dtype, pool);
+    checkPool('storePages', { dtype, shape: pool }, shape.width);
+    // ggml's products contract the innermost axis: out of the bottleneck that is the ranks.
+    const transposedPages = use === 'expand';
+    if (transposedPages && dtype === 'q8_0') {
+      throw new GatewayError('UNSUPPORTED', 'ggml: q8_0 pages need the native kernels');
+    }
+    const stored = this.#store(dtype, pool, { contents: 'undefined', transposedPages });
+    this.write(stored, new Uint8Array(stored.bytes / shape.pages), 0);
+    return stored;
+  }
+
+  #store(
+    dtype: DType,
+    shape: readonly number[],
+    how: { readonly contents: 'zero' | 'undefined'; readonly transposedPages: boolean },
+  ): GgmlTensor {
     if (this.#buffers.length >= storedTensorsMax) {
       throw new GatewayError('ENGINE_FAILED', `ggml: more than ${storedTensorsMax} stored tensors`);
     }
@@ -60,24 +115,33 @@ export class GgmlKernels implements Kernels {
       'ggml_new_tensor_4d',
       this.#arena.context,
       ggmlType[dtype],
-      ...toNe(shape),
+      ...toNe(how.transposedPages ? [shape[0]!, shape[2]!, shape[1]!] : shape),
     );
-    const buffer = new TensorBuffer(this.#library, this.#device, pointer);
-    if (contents === 'zero') buffer.clear();
+    const buffer = new TensorBuffer(this.#library, this.#host.place, pointer);
+    if (how.contents === 'zero') buffer.clear();
     this.#buffers.push(buffer);
-    return new GgmlTensor(dtype, [...shape], pointer, Number(buffer.address));
+    return new GgmlTensor({ dtype, shape: [...shape] }, { pointer, buffer }, how.transposedPages);
   }
 
   write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void {
     checkRange('write', tensor.bytes, byteOffset, bytes.byteLength);
-    const { pointer } = ours(tensor);
-    this.#library.call('ggml_backend_tensor_set', pointer, bytes, byteOffset, bytes.byteLength);
+    const target = ours(tensor);
+    const source = target.transposedPages ? transposePages(target, bytes, byteOffset, true) : bytes;
+    this.#library.call(
+      'ggml_backend_tensor_set',
+      target.pointer,
+      source,
+      byteOffset,
+      bytes.byteLength,
+    );
   }
 
   read(tensor: StoredTensor, out: Uint8Array, byteOffset: number): void {
     checkRange('read', tensor.bytes, byteOffset, out.byteLength);
-    const { pointer } = ours(tensor);
-    this.#library.call('ggml_backend_tensor_get', pointer, out, byteOffset, out.byteLength);
+    const source = ours(tensor);
+    const { byteLength } = out;
+    this.#library.call('ggml_backend_tensor_get', source.pointer, out, byteOffset, byteLength);
+    if (source.transposedPages) out.set(transposePages(source, out, byteOffset, false));
   }
 
   setThreads(threads: number): void {
@@ -87,20 +151,31 @@ export class GgmlKernels implements Kernels {
   copyWithin(tensor: StoredTensor, { from, to, bytes }: ByteMove): void {
     checkRange('copyWithin', tensor.bytes, from, bytes);
     checkRange('copyWithin', tensor.bytes, to, bytes);
-    const { pointer, address } = ours(tensor);
-    // The source is CPU memory, so setting from its own address is one memcpy.
-    this.#library.call('ggml_backend_tensor_set', pointer, BigInt(address + from), to, bytes);
+    const { pointer, address, buffer } = ours(tensor);
+    if (buffer.isHost) {
+      // Setting from its own address is one memcpy.
+      this.#library.call('ggml_backend_tensor_set', pointer, BigInt(address + from), to, bytes);
+      return;
+    }
+    using arena = new Arena(this.#library, 2, 0);
+    const [source, target] = [from, to].map((offset) => {
+      const name = 'ggml_new_tensor_4d';
+      const range = this.#library.pointer(name, arena.context, typeInt8, bytes, 1, 1, 1);
+      buffer.adopt(range, offset);
+      return range;
+    });
+    this.#library.call('ggml_backend_tensor_copy', source, target);
   }
 
   compile(build: (ops: Ops) => Readonly<Record<string, Tensor>>, shape: ProgramShape): Program {
-    const program = new GgmlProgram(
-      { library: this.#library, device: this.#device, scratch: this.#scratch },
-      build,
-      shape,
-      () => this.#programs.delete(program),
-    );
+    const program = new GgmlProgram(this.#host, build, shape, () => this.#programs.delete(program));
     this.#programs.add(program);
     return program;
+  }
+
+  /** Of the intermediate values of the largest program so far. */
+  get scratchBytes(): number {
+    return this.#scheduler?.bytes ?? this.#scratch.bytes;
   }
 
   [Symbol.dispose](): void {
@@ -110,6 +185,35 @@ export class GgmlKernels implements Kernels {
     this.#scratch[Symbol.dispose]();
     for (const buffer of this.#buffers) buffer[Symbol.dispose]();
     this.#arena[Symbol.dispose]();
+    this.#scheduler?.[Symbol.dispose]();
+    this.#scheduler?.accelerator[Symbol.dispose]();
     this.#device[Symbol.dispose]();
   }
+}
+
+/** Whole pages [8, width] ↔ [width, 8] of numbers of two or four bytes. */
+function transposePages(
+  pool: GgmlTensor,
+  bytes: Uint8Array,
+  byteOffset: number,
+  inward: boolean,
+): Uint8Array {
+  const width = pool.shape[2]!;
+  const size = dtypeLayout[pool.dtype].bytes;
+  const pageBytes = ranksPerPage * width * size;
+  if (byteOffset % pageBytes !== 0 || bytes.byteLength % pageBytes !== 0) {
+    throw mismatch('pages', `whole pages of ${pageBytes} bytes wanted`);
+  }
+  const [rows, columns] = inward ? [ranksPerPage, width] : [width, ranksPerPage];
+  const out = new Uint8Array(bytes.byteLength);
+  for (let page = 0; page < bytes.byteLength; page += pageBytes) {
+    for (let row = 0; row < rows; row++) {
+      for (let column = 0; column < columns; column++) {
+        const from = page + (row * columns + column) * size;
+        const to = page + (column * rows + row) * size;
+        for (let i = 0; i < size; i++) out[to + i] = bytes[from + i]!;
+      }
+    }
+  }
+  return out;
 }

@@ -4,26 +4,25 @@
 // result) are moved between runs by patching the fields of their tensor structs, which lie in our own memory (Arena):
 // a graph recorded once serves sequences of any length, and a row reads only its own cells. Unused segments have zero
 // rows, which ggml skips. The offsets are checked against the library at load (library.ts, selfTest).
+//
+// On a device (ProgramHost.scheduler) each run puts the graph back as it was recorded, patches it, and has it split and
+// placed: what a run patches are sizes and offsets into what is viewed, which ggml turns into places on either side.
 
-import koffi from 'koffi';
 import { GatewayError } from '../../errors.ts';
 import { checkRange, checkSegments, elementCount, mismatch } from '../check.ts';
 import type { AttentionSegment, Ops, Program, ProgramShape, Tensor } from '../kernels.ts';
 import { checkInput, type InputData, type InputPlan, SymbolicOps } from '../symbolic-ops.ts';
-import { ggmlType, tensorLayout } from './library.ts';
-import { Arena, TensorBuffer } from './memory.ts';
 import {
-  type AttendSite,
-  type Node,
-  type ProgramHost,
-  pointerOf,
-  Recorder,
-  tierStart,
-} from './recorder.ts';
+  type AttendBase,
+  aimViews,
+  attendBases,
+  MaskMemory,
+  sizeMasks,
+} from './attention-views.ts';
+import { tensorLayout } from './library.ts';
+import { Arena } from './memory.ts';
+import { type Node, type ProgramHost, pointerOf, Recorder, tierStart } from './recorder.ts';
 
-const { ne, nb, src, data: dataField } = tensorLayout;
-const word = 8; // bytes of a size, stride or pointer field
-const maskHidden = 0xfc00; // -infinity in f16
 /** Segments per program, an arbitrary bound: tensor structs grow with segments × attends. */
 const segmentsLimit = 256;
 
@@ -31,64 +30,10 @@ interface Recording {
   readonly arena: Arena;
   readonly recorder: Recorder;
   readonly outputs: ReadonlyMap<string, Node>;
-  /** Address of q of each attend; known once the scratch is placed. */
-  readonly qAddresses: readonly number[];
+  readonly bases: readonly AttendBase[];
   /** The tightest of all attends: a run's segments are checked against it once. */
   readonly limits: Parameters<typeof checkSegments>[1];
   readonly version: number;
-}
-
-/** Causal masks of one run, one after the other. */
-class MaskMemory implements Disposable {
-  readonly #host: ProgramHost;
-  #buffer: TensorBuffer | undefined;
-  #words: Uint16Array = new Uint16Array(0);
-
-  constructor(host: ProgramHost) {
-    this.#host = host;
-  }
-
-  /** Writes the masks of the segments of more than one row; returns the address of each (0 where none is needed). */
-  write(segments: readonly AttentionSegment[]): readonly number[] {
-    const masked = segments.filter(({ rowCount }) => rowCount > 1);
-    this.#reserve(masked.reduce((sum, { rowCount, cells }) => sum + rowCount * cells, 0));
-    const base = Number(this.#buffer?.address ?? 0);
-    let at = 0;
-    return segments.map(({ rowCount, cells }) => {
-      if (rowCount === 1) return 0;
-      const address = base + at * 2;
-      for (let row = 0; row < rowCount; row++) {
-        const seen = cells - rowCount + row + 1;
-        this.#words.fill(0, at, at + seen);
-        this.#words.fill(maskHidden, at + seen, at + cells);
-        at += cells;
-      }
-      return address;
-    });
-  }
-
-  #reserve(count: number): void {
-    if (count <= this.#words.length) return;
-    const { library, device } = this.#host;
-    this.#buffer?.[Symbol.dispose]();
-    using arena = new Arena(library, 1, 0);
-    const tensor = library.pointer(
-      'ggml_new_tensor_4d',
-      arena.context,
-      ggmlType.f16,
-      count,
-      1,
-      1,
-      1,
-    );
-    this.#buffer = new TensorBuffer(library, device, tensor);
-    this.#words = new Uint16Array(koffi.view(this.#buffer.address, count * 2));
-  }
-
-  [Symbol.dispose](): void {
-    this.#buffer?.[Symbol.dispose]();
-    this.#buffer = undefined;
-  }
 }
 
 export class GgmlProgram implements Program {
@@ -128,23 +73,36 @@ export class GgmlProgram implements Program {
   }
 
   #record(): Recording {
-    const { library, scratch } = this.#host;
     const nodes = this.#tensorCount;
-    const arena = new Arena(library, nodes, nodes);
+    const arena = new Arena(this.#host.library, nodes, nodes);
     const recorder = new Recorder(this.#host, arena, { segments: this.#segmentsMax, nodes });
+    try {
+      return this.#fill(arena, recorder);
+    } catch (error) {
+      release({ arena, recorder });
+      throw error;
+    }
+  }
+
+  #fill(arena: Arena, recorder: Recorder): Recording {
+    const { library, scratch, scheduler } = this.#host;
     const outputs = new Map<string, Node>();
     for (const [name, tensor] of Object.entries(this.#build(recorder))) {
       library.call('ggml_set_output', pointerOf(tensor));
+      // Some training ops leave it to their use whether they are computed.
+      library.call('ggml_build_forward_expand', recorder.graph, pointerOf(tensor));
       outputs.set(name, tensor as Node);
     }
-    scratch.place(recorder.graph);
-    const qAddresses = recorder.sites.map(({ q }) => Number(library.pointer('ggml_get_data', q)));
+    if (scheduler === undefined) scratch.place(recorder.graph);
+    else scheduler.reserve(this.#tensorCount);
+    const bases = attendBases(this.#host, arena, recorder);
+    if (scheduler !== undefined) arena.keep();
     const limits = {
       rows: Math.min(...recorder.sites.map(({ rows }) => rows)),
       cells: Math.min(...recorder.sites.map(({ k }) => k.shape[0]!)),
       segmentsMax: this.#segmentsMax,
     };
-    return { arena, recorder, outputs, qAddresses, limits, version: scratch.version };
+    return { arena, recorder, outputs, bases, limits, version: scratch.version };
   }
 
   /** The recording, made again when another program has grown and so moved the shared scratch. */
@@ -175,36 +133,25 @@ export class GgmlProgram implements Program {
   }
 
   run(segments: readonly AttentionSegment[]): void {
-    const { arena, recorder, qAddresses, limits } = this.#current();
+    const { arena, recorder, bases, limits } = this.#current();
     if (this.#values.size !== this.#inputs.size) {
       const missing = [...this.#inputs.keys()].filter((name) => !this.#values.has(name));
       throw mismatch('run', `inputs never written: ${missing.join(', ')}`);
     }
     if (recorder.sites.length > 0) checkSegments(segments, limits);
-    this.#aimMasks(arena, recorder, segments);
+    const { device, scratch, scheduler } = this.#host;
+    if (scheduler !== undefined) arena.restore();
+    sizeMasks(arena, recorder, segments);
     this.#aimTiers(arena, recorder);
-    for (const [i, site] of recorder.sites.entries()) aim(arena, site, qAddresses[i]!, segments);
-    const { library, device } = this.#host;
-    const status = library.number('ggml_backend_graph_compute', device.backend, recorder.graph);
-    if (status !== 0) throw new GatewayError('ENGINE_FAILED', `ggml: graph compute gave ${status}`);
-  }
-
-  #aimMasks(arena: Arena, recorder: Recorder, segments: readonly AttentionSegment[]): void {
-    const addresses = this.#mask.write(segments);
-    segments.forEach(({ rowCount, cells }, i) => {
-      const { word: at, address } = recorder.masks[i]!;
-      const masked = rowCount > 1;
-      if (masked) {
-        arena.patch(at, dataField, addresses[i]!);
-        arena.patch(at, ne, cells);
-        arena.patch(at, ne + word, rowCount);
-        arena.patch(at, nb + word, cells * 2);
-      }
-      // src[3] is the mask: a single row sees all of its cells and needs none.
-      for (const { views } of recorder.sites) {
-        arena.patch(views[i]!.result, src + 3 * word, masked ? address : 0);
-      }
-    });
+    for (const [i, site] of recorder.sites.entries()) aimViews(arena, site, bases[i]!, segments);
+    if (scheduler === undefined) {
+      this.#mask.place(arena, recorder, segments);
+      scratch.compute(device, recorder.graph);
+    } else {
+      scheduler.place(recorder.graph);
+      this.#mask.copy(recorder, segments);
+      scheduler.compute(recorder.graph);
+    }
   }
 
   /** Sets how many rows each tier of adapter pages serves: up to the last row with a page in it. */
@@ -219,7 +166,9 @@ export class GgmlProgram implements Program {
     );
     for (const [tier, fields] of tierFields.entries()) {
       if (this.#tierRows[tier] === rows[tier]) continue;
-      for (const { word: at, axis } of fields) arena.patch(at, ne + axis * word, rows[tier]!);
+      for (const { word, axis } of fields) {
+        arena.patch(word, tensorLayout.ne + axis * 8, rows[tier]!);
+      }
     }
     this.#tierRows = rows;
   }
@@ -228,9 +177,11 @@ export class GgmlProgram implements Program {
     const recording = this.#recording;
     const node = recording?.outputs.get(name);
     if (node === undefined) throw mismatch('read', `the program has no output ${name}`);
-    if (recording?.version !== this.#host.scratch.version) {
-      throw mismatch('read', `${name} is gone: another program was compiled since the run`);
-    }
+    const { scratch, scheduler } = this.#host;
+    const kept =
+      recording?.version === scratch.version &&
+      (scheduler === undefined || scheduler.holds(recording.recorder.graph));
+    if (!kept) throw mismatch('read', `${name} is gone: another program was compiled or run`);
     checkRange('read', elementCount(node.shape), start, out.length);
     const { library } = this.#host;
     library.call('ggml_backend_tensor_get', node.pointer, out, start * 4, out.byteLength);
@@ -242,30 +193,6 @@ export class GgmlProgram implements Program {
     this.#mask[Symbol.dispose]();
     this.#onDispose();
   }
-}
-
-/** Points one attend's views at this run's segments. */
-function aim(
-  arena: Arena,
-  site: AttendSite,
-  qAddress: number,
-  segments: readonly AttentionSegment[],
-): void {
-  const { k, v, cellBytes, rowBytes, resultAddress, views } = site;
-  views.forEach((view, i) => {
-    const segment = segments[i];
-    // [H·D rows]: the result is [D, H, rows] in ggml's order, so ne[2] counts rows; none means skip.
-    arena.patch(view.result, ne + 2 * word, segment?.rowCount ?? 0);
-    if (segment === undefined) return;
-    const { rowStart, rowCount, cellBase, cells } = segment;
-    arena.patch(view.result, dataField, resultAddress + rowStart * rowBytes);
-    arena.patch(view.q, dataField, qAddress + rowStart * rowBytes);
-    arena.patch(view.q, ne + word, rowCount);
-    arena.patch(view.k, dataField, k.address + cellBase * cellBytes);
-    arena.patch(view.k, ne + word, cells);
-    arena.patch(view.v, dataField, v.address + cellBase * cellBytes);
-    arena.patch(view.v, ne + word, cells);
-  });
 }
 
 function tierRows(pages: Int32Array, count: number, tiers: number): number[] {
@@ -280,7 +207,7 @@ function tierRows(pages: Int32Array, count: number, tiers: number): number[] {
   return rows;
 }
 
-function release({ arena, recorder }: Recording): void {
+function release({ arena, recorder }: Pick<Recording, 'arena' | 'recorder'>): void {
   arena[Symbol.dispose]();
   for (const buffer of recorder.buffers) buffer[Symbol.dispose]();
 }

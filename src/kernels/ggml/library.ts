@@ -8,6 +8,7 @@ import { dirname, join } from 'node:path';
 import koffi, { type LibraryHandle } from 'koffi';
 import { GatewayError } from '../../errors.ts';
 import type { DType } from '../kernels.ts';
+import { type DeviceWish, devicePackages, type FoundDevice } from './select-device.ts';
 
 export type Pointer = bigint;
 
@@ -17,7 +18,7 @@ const ggmlVersion = '0.23.0';
 
 /** `struct ggml_tensor` of ggml 0.23 on a 64-bit machine: byte offsets of the fields that programs patch between runs.
  *  selfTest checks them against the library's own answers before anything relies on them. */
-export const tensorLayout = { ne: 16, nb: 48, src: 152, data: 248 } as const;
+export const tensorLayout = { ne: 16, nb: 48, src: 152, viewOffset: 240, data: 248 } as const;
 
 export const ggmlType: Readonly<Record<DType, number>> = {
   f32: 0,
@@ -65,6 +66,8 @@ const prototypes = {
   ggml_rms_norm: ['base', 'void *', ['void *', 'void *', 'float']],
   ggml_add: ['base', 'void *', ['void *', 'void *', 'void *']],
   ggml_add_inplace: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_fill: ['base', 'void *', ['void *', 'void *', 'float']],
+  ggml_cpy: ['base', 'void *', ['void *', 'void *', 'void *']],
   ggml_mul: ['base', 'void *', ['void *', 'void *', 'void *']],
   ggml_mul_mat: ['base', 'void *', ['void *', 'void *', 'void *']],
   ggml_mul_mat_id: ['base', 'void *', ['void *', 'void *', 'void *', 'void *']],
@@ -105,6 +108,76 @@ const prototypes = {
     'void *',
     ['void *', 'void *', 'void *', 'void *', 'void *', 'float', 'float', 'float'],
   ],
+  // Training.
+  ggml_custom_4d: [
+    'base',
+    'void *',
+    [
+      'void *',
+      'int',
+      'int64_t',
+      'int64_t',
+      'int64_t',
+      'int64_t',
+      'void *',
+      'int',
+      'void *',
+      'int',
+      'void *',
+    ],
+  ],
+  ggml_sub: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_out_prod: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_rms_norm_back: ['base', 'void *', ['void *', 'void *', 'void *', 'float']],
+  ggml_repeat_back: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_silu_back: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_rope_ext_back: [
+    'base',
+    'void *',
+    [
+      'void *',
+      'void *',
+      'void *',
+      'void *',
+      'int',
+      'int',
+      'int',
+      'float',
+      'float',
+      'float',
+      'float',
+      'float',
+      'float',
+    ],
+  ],
+  ggml_get_rows_back: ['base', 'void *', ['void *', 'void *', 'void *', 'void *']],
+  ggml_permute: ['base', 'void *', ['void *', 'void *', 'int', 'int', 'int', 'int']],
+  ggml_soft_max_ext: ['base', 'void *', ['void *', 'void *', 'void *', 'float', 'float']],
+  ggml_soft_max_ext_back: ['base', 'void *', ['void *', 'void *', 'void *', 'float', 'float']],
+  ggml_argmax: ['base', 'void *', ['void *', 'void *']],
+  ggml_log: ['base', 'void *', ['void *', 'void *']],
+  ggml_sum: ['base', 'void *', ['void *', 'void *']],
+  ggml_scale_bias: ['base', 'void *', ['void *', 'void *', 'float', 'float']],
+  ggml_arange: ['base', 'void *', ['void *', 'float', 'float', 'float']],
+  ggml_clamp: ['base', 'void *', ['void *', 'void *', 'float', 'float']],
+  ggml_diag: ['base', 'void *', ['void *', 'void *']],
+  ggml_concat: ['base', 'void *', ['void *', 'void *', 'void *', 'int']],
+  ggml_log_set: ['base', 'void', ['void *', 'void *']],
+  ggml_backend_dev_name: ['base', 'str', ['void *']],
+  ggml_backend_dev_type: ['base', 'int', ['void *']],
+  ggml_backend_dev_memory: ['base', 'void', ['void *', 'void *', 'void *']],
+  ggml_backend_dev_init: ['base', 'void *', ['void *', 'void *']],
+  ggml_backend_dev_supports_op: ['base', 'bool', ['void *', 'void *']],
+  ggml_backend_buffer_is_host: ['base', 'bool', ['void *']],
+  ggml_backend_tensor_copy: ['base', 'void', ['void *', 'void *']],
+  ggml_backend_sched_new: ['base', 'void *', ['void *', 'void *', 'int', 'size_t', 'bool', 'bool']],
+  ggml_backend_sched_free: ['base', 'void', ['void *']],
+  ggml_backend_sched_reset: ['base', 'void', ['void *']],
+  ggml_backend_sched_alloc_graph: ['base', 'bool', ['void *', 'void *']],
+  ggml_backend_sched_graph_compute: ['base', 'int', ['void *', 'void *']],
+  ggml_backend_sched_get_n_splits: ['base', 'int', ['void *']],
+  ggml_backend_sched_get_buffer_size: ['base', 'size_t', ['void *', 'void *']],
+  ggml_graph_node: ['base', 'void *', ['void *', 'int']],
   ggml_backend_get_default_buffer_type: ['base', 'void *', ['void *']],
   ggml_backend_buft_alloc_buffer: ['base', 'void *', ['void *', 'size_t']],
   ggml_backend_buft_get_alloc_size: ['base', 'size_t', ['void *', 'void *']],
@@ -129,6 +202,8 @@ const prototypes = {
   ggml_backend_load_all_from_path: ['core', 'void', ['str']],
   ggml_backend_init_by_type: ['core', 'void *', ['int', 'void *']],
   ggml_backend_reg_count: ['core', 'size_t', []],
+  ggml_backend_dev_count: ['core', 'size_t', []],
+  ggml_backend_dev_get: ['core', 'void *', ['size_t']],
 } as const;
 
 type FunctionName = keyof typeof prototypes;
@@ -143,41 +218,26 @@ export interface GgmlLibrary {
   number(name: FunctionName, ...values: unknown[]): number;
   text(name: FunctionName, ...values: unknown[]): string;
   call(name: FunctionName, ...values: unknown[]): void;
+  /** A C function that does nothing, whatever it is called with. */
+  readonly noop: Pointer;
 }
 
-function platformPackage(): string {
-  const names: Record<string, string> = {
-    'linux-x64': 'linux-x64',
-    'linux-arm64': 'linux-arm64',
-    'darwin-arm64': 'mac-arm64-metal',
-    'darwin-x64': 'mac-x64',
-    'win32-x64': 'win-x64',
-  };
-  const key = `${process.platform}-${process.arch}`;
-  const name = names[key];
-  if (name === undefined) {
-    throw new GatewayError('UNSUPPORTED', `ggml: no prebuilt library is published for ${key}`);
-  }
-  return name;
-}
-
-/** The folder with the shared objects, from the installed npm package. */
-function findLibraryDirectory(): string {
-  const name = platformPackage();
-  const wanted = `@node-llama-cpp/${name}`;
-  try {
-    const entry = createRequire(import.meta.url).resolve(wanted);
+/** The folder with the shared objects: of the first package that can meet the wish and is installed. */
+function findLibraryDirectory(wish: DeviceWish): string {
+  const names = devicePackages(`${process.platform}-${process.arch}`, wish);
+  const { resolve } = createRequire(import.meta.url);
+  for (const name of names) {
+    let entry: string;
+    try {
+      entry = resolve(`@node-llama-cpp/${name}`);
+    } catch {
+      continue; // not installed: the next one
+    }
     const directory = join(dirname(entry), '..', 'bins', name);
     if (existsSync(directory)) return directory;
-  } catch (cause) {
-    throw new GatewayError('UNSUPPORTED', `ggml: install ${wanted}@${packageVersion} (npm i)`, {
-      cause,
-    });
   }
-  throw new GatewayError(
-    'UNSUPPORTED',
-    `ggml: ${wanted} has no bins/${name}; reinstall ${packageVersion}`,
-  );
+  const wanted = `@node-llama-cpp/${names.at(-1)}@${packageVersion}`;
+  throw new GatewayError('UNSUPPORTED', `ggml: npm install ${wanted}`);
 }
 
 function loadObject(directory: string, pattern: RegExp): LibraryHandle {
@@ -191,7 +251,8 @@ function loadObject(directory: string, pattern: RegExp): LibraryHandle {
 function bind(directory: string): GgmlLibrary {
   const objects = {
     base: loadObject(directory, /^(lib)?ggml-base(\.[^-]*)?\.(so|dylib|dll)$/),
-    core: loadObject(directory, /^(lib)?ggml(\.v[\d.]+)?\.(so|dylib|dll)$/),
+    // libggml.v0.4.0.so, libggml.vulkan.v0.4.0.so
+    core: loadObject(directory, /^(lib)?ggml(\.[a-z]+)?(\.v[\d.]+)?\.(so|dylib|dll)$/),
   };
   const functions = new Map<string, ForeignFunction>();
   for (const [name, [object, result, parameters]] of Object.entries(prototypes)) {
@@ -209,6 +270,7 @@ function bind(directory: string): GgmlLibrary {
     functions.get(name)!(...values);
   const library: GgmlLibrary = {
     version: invoke('ggml_version', []) as string,
+    noop: objects.base.symbol('ggml_time_init', 'void') as Pointer, // at most sets a clock up, once
     directory,
     pointer(name, ...values) {
       const result = invoke(name, values) as Pointer | null;
@@ -238,6 +300,7 @@ function selfTest(library: GgmlLibrary): void {
   const tensor = library.pointer('ggml_new_tensor_4d', context, ggmlType.f32, 7, 5, 3, 2);
   const other = library.pointer('ggml_new_tensor_4d', context, ggmlType.f32, 7, 4, 3, 2);
   const product = library.pointer('ggml_mul_mat', context, tensor, other);
+  const part = library.pointer('ggml_view_2d', context, tensor, 3, 2, 28, 32);
   const view = new DataView(koffi.view(memory, bytes));
   const field = (owner: Pointer, offset: number): number =>
     Number(view.getBigUint64(Number(owner - memory) + offset, true));
@@ -246,6 +309,7 @@ function selfTest(library: GgmlLibrary): void {
     wanted.every((size, i) => field(tensor, tensorLayout.ne + 8 * i) === size) &&
     [4, 28, 140, 420].every((stride, i) => field(tensor, tensorLayout.nb + 8 * i) === stride) &&
     field(tensor, tensorLayout.data) === Number(library.pointer('ggml_get_data', tensor)) &&
+    field(part, tensorLayout.viewOffset) === 32 &&
     field(product, tensorLayout.src) === Number(tensor) &&
     field(product, tensorLayout.src + 8) === Number(other) &&
     field(product, tensorLayout.data) === Number(library.pointer('ggml_get_data', product));
@@ -262,14 +326,44 @@ function selfTest(library: GgmlLibrary): void {
 let loaded: GgmlLibrary | undefined;
 
 /** Loads the library once per process: ggml's backend registry is process-wide. Throws UNSUPPORTED with what to install. */
-export function loadLibrary(directory: string = findLibraryDirectory()): GgmlLibrary {
+export function loadLibrary(
+  wish: DeviceWish,
+  directory: string = loaded?.directory ?? findLibraryDirectory(wish),
+): GgmlLibrary {
   if (loaded !== undefined) return loaded;
   const library = bind(directory);
   selfTest(library);
+  // ggml prints a line with a path for what it loads. A GPU's library says there why it does not load: that is kept.
+  const quiet = !/(cuda|vulkan)$/.test(directory);
+  if (quiet) library.call('ggml_log_set', library.noop, null);
   library.call('ggml_backend_load_all_from_path', directory);
+  if (quiet) library.call('ggml_log_set', null, null);
   if (library.number('ggml_backend_reg_count') === 0) {
     throw new GatewayError('UNSUPPORTED', 'ggml: none of the CPU variants runs on this machine');
   }
   loaded = library;
   return library;
+}
+
+export interface GgmlDevice extends FoundDevice {
+  readonly pointer: Pointer;
+}
+
+/** By enum ggml_backend_dev_type. */
+const deviceKinds = ['cpu', 'gpu', 'integrated'] as const;
+
+export function listDevices(library: GgmlLibrary): readonly GgmlDevice[] {
+  const count = library.number('ggml_backend_dev_count');
+  return Array.from({ length: count }, (_, i) => {
+    const pointer = library.pointer('ggml_backend_dev_get', i);
+    const memory = new BigUint64Array(2); // free, total
+    library.call('ggml_backend_dev_memory', pointer, memory.subarray(0, 1), memory.subarray(1));
+    return {
+      pointer,
+      name: library.text('ggml_backend_dev_name', pointer),
+      description: library.text('ggml_backend_dev_description', pointer),
+      kind: deviceKinds[library.number('ggml_backend_dev_type', pointer)] ?? 'other',
+      freeBytes: Number(memory[0]),
+    };
+  });
 }

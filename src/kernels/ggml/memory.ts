@@ -82,6 +82,7 @@ export class Arena implements Disposable {
   readonly #library: GgmlLibrary;
   readonly #memory: Pointer;
   readonly #words: Uint32Array;
+  #kept: Uint32Array = new Uint32Array(0);
 
   constructor(library: GgmlLibrary, tensors: number, graphNodes: number) {
     this.#library = library;
@@ -110,24 +111,46 @@ export class Arena implements Disposable {
     this.#words[index + 1] = Math.floor(value / 0x1_0000_0000);
   }
 
+  peek(word: number, offset: number): number {
+    const index = word + (offset >>> 2);
+    return this.#words[index]! + this.#words[index + 1]! * 0x1_0000_0000;
+  }
+
+  /** Remembers every struct and the graph as they are now, and puts them back. */
+  keep(): void {
+    this.#kept = this.#words.slice();
+  }
+
+  restore(): void {
+    this.#words.set(this.#kept);
+  }
+
   [Symbol.dispose](): void {
     this.#library.call('ggml_free', this.context);
     koffi.free(this.#memory);
   }
 }
 
+/** What tensor data can lie in: the CPU's memory or a device's. */
+export interface MemoryPlace {
+  readonly bufferType: Pointer;
+}
+
 /** Data of one tensor, undefined at first. Owns its buffer. */
 export class TensorBuffer implements Disposable {
   readonly address: Pointer;
+  /** In the CPU's memory: `address` may be read and written. */
+  readonly isHost: boolean;
   readonly #library: GgmlLibrary;
   readonly #buffer: Pointer;
 
-  constructor(library: GgmlLibrary, device: Device, tensor: Pointer) {
+  constructor(library: GgmlLibrary, { bufferType }: MemoryPlace, tensor: Pointer) {
     this.#library = library;
-    const bytes = library.number('ggml_backend_buft_get_alloc_size', device.bufferType, tensor);
-    this.#buffer = library.pointer('ggml_backend_buft_alloc_buffer', device.bufferType, bytes);
+    const bytes = library.number('ggml_backend_buft_get_alloc_size', bufferType, tensor);
+    this.#buffer = library.pointer('ggml_backend_buft_alloc_buffer', bufferType, bytes);
     library.call('ggml_backend_buffer_set_usage', this.#buffer, usageWeights);
     this.address = library.pointer('ggml_backend_buffer_get_base', this.#buffer);
+    this.isHost = library.number('ggml_backend_buffer_is_host', this.#buffer) === 1;
     this.adopt(tensor);
   }
 
@@ -135,11 +158,10 @@ export class TensorBuffer implements Disposable {
     this.#library.call('ggml_backend_buffer_clear', this.#buffer, 0);
   }
 
-  /** Makes another tensor lie at the start of this buffer, which stays the owner. */
-  adopt(tensor: Pointer): void {
-    if (
-      this.#library.number('ggml_backend_tensor_alloc', this.#buffer, tensor, this.address) !== 0
-    ) {
+  /** Makes another tensor lie in this buffer, which stays the owner. */
+  adopt(tensor: Pointer, byteOffset = 0): void {
+    const at = this.address + BigInt(byteOffset);
+    if (this.#library.number('ggml_backend_tensor_alloc', this.#buffer, tensor, at) !== 0) {
       throw new GatewayError('ENGINE_FAILED', 'ggml: a tensor could not be placed in its buffer');
     }
   }
@@ -154,15 +176,24 @@ export class GgmlTensor implements StoredTensor {
   readonly shape: readonly number[];
   readonly bytes: number;
   readonly pointer: Pointer;
+  readonly buffer: TensorBuffer;
   /** Address of the data. */
   readonly address: number;
+  /** A pool whose pages [8, width] lie here as [width, 8]: rows for ggml's products. */
+  readonly transposedPages: boolean;
 
-  constructor(dtype: DType, shape: readonly number[], pointer: Pointer, address: number) {
-    this.dtype = dtype;
-    this.shape = shape;
-    this.bytes = byteLength(dtype, shape);
-    this.pointer = pointer;
-    this.address = address;
+  constructor(
+    shape: Tensor,
+    place: { readonly pointer: Pointer; readonly buffer: TensorBuffer },
+    transposedPages: boolean,
+  ) {
+    this.dtype = shape.dtype;
+    this.shape = shape.shape;
+    this.bytes = byteLength(shape.dtype, shape.shape);
+    this.pointer = place.pointer;
+    this.buffer = place.buffer;
+    this.address = Number(place.buffer.address);
+    this.transposedPages = transposedPages;
   }
 }
 
@@ -185,9 +216,18 @@ export class Scratch implements Disposable {
   readonly #allocator: Pointer;
   #bytes = 0;
 
+  get bytes(): number {
+    return this.#bytes;
+  }
+
   constructor(library: GgmlLibrary, device: Device) {
     this.#library = library;
     this.#allocator = library.pointer('ggml_gallocr_new', device.bufferType);
+  }
+
+  compute({ backend }: Device, graph: Pointer): void {
+    const status = this.#library.number('ggml_backend_graph_compute', backend, graph);
+    if (status !== 0) throw new GatewayError('ENGINE_FAILED', `ggml: graph compute gave ${status}`);
   }
 
   place(graph: Pointer): void {

@@ -3,19 +3,32 @@
 // Order: every op is put into the graph as it is called, so that writes to caches and to the shared attention result
 // happen in program order although ggml sees no data dependency there.
 
-import { byteLength, mismatch } from '../check.ts';
-import type { DType, LowRank, Ops, RopeOptions, Tensor } from '../kernels.ts';
+import { byteLength, elementCount, mismatch } from '../check.ts';
+import {
+  type DType,
+  type Ops,
+  type RopeOptions,
+  ranksPerPage,
+  type ShrinkPart,
+  type Tensor,
+} from '../kernels.ts';
+import type { DeviceScheduler } from './device-scheduler.ts';
 import { type GgmlLibrary, ggmlType, type Pointer } from './library.ts';
 import {
   type Arena,
   type Device,
   type GgmlTensor,
+  type MemoryPlace,
   ours,
   type Scratch,
   TensorBuffer,
   toNe,
 } from './memory.ts';
+import { type RecorderHost, TrainingRecorder } from './training-recorder.ts';
+import { expandWhole, shrinkWhole } from './whole-low-rank.ts';
 
+/** Rows from which a product by packed panels pays (a guess). */
+const panelRows = 8;
 const ropeNorm = 0;
 const ropeNeox = 2;
 /** Context length that YaRN scaling would start from; unused while its factor is 0. */
@@ -25,6 +38,10 @@ export interface ProgramHost {
   readonly library: GgmlLibrary;
   readonly device: Device;
   readonly scratch: Scratch;
+  /** Where stored tensors and inputs lie. */
+  readonly place: MemoryPlace;
+  /** Set where programs run on a device other than the CPU: then `scratch` is unused. */
+  readonly scheduler: DeviceScheduler | undefined;
 }
 
 /** A value inside a recorded program. */
@@ -38,6 +55,9 @@ export interface SegmentViews {
   readonly k: number;
   readonly v: number;
   readonly result: number;
+  /** What has as many rows as the segment, and what lies at its rows of the shared result. */
+  readonly sized: readonly number[];
+  readonly moved: readonly number[];
 }
 
 export interface MaskSlot {
@@ -68,6 +88,13 @@ export function tierStart(tier: number): number {
   return tier === 0 ? 0 : 2 ** (tier - 1);
 }
 
+/** One tier of adapter pages while it is recorded; `rowsAt` marks an axis whose size runs set to the tier's rows. */
+interface Tier {
+  readonly first: number;
+  readonly width: number;
+  rowsAt(tensor: Pointer, axis: number): Pointer;
+}
+
 interface Placed {
   readonly pointer: Pointer;
   readonly buffer: TensorBuffer;
@@ -87,6 +114,12 @@ export class Recorder implements Ops {
   readonly #host: ProgramHost;
   readonly #arena: Arena;
   readonly #maskPointers: Pointer[] = [];
+  readonly #self: RecorderHost = {
+    op: (...values) => this.#op(...values),
+    node: (pointer, shape) => this.#node(pointer, shape),
+    rope: ropeArguments,
+  };
+  readonly training: TrainingRecorder = new TrainingRecorder(this.#self);
   #attendResult: Placed | undefined;
 
   constructor(host: ProgramHost, arena: Arena, limits: { segments: number; nodes: number }) {
@@ -97,6 +130,7 @@ export class Recorder implements Ops {
       const mask = this.#tensor('f16', [1, 1]);
       this.#maskPointers.push(mask);
       this.masks.push({ word: arena.locate(mask), address: Number(mask) });
+      if (host.scheduler !== undefined) host.library.call('ggml_set_input', mask);
     }
   }
 
@@ -117,7 +151,7 @@ export class Recorder implements Ops {
   /** A tensor with memory of its own, outside the scratch that programs share. */
   #placed(dtype: DType, shape: readonly number[]): Placed {
     const pointer = this.#tensor(dtype, shape);
-    const buffer = new TensorBuffer(this.#host.library, this.#host.device, pointer);
+    const buffer = new TensorBuffer(this.#host.library, this.#host.place, pointer);
     buffer.clear(); // padding rows are computed too: no leftover NaN slows them or shows in a debugger
     this.buffers.push(buffer);
     return { pointer, buffer };
@@ -140,6 +174,7 @@ export class Recorder implements Ops {
   }
 
   linear(x: Tensor, w: Tensor): Node {
+    if (w.dtype === 'f32' && x.shape[0]! >= panelRows) return this.training.linear(x, w);
     const pointer = this.#op('ggml_mul_mat', pointerOf(w), pointerOf(x));
     return this.#node(pointer, [x.shape[0]!, w.shape[0]!]);
   }
@@ -156,21 +191,9 @@ export class Recorder implements Ops {
     return this.#node(this.#op('ggml_swiglu_split', pointerOf(gate), pointerOf(up)), gate.shape);
   }
 
-  rope(x: Tensor, positions: Tensor, { size, base, style }: RopeOptions): Node {
-    const mode = style === 'norm' ? ropeNorm : ropeNeox;
-    const scaling = [base, 1, 0, 1, 32, 1]; // base, scale; no YaRN: extrapolation 0, attention 1, betas unused
-    const [values, at] = [pointerOf(x), pointerOf(positions)];
-    const pointer = this.#op(
-      'ggml_rope_ext',
-      values,
-      at,
-      null,
-      size,
-      mode,
-      ropeContext,
-      ...scaling,
-    );
-    return this.#node(pointer, x.shape);
+  rope(x: Tensor, positions: Tensor, options: RopeOptions): Node {
+    const values = [pointerOf(x), pointerOf(positions), ...ropeArguments(options)];
+    return this.#node(this.#op('ggml_rope_ext', ...values), x.shape);
   }
 
   reshape(x: Tensor, shape: readonly number[]): Node {
@@ -179,6 +202,7 @@ export class Recorder implements Ops {
 
   writeCells(cache: Tensor, x: Tensor, cells: Tensor): void {
     const pointer = this.#op('ggml_set_rows', ours(cache).pointer, pointerOf(x), pointerOf(cells));
+    this.#host.scheduler?.accelerator.mustRun(pointer, `write ${cache.dtype} cells`);
     this.#node(pointer, cache.shape, cache.dtype);
   }
 
@@ -186,7 +210,8 @@ export class Recorder implements Ops {
     const [rows, heads, headSize] = q.shape as [number, number, number];
     const rowBytes = heads * headSize * 4;
     const cellBytes = byteLength(k.dtype, [k.shape[1]!]);
-    const result = this.#sharedResult(rows, heads * headSize);
+    const shape = [rows, heads * headSize] as const;
+    const result = this.#sharedResult(...shape);
     const views = this.#maskPointers.map((mask) => {
       const qView = this.#op(
         'ggml_view_3d',
@@ -202,13 +227,15 @@ export class Recorder implements Ops {
       const vView = this.#cells(ours(v), headSize, cellBytes);
       const scale = 1 / Math.sqrt(headSize);
       const part = this.#op('ggml_flash_attn_ext', qView, kView, vView, mask, scale, 0, 0);
-      result.buffer.adopt(part);
-      this.#node(part, [1, heads, headSize]);
+      const moved = this.#putPart(part, result, q);
+      const at = (tensor: Pointer): number => this.#arena.locate(tensor);
       return {
-        q: this.#arena.locate(qView),
-        k: this.#arena.locate(kView),
-        v: this.#arena.locate(vView),
-        result: this.#arena.locate(part),
+        q: at(qView),
+        k: at(kView),
+        v: at(vView),
+        result: at(part),
+        sized: [...new Set([part, ...moved])].map(at),
+        moved: moved.map(at),
       };
     });
     this.sites.push({
@@ -222,10 +249,34 @@ export class Recorder implements Ops {
       views,
     });
     // A copy: the next attend may write the shared result before this one has been read.
-    return this.#node(this.#op('ggml_cont', result.pointer), [rows, heads * headSize]);
+    return this.#node(this.#op('ggml_cont', this.#written(result, shape)), shape);
   }
 
+  /** The result for its reader. Devices reorder nodes, but not a view before a write to what it views: there it is one. */
+  #written({ pointer }: Placed, [rows, width]: readonly [number, number]): Pointer {
+    if (this.#host.scheduler === undefined) return pointer;
+    return this.#op('ggml_reshape_4d', pointer, width, rows, 1, 1);
+  }
+
+  /** Lets a segment's part lie in the result, and returns what runs move there: the part itself or, where the CPU may have
+   *  to compute it for a device, a copy. */
+  #putPart(part: Pointer, result: Placed, { shape }: Tensor): readonly Pointer[] {
+    const { scheduler } = this.#host;
+    if (scheduler === undefined) result.buffer.adopt(part);
+    this.#node(part, shape);
+    if (scheduler === undefined) return [part];
+    const [, heads, headSize] = shape as [number, number, number];
+    const sizes = [headSize, heads, 1, headSize * 4, heads * headSize * 4, 0];
+    const target = this.#op('ggml_view_3d', result.pointer, ...sizes);
+    const copy = this.#op('ggml_cpy', part, target);
+    scheduler.accelerator.mustRun(copy, 'copy f32 rows');
+    this.#node(copy, shape);
+    return [target, copy];
+  }
+
+  /** One for every attend, except where a device may run the writes of a later attend before an earlier one's copy. */
   #sharedResult(rows: number, width: number): Placed {
+    if (this.#host.scheduler !== undefined) return this.#placed('f32', [rows, width]);
     this.#attendResult ??= this.#placed('f32', [rows, width]);
     return this.#attendResult;
   }
@@ -237,68 +288,117 @@ export class Recorder implements Ops {
     return this.#op('ggml_view_3d', cache.pointer, headSize, 1, kvHeads, cellBytes, headBytes, 0);
   }
 
-  addLowRank(y: Tensor, x: Tensor, delta: LowRank): Node {
-    const count = delta.pages.shape[1]!;
-    this.lowRankPages ??= delta.pages;
-    if (this.lowRankPages !== delta.pages)
-      throw mismatch('addLowRank', 'one pages input per program');
-    for (let tier = 0; tierStart(tier) < count; tier++) this.#addTier(y, x, { ...delta, tier });
-    return { pointer: pointerOf(y), shape: y.shape, dtype: 'f32' };
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Node[] {
+    if (this.#host.scheduler !== undefined) return shrinkWhole(this.#self, { x, pages }, parts);
+    this.#tellsTiers(pages);
+    const [rows, count] = pages.shape as [number, number];
+    return parts.map(({ a, gate }) => {
+      const shape = [rows, count * ranksPerPage];
+      const zero = this.#op('ggml_reshape_4d', pointerOf(gate), ...toNe(shape));
+      const h = this.#node(this.#op('ggml_fill', zero, 0), shape);
+      for (const tier of this.#tiers(pages)) this.#shrinkTier(h, tier, { x, pages, a, gate });
+      return h;
+    });
   }
 
-  /** Pages tierStart(g) … tierEnd(g)-1 of the rows that reach them, added into y. Every node's row count is a field that
-   *  a run sets (`tierFields`): rows beyond it cost nothing. */
-  #addTier(y: Tensor, x: Tensor, { a, b, pages, active, tier }: LowRank & { tier: number }): void {
-    const [rows, count] = pages.shape as [number, number];
-    const [inner, outer] = [x.shape[1]!, y.shape[1]!];
-    const [first, ranks] = [tierStart(tier), a.shape[1]!];
-    const width = Math.min(tierStart(tier + 1), count) - first;
-    const fields: RowField[] = this.tierFields[tier] ?? [];
-    this.tierFields[tier] = fields;
-    const rowsAt = (tensor: Pointer, axis: number): Pointer => {
-      fields.push({ word: this.#arena.locate(tensor), axis });
-      return tensor;
-    };
-    const pageBytes = ranks * 4;
-    const xView = rowsAt(
-      this.#op('ggml_view_3d', pointerOf(x), inner, 1, rows, inner * 4, inner * 4, 0),
-      2,
-    );
-    const ids = rowsAt(
-      this.#op('ggml_view_2d', pointerOf(pages), width, rows, count * 4, first * 4),
-      1,
-    );
-    const scales = rowsAt(
-      this.#op(
-        'ggml_view_3d',
-        pointerOf(active),
-        ranks,
-        width,
-        rows,
-        pageBytes,
-        count * pageBytes,
-        first * pageBytes,
-      ),
-      2,
-    );
-    const h = rowsAt(this.#op('ggml_mul_mat_id', pointerOf(a), xView, ids), 2); // [T, w, 8]
-    const scaled = rowsAt(this.#op('ggml_mul', h, scales), 2);
-    const parts = rowsAt(this.#op('ggml_mul_mat_id', pointerOf(b), scaled, ids), 2); // [T, w, N]
-    for (let page = 0; page < width; page++) {
-      const partBytes = outer * 4;
-      const part = rowsAt(
-        this.#op('ggml_view_2d', parts, outer, rows, width * partBytes, page * partBytes),
-        1,
-      );
-      const target = rowsAt(this.#op('ggml_view_2d', pointerOf(y), outer, rows, partBytes, 0), 1);
-      this.#node(rowsAt(this.#op('ggml_add_inplace', target, part), 1), y.shape);
+  /** Runs read this input to learn which rows reach which tier. */
+  #tellsTiers(pages: Tensor): void {
+    this.lowRankPages ??= pages;
+    if (this.lowRankPages !== pages) throw mismatch('shrink', 'one pages input per program');
+  }
+
+  *#tiers(pages: Tensor): Generator<Tier> {
+    const count = pages.shape[1]!;
+    for (let tier = 0; tierStart(tier) < count; tier++) {
+      const first = tierStart(tier);
+      const fields: RowField[] = this.tierFields[tier] ?? [];
+      this.tierFields[tier] = fields;
+      yield {
+        first,
+        width: Math.min(tierStart(tier + 1), count) - first,
+        rowsAt: (tensor, axis) => {
+          fields.push({ word: this.#arena.locate(tensor), axis });
+          return tensor;
+        },
+      };
     }
+  }
+
+  /** Ranks of one tier of pages as [T, width, 8] of a [T,8P] tensor. */
+  #ranks(h: Tensor, { first, width, rowsAt }: Tier): Pointer {
+    const [rows, ranks] = [h.shape[0]!, elementCount(h.shape.slice(1))];
+    const [pageBytes, offset] = [ranksPerPage * 4, first * ranksPerPage * 4];
+    const sizes = [ranksPerPage, width, rows, pageBytes, ranks * 4, offset];
+    return rowsAt(this.#op('ggml_view_3d', pointerOf(h), ...sizes), 2);
+  }
+
+  #ids(pages: Tensor, { first, width, rowsAt }: Tier): Pointer {
+    const [rows, count] = pages.shape as [number, number];
+    return rowsAt(this.#op('ggml_view_2d', pointerOf(pages), width, rows, count * 4, first * 4), 1);
+  }
+
+  #shrinkTier(
+    h: Node,
+    tier: Tier,
+    { x, pages, a, gate }: ShrinkPart & { readonly x: Tensor; readonly pages: Tensor },
+  ): void {
+    const [rows, inner] = x.shape as [number, number];
+    const { rowsAt } = tier;
+    const sizes = [inner, 1, rows, inner * 4, inner * 4, 0];
+    const xView = rowsAt(this.#op('ggml_view_3d', pointerOf(x), ...sizes), 2);
+    const product = this.#op('ggml_mul_mat_id', pointerOf(a), xView, this.#ids(pages, tier));
+    const scaled = this.#op('ggml_mul', rowsAt(product, 2), this.#ranks(gate, tier)); // [T, w, 8]
+    const placed = this.#op('ggml_cpy', rowsAt(scaled, 2), this.#ranks(h, tier));
+    this.#node(rowsAt(placed, 2), h.shape);
+  }
+
+  mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Node {
+    const [rows, ranks] = h.shape as [number, number];
+    const mixes = atoms.shape[0]!;
+    const flat = this.#op('ggml_reshape_4d', pointerOf(atoms), ranks, ranks * mixes, 1, 1);
+    const mapped = this.#op('ggml_mul_mat', flat, pointerOf(h)); // [T, J·R]
+    const share = (j: number): Pointer =>
+      this.#op('ggml_view_2d', pointerOf(weights), 1, rows, (1 + mixes) * 4, j * 4);
+    let sum = this.#op('ggml_mul', pointerOf(h), share(0));
+    for (let j = 0; j < mixes; j++) {
+      const rowBytes = ranks * mixes * 4;
+      const map = this.#op('ggml_view_2d', mapped, ranks, rows, rowBytes, j * ranks * 4);
+      sum = this.#op('ggml_add', sum, this.#op('ggml_mul', map, share(1 + j)));
+    }
+    return this.#node(sum, h.shape);
+  }
+
+  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Node {
+    if (this.#host.scheduler !== undefined) return expandWhole(this.#self, { y, h, b }, pages);
+    this.#tellsTiers(pages);
+    const [rows, outer] = y.shape as [number, number];
+    const rowBytes = outer * 4;
+    for (const tier of this.#tiers(pages)) {
+      const { width, rowsAt } = tier;
+      const ids = this.#ids(pages, tier);
+      const product = this.#op('ggml_mul_mat_id', pointerOf(b), this.#ranks(h, tier), ids);
+      const parts = rowsAt(product, 2); // [T, w, N]
+      for (let page = 0; page < width; page++) {
+        const sizes = [outer, rows, width * rowBytes, page * rowBytes];
+        const part = rowsAt(this.#op('ggml_view_2d', parts, ...sizes), 1);
+        const target = rowsAt(this.#op('ggml_view_2d', pointerOf(y), outer, rows, rowBytes, 0), 1);
+        this.#node(rowsAt(this.#op('ggml_add_inplace', target, part), 1), y.shape);
+      }
+    }
+    return { pointer: pointerOf(y), shape: y.shape, dtype: 'f32' };
   }
 
   gatherRows(x: Tensor, rows: Tensor): Node {
     const pointer = this.#op('ggml_get_rows', pointerOf(x), pointerOf(rows));
     return this.#node(pointer, [rows.shape[0]!, x.shape[1]!]);
   }
+}
+
+/** What ggml's rope takes after x and the positions. */
+function ropeArguments({ size, base, style }: RopeOptions): readonly unknown[] {
+  const mode = style === 'norm' ? ropeNorm : ropeNeox;
+  const scaling = [base, 1, 0, 1, 32, 1]; // base, scale; no YaRN: extrapolation 0, attention 1, betas unused
+  return [null, size, mode, ropeContext, ...scaling];
 }
 
 export function pointerOf(tensor: Tensor): Pointer {
