@@ -6,10 +6,11 @@ import { readPacked } from '../adapters/pack.ts';
 import { createResidency } from '../adapters/residency.ts';
 import { GatewayError } from '../errors.ts';
 import type { BackendName } from '../kernels/create-kernels.ts';
+import type { DeviceWish } from '../kernels/ggml/select-device.ts';
 import { rememberedSha256, sha256OfFile } from '../model/file-hash.ts';
 import { openGguf } from '../model/gguf.ts';
 import { type OpenedDecoder, openDecoder } from '../model/open-decoder.ts';
-import { endTokensOf, readTokenizerSource, tokenBytesTable } from '../model/tokenizer.ts';
+import { endTokensOf, readVocabulary, tokenBytes } from '../model/tokenizer.ts';
 import type { WeightMode } from '../model/weights.ts';
 import type { EngineClock } from './clock.ts';
 import { EngineLoop, type LoopLimits } from './engine-loop.ts';
@@ -82,15 +83,15 @@ export async function openLoop(
   });
   try {
     using file = openGguf(modelPath);
-    const source = readTokenizerSource(file.metadata);
-    const bytes = tokenBytesTable(source.tokens, source.tokenTypes);
+    const vocabulary = readVocabulary(file.metadata);
+    const bytesOf = tokenBytes(vocabulary);
     const pool = new KvPool(decoder.cells);
     return new EngineLoop({
       base: {
         config: decoder.config,
         hash: modelHash,
         contextMax: contextMaxOf(decoder.config.contextLength, decoder.cells),
-        endTokens: endTokensOf(source),
+        endTokens: endTokensOf(vocabulary),
         backend: description,
       },
       stepper: decoder,
@@ -101,7 +102,7 @@ export async function openLoop(
       }),
       cache: new PrefixCache({ pool, tenantShareMax: config.tenantShareMax }),
       limits: config.limits,
-      bytesOf: (token) => bytes[token] ?? noBytes,
+      bytesOf: (token) => bytesOf(token) ?? noBytes,
       clock,
       watch: watchThreads(config.threads, setThreads, clock),
       emit,

@@ -13,6 +13,10 @@ export interface KernelsOptions {
   /** Of ggml: what holds the model, the CPU by default, and how many bytes it will be asked to hold. */
   readonly device?: DeviceWish;
   readonly bytesNeeded?: number;
+  /** Of ggml: whether our own kernels compute linears over quantised weights. */
+  readonly f32Activations?: boolean;
+  /** Of ggml: false composes everything of ggml's ops. */
+  readonly native?: boolean;
 }
 
 export async function createKernels(name: BackendName, options: KernelsOptions): Promise<Kernels> {

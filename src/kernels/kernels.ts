@@ -124,6 +124,8 @@ export interface Kernels extends Disposable {
   readonly name: string;
   /** One line for doctor and logs: library, version, device, threads. */
   readonly description: string;
+  /** Whether linears over quantised weights multiply f32 activations: weights then need no other form to be faithful. */
+  readonly f32Activations: boolean;
   /** `undefined` contents cost no memory until they are written: for caches that are never read before. */
   store(dtype: DType, shape: readonly number[], contents?: 'zero' | 'undefined'): StoredTensor;
   /** A pool of adapter pages [pages,8,width] for `shrink` or `expand`, f32, f16, bf16 or q8_0: page 0 is zero, the others

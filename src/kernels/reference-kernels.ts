@@ -21,6 +21,7 @@ import { checkInput, type InputData, SymbolicOps } from './symbolic-ops.ts';
 export class ReferenceKernels implements Kernels {
   readonly name = 'reference';
   readonly description = 'reference loops in TypeScript, f32';
+  readonly f32Activations = true;
 
   store(dtype: DType, shape: readonly number[]): StoredTensor {
     checkShape('store', dtype, shape);

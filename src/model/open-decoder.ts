@@ -80,11 +80,12 @@ export async function openDecoder(options: OpenDecoderOptions): Promise<OpenedDe
     threads,
     device,
     bytesNeeded: bytesNeeded(file, config, options),
+    f32Activations: mode === 'faithful',
     ...(libraryDirectory === undefined ? {} : { libraryDirectory }),
   });
   try {
     using cache =
-      options.cacheDirectory === null || mode !== 'faithful'
+      options.cacheDirectory === null || mode !== 'faithful' || kernels.f32Activations
         ? null
         : openWeightCache(options.cacheDirectory, `${options.modelHash.slice(0, 32)}-bf16`);
     const weights = loadWeights(file, config, { kernels, mode, cache });

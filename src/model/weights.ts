@@ -22,10 +22,13 @@ import type { WeightCache } from './weight-cache.ts';
 
 export type WeightMode = 'parity' | 'faithful' | 'exact';
 
-function storedType(type: WeightType, mode: WeightMode): WeightType {
+function storedType(
+  type: WeightType,
+  { mode, kernels: { f32Activations } }: LoadOptions,
+): WeightType {
   const quantised = dtypeLayout[type].block > 1;
   if (mode === 'exact') return 'f32';
-  return mode === 'faithful' && quantised ? 'bf16' : type;
+  return mode === 'faithful' && quantised && !f32Activations ? 'bf16' : type;
 }
 
 function weightType(tensor: GgufTensor): WeightType {
@@ -55,7 +58,7 @@ function loadTensor(file: GgufFile, name: string, options: LoadOptions): StoredT
   const from = weightType(tensor);
   const isVector = tensor.shape.slice(1).every((size) => size === 1);
   const shape = isVector ? [tensor.shape[0]!] : [tensor.shape[1]!, tensor.shape[0]!];
-  const into = isVector ? 'f32' : storedType(from, options.mode);
+  const into = isVector ? 'f32' : storedType(from, options);
   const stored = options.kernels.store(into, shape);
   // Only conversions to bf16 are kept: the others are as fast to repeat, or are for tests.
   const cache = from !== into && into === 'bf16' ? options.cache : null;

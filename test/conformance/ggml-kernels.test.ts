@@ -1,9 +1,22 @@
 import { describe, expect, it } from 'vitest';
 import { GgmlKernels } from '../../src/kernels/ggml/ggml-kernels.ts';
-import { kernelSuite } from './kernels.suite.ts';
+import { kernelSuite, q8Skips } from './kernels.suite.ts';
 
-kernelSuite('ggml, one thread', () => new GgmlKernels({ threads: 1 }));
-kernelSuite('ggml, two threads', () => new GgmlKernels({ threads: 2 }));
+const noQ8 = q8Skips('composed of ggml’s ops: its products have no q8_0 rows of 8 numbers');
+for (const threads of [1, 2]) {
+  const composed = { threads, native: false };
+  kernelSuite(`ggml’s ops, ${threads} threads`, () => new GgmlKernels(composed), noQ8);
+  const own = { threads, f32Activations: true };
+  kernelSuite(`own kernels, ${threads} threads`, () => new GgmlKernels(own));
+}
+
+describe('own kernels', () => {
+  it('were built here', () => {
+    using kernels = new GgmlKernels({ threads: 1, f32Activations: true });
+    expect(kernels.description).toMatch(/own kernels for/);
+    expect(kernels.f32Activations).toBe(true);
+  });
+});
 
 describe('ggml memory', () => {
   it('thousands of stores, compiles and runs do not grow the process', () => {

@@ -46,6 +46,12 @@ export interface Skip {
   readonly reason: string;
 }
 
+/** Cases over q8_0 pools, which only our own kernels multiply. */
+export const q8Skips = (reason: string): Skip[] =>
+  kernelCases
+    .filter(({ name }) => name.startsWith('shrink') && name.includes('q8_0'))
+    .map(({ name }) => ({ case: name, reason }));
+
 const exact = 1e-12; // the same f32 operations in the same order, up to libm
 const sums = 1e-9; // f32 sums in another order
 const halves = 1e-5; // activations or products rounded to f16 (11 bits: 2^-22 squared, summed)
@@ -151,24 +157,36 @@ function attendCase(cellType: 'f16' | 'f32', nmse: number): KernelCase {
   };
 }
 
+interface LowRankShape {
+  readonly dtype: 'f32' | 'f16' | 'bf16' | 'q8_0';
+  readonly outer: number;
+  /** Whether neighbours with as many pages have the same ones: rows of one prompt. */
+  readonly groups: boolean;
+}
+
 /** `used[t]` pages of row t are not 0: ordered, unordered, base rows between and at the end. */
-function lowRankCase(used: readonly number[]): KernelCase {
-  const [inner, outer, pool] = [64, 80, 12];
+function lowRankCase(
+  used: readonly number[],
+  { dtype, outer, groups }: LowRankShape = { dtype: 'f16', outer: 80, groups: false },
+): KernelCase {
+  const [inner, pool] = [64, 12];
   const [rows, count] = [used.length, 2 ** Math.ceil(Math.log2(Math.max(1, ...used)))];
   return {
-    name: `shrink, mixRanks and expand, rows of ${used.join(', ')} pages`,
+    name: `shrink, mixRanks and expand, ${dtype} to ${outer}, ${groups ? 'groups' : 'rows'} of ${used.join(', ')} pages`,
     nmse: halves,
     make: (rng) => {
       const pages = ints(rng, rows * count, pool - 1).map((page) => page + 1);
       for (const [row, kept] of used.entries()) {
+        if (groups && row > 0 && kept === used[row - 1]) {
+          pages.copyWithin(row * count, (row - 1) * count, row * count);
+        }
         pages.fill(0, row * count + kept, (row + 1) * count);
       }
-      const a = f16(rng, [pool, 8, inner]);
-      const b = f16(rng, [pool, 8, outer]);
-      const other = f16(rng, [pool, 8, inner]);
-      a.bytes.fill(0, 0, 8 * inner * 2);
-      b.bytes.fill(0, 0, outer * 8 * 2);
-      other.bytes.fill(0, 0, 8 * inner * 2);
+      const [a, b, other] = [inner, outer, inner].map((width) => {
+        const weight = randomWeight(rng, dtype, [pool, 8, width]);
+        weight.bytes.fill(0, 0, weight.bytes.length / pool);
+        return weight;
+      }) as [Fixture['stored'][string], Fixture['stored'][string], Fixture['stored'][string]];
       return {
         pools: { a: 'shrink', other: 'shrink', b: 'expand' },
         stored: { a, b, other, atoms: randomWeight(rng, 'f32', [3, count * 8, count * 8]) },
@@ -271,6 +289,16 @@ const kernelCases: readonly KernelCase[] = [
   lowRankCase([2, 2, 2, 2, 1, 1, 0, 0]),
   lowRankCase([8, 5, 4, 3, 1]),
   lowRankCase([1, 0, 3, 2, 0, 4]),
+  ...(['f32', 'f16', 'bf16', 'q8_0'] as const).flatMap((dtype) =>
+    [false, true].map((groups) =>
+      lowRankCase([4, 4, 4, 2, 2, ...Array<number>(19).fill(1), 0, 3], {
+        dtype,
+        outer: 96,
+        groups,
+      }),
+    ),
+  ),
+  lowRankCase([32, 1], { dtype: 'f16', outer: 32, groups: false }),
   {
     name: 'gatherRows',
     nmse: exact,

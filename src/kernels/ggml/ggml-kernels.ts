@@ -25,9 +25,11 @@ import {
   loadLibrary,
 } from './library.ts';
 import { Arena, Device, GgmlTensor, ours, Scratch, TensorBuffer, toNe } from './memory.ts';
-import type { ProgramHost } from './recorder.ts';
+import { type NativeKernels, nativeKernels } from './native.ts';
+import { nativeWidth, type ProgramHost } from './recorder.ts';
 import { type DeviceChoice, type DeviceWish, selectDevice } from './select-device.ts';
 
+const none: NativeKernels = { addresses: new Map(), why: 'composed of ggml’s ops' };
 const typeInt8 = 24; // enum ggml_type: a type of one byte a number
 const storedTensorsMax = 4096; // a 30-block decoder with adapters stores about 800
 
@@ -39,6 +41,10 @@ export interface GgmlOptions {
   readonly device?: DeviceWish;
   /** Memory that the model, its cache and its adapters will take. */
   readonly bytesNeeded?: number;
+  /** Multiplies weights of any type by f32 activations, where our own kernels run; ggml's kernels otherwise. */
+  readonly f32Activations?: boolean;
+  /** false: composed of ggml's ops alone. */
+  readonly native?: boolean;
 }
 
 /** Which device a wish leads to on this machine, and why. Loads the library. Throws UNSUPPORTED with what to do. */
@@ -50,6 +56,7 @@ export function chooseDevice(options: Omit<GgmlOptions, 'threads'>): DeviceChoic
 export class GgmlKernels implements Kernels {
   readonly name = 'ggml';
   readonly description: string;
+  readonly f32Activations: boolean;
   readonly #library: GgmlLibrary;
   readonly #device: Device;
   readonly #arena: Arena;
@@ -75,9 +82,13 @@ export class GgmlKernels implements Kernels {
     const accelerator = chosen === null ? undefined : new Accelerator(library, chosen);
     this.#scheduler = accelerator && new DeviceScheduler(library, accelerator, device);
     const [scratch, scheduler, place] = [this.#scratch, this.#scheduler, accelerator ?? device];
-    this.#host = { library, device, scratch, scheduler, place };
+    const own = options.native === false || accelerator !== undefined ? none : nativeKernels();
+    const { addresses: native } = own;
+    const f32Activations = options.f32Activations ?? false;
+    this.f32Activations = f32Activations && native.size > 0;
+    this.#host = { library, device, scratch, scheduler, place, native, f32Activations };
     const devices = [accelerator, device].flatMap((each) => each?.description.trim() ?? []);
-    this.description = `ggml ${library.version}, ${devices.join(', ')}, ${threads} threads`;
+    this.description = `ggml ${library.version}, ${devices.join(', ')}, ${threads} threads, ${own.why}`;
   }
 
   store(
@@ -94,7 +105,8 @@ export class GgmlKernels implements Kernels {
     checkShape('storePages', dtype, pool);
     checkPool('storePages', { dtype, shape: pool }, shape.width);
     // ggml's products contract the innermost axis: out of the bottleneck that is the ranks.
-    const transposedPages = use === 'expand';
+    const fits = shape.width % nativeWidth === 0;
+    const transposedPages = use === 'expand' && !(this.#host.native.size > 0 && fits);
     if (transposedPages && dtype === 'q8_0') {
       throw new GatewayError('UNSUPPORTED', 'ggml: q8_0 pages need the native kernels');
     }

@@ -66,6 +66,11 @@ const prototypes = {
   ggml_rms_norm: ['base', 'void *', ['void *', 'void *', 'float']],
   ggml_add: ['base', 'void *', ['void *', 'void *', 'void *']],
   ggml_add_inplace: ['base', 'void *', ['void *', 'void *', 'void *']],
+  ggml_custom_inplace: [
+    'base',
+    'void *',
+    ['void *', 'void *', 'void *', 'int', 'void *', 'int', 'void *'],
+  ],
   ggml_fill: ['base', 'void *', ['void *', 'void *', 'float']],
   ggml_cpy: ['base', 'void *', ['void *', 'void *', 'void *']],
   ggml_mul: ['base', 'void *', ['void *', 'void *', 'void *']],

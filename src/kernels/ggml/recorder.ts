@@ -24,11 +24,15 @@ import {
   TensorBuffer,
   toNe,
 } from './memory.ts';
+import type { NativeKernels } from './native.ts';
 import { type RecorderHost, TrainingRecorder } from './training-recorder.ts';
 import { expandWhole, shrinkWhole } from './whole-low-rank.ts';
 
 /** Rows from which a product by packed panels pays (a guess). */
 const panelRows = 8;
+/** Our own kernels read whole blocks of this many numbers. */
+export const nativeWidth = 32;
+const tasksMax = -1; // GGML_N_TASKS_MAX: as many as there are threads
 const ropeNorm = 0;
 const ropeNeox = 2;
 /** Context length that YaRN scaling would start from; unused while its factor is 0. */
@@ -42,6 +46,10 @@ export interface ProgramHost {
   readonly place: MemoryPlace;
   /** Set where programs run on a device other than the CPU: then `scratch` is unused. */
   readonly scheduler: DeviceScheduler | undefined;
+  /** Our own kernels; none on a device, nor without a compiler. */
+  readonly native: NativeKernels['addresses'];
+  /** Whether linears over weights of any type go through them. */
+  readonly f32Activations: boolean;
 }
 
 /** A value inside a recorded program. */
@@ -118,6 +126,7 @@ export class Recorder implements Ops {
     op: (...values) => this.#op(...values),
     node: (pointer, shape) => this.#node(pointer, shape),
     rope: ropeArguments,
+    native: (name) => this.#host.native.get(name),
   };
   readonly training: TrainingRecorder = new TrainingRecorder(this.#self);
   #attendResult: Placed | undefined;
@@ -174,9 +183,14 @@ export class Recorder implements Ops {
   }
 
   linear(x: Tensor, w: Tensor): Node {
+    const shape = [x.shape[0]!, w.shape[0]!];
+    const own = this.#host.f32Activations ? this.#host.native.get('rankgate_linear') : undefined;
+    if (own !== undefined && x.shape[1]! % nativeWidth === 0) {
+      return this.#node(this.#custom(own, shape, [w, x]), shape);
+    }
     if (w.dtype === 'f32' && x.shape[0]! >= panelRows) return this.training.linear(x, w);
     const pointer = this.#op('ggml_mul_mat', pointerOf(w), pointerOf(x));
-    return this.#node(pointer, [x.shape[0]!, w.shape[0]!]);
+    return this.#node(pointer, shape);
   }
 
   add(a: Tensor, b: Tensor): Node {
@@ -290,8 +304,20 @@ export class Recorder implements Ops {
 
   shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Node[] {
     if (this.#host.scheduler !== undefined) return shrinkWhole(this.#self, { x, pages }, parts);
-    this.#tellsTiers(pages);
+    const own = this.#host.native.get('rankgate_shrink');
     const [rows, count] = pages.shape as [number, number];
+    if (own !== undefined && x.shape[1]! % nativeWidth === 0) {
+      const shape = [parts.length, rows, count * ranksPerPage];
+      const sources = [x, pages, ...parts.flatMap(({ a, gate }) => [a, gate])];
+      const all = this.#custom(own, shape, sources);
+      this.#node(all, shape);
+      return parts.map((_, i) => {
+        const rowBytes = count * ranksPerPage * 4;
+        const sizes = [count * ranksPerPage, rows, rowBytes, i * rows * rowBytes];
+        return this.#node(this.#op('ggml_view_2d', all, ...sizes), shape.slice(1));
+      });
+    }
+    this.#tellsTiers(pages);
     return parts.map(({ a, gate }) => {
       const shape = [rows, count * ranksPerPage];
       const zero = this.#op('ggml_reshape_4d', pointerOf(gate), ...toNe(shape));
@@ -370,6 +396,12 @@ export class Recorder implements Ops {
 
   expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Node {
     if (this.#host.scheduler !== undefined) return expandWhole(this.#self, { y, h, b }, pages);
+    const own = this.#host.native.get('rankgate_expand');
+    if (own !== undefined && !ours(b).transposedPages) {
+      const args = addressesOf([h, pages, b]);
+      const values = [pointerOf(y), args, args.length, own, tasksMax, null];
+      return this.#node(this.#op('ggml_custom_inplace', ...values), y.shape);
+    }
     this.#tellsTiers(pages);
     const [rows, outer] = y.shape as [number, number];
     const rowBytes = outer * 4;
@@ -388,6 +420,12 @@ export class Recorder implements Ops {
     return { pointer: pointerOf(y), shape: y.shape, dtype: 'f32' };
   }
 
+  #custom(own: Pointer, shape: readonly number[], sources: readonly Tensor[]): Pointer {
+    const args = addressesOf(sources);
+    const sizes = [ggmlType.f32, ...toNe(shape)];
+    return this.#op('ggml_custom_4d', ...sizes, args, args.length, own, tasksMax, null);
+  }
+
   gatherRows(x: Tensor, rows: Tensor): Node {
     const pointer = this.#op('ggml_get_rows', pointerOf(x), pointerOf(rows));
     return this.#node(pointer, [rows.shape[0]!, x.shape[1]!]);
@@ -399,6 +437,10 @@ function ropeArguments({ size, base, style }: RopeOptions): readonly unknown[] {
   const mode = style === 'norm' ? ropeNorm : ropeNeox;
   const scaling = [base, 1, 0, 1, 32, 1]; // base, scale; no YaRN: extrapolation 0, attention 1, betas unused
   return [null, size, mode, ropeContext, ...scaling];
+}
+
+function addressesOf(tensors: readonly Tensor[]): BigUint64Array {
+  return BigUint64Array.from(tensors, pointerOf);
 }
 
 export function pointerOf(tensor: Tensor): Pointer {

@@ -12,6 +12,7 @@ import type {
 } from '../training-ops.ts';
 import type { GgmlLibrary, Pointer } from './library.ts';
 import { GgmlTensor, toNe } from './memory.ts';
+import type { NativeFunction } from './native.ts';
 import type { Node } from './recorder.ts';
 
 type OpName = Parameters<GgmlLibrary['pointer']>[0];
@@ -23,7 +24,7 @@ export interface RecorderHost {
   /** What ggml's rope takes after x and the positions. */
   rope(options: RopeOptions): readonly unknown[];
   /** Address of one of our own functions (native/), undefined where they were not built. */
-  native?(name: string): Pointer | undefined;
+  native(name: NativeFunction): Pointer | undefined;
 }
 
 /** Products of f32 matrices C[M,N]: `linear` x[M,K] · w[N,K]ᵀ, `linear_t` x[M,K] · w[K,N], `outer` a[K,M]ᵀ · b[K,N]. */
@@ -95,7 +96,7 @@ export class TrainingRecorder implements TrainingOps {
   /** `shape` of the result; its leading axes are a batch. Our own kernel (native/training.c) runs at 100 GFLOPS a thread where
    *  ggml's f32 product runs at 36 (measured, Zen 4); without it, ggml's. */
   #product(form: Form, left: Pointer, right: Pointer, shape: readonly number[]): Pointer {
-    const address = this.#host.native?.(`rankgate_${form}_f32`);
+    const address = this.#host.native(`rankgate_${form}_f32`);
     if (address !== undefined) {
       const args = BigUint64Array.of(left, right);
       return this.#op('ggml_custom_4d', 0, ...toNe(shape), args, 2, address, tasksMax, null);

@@ -24,6 +24,7 @@ import { TfjsTensor } from './tfjs-tensor.ts';
 export class TfjsKernels implements Kernels {
   readonly name = 'tfjs';
   readonly description: string;
+  readonly f32Activations = true;
   readonly #tf: TensorFlow;
   readonly #tensors: TfjsTensor[] = [];
   readonly #programs: Set<TfjsProgram> = new Set();

@@ -38,6 +38,7 @@ const config: EngineConfig = {
   weights: 'exact',
   backend: 'ggml',
   threads: 1,
+  device: 'cpu',
   libraryDirectory: null,
   cacheDirectory: null,
   blobDirectory: join(import.meta.dirname, 'no-such-directory'),

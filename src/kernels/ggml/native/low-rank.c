@@ -1,0 +1,170 @@
+// The low-rank delta of rows with different adapters and ranks, run inside ggml's threads as custom ops. Neighbouring rows with
+// the same pages are one group: a group of one row streams its pages once, a larger one multiplies matrices. A rank whose
+// gates (or values) are all zero in a group is not read. The caller has checked shapes and indices; widths are multiples
+// of 32.
+
+#include "numbers.h"
+
+#define PAGE 8
+#define GROUP 16 // rows of a group at most: spreads a long prompt over the threads
+#define QUAD 4   // ranks that are computed or skipped together
+
+static int64_t group_end(const int32_t *pages, int64_t P, int64_t T, int64_t t) {
+  int64_t end = t + 1;
+  while (end < T && end - t < GROUP && memcmp(pages + t * P, pages + end * P, P * sizeof *pages) == 0) end++;
+  return end;
+}
+
+static int all_zero(const float *values, int64_t stride, int64_t rows) {
+  for (int64_t t = 0; t < rows; t++)
+    for (int r = 0; r < QUAD; r++)
+      if (values[t * stride + r] != 0) return 0;
+  return 1;
+}
+
+struct quad {
+  const uint8_t *a; // QUAD rows of the pool
+  size_t row_bytes;
+  int64_t K, rows, stride; // of h and gate, in numbers
+  const float *x, *gate;
+  float *h;
+};
+
+#define DOTS(TYPE, C)                                                                                                 \
+  static void dots_##TYPE##_##C(const struct quad *q, int64_t t) {                                                    \
+    vec sums[QUAD][C];                                                                                                \
+    for (int r = 0; r < QUAD; r++)                                                                                    \
+      for (int c = 0; c < C; c++) sums[r][c] = (vec){0};                                                              \
+    for (int64_t b = 0; b < q->K / 32; b++) {                                                                         \
+      vec v[QUAD][VECS];                                                                                              \
+      for (int r = 0; r < QUAD; r++) load_##TYPE(q->a + r * q->row_bytes, b, v[r]);                                   \
+      for (int c = 0; c < C; c++) EACH {                                                                              \
+          vec x = *(const vec *)(q->x + (t + c) * q->K + b * 32 + i * LANES);                                         \
+          for (int r = 0; r < QUAD; r++) sums[r][c] += v[r][i] * x;                                                   \
+        }                                                                                                             \
+    }                                                                                                                 \
+    for (int c = 0; c < C; c++)                                                                                       \
+      for (int r = 0; r < QUAD; r++) {                                                                                \
+        int64_t at = (t + c) * q->stride + r;                                                                         \
+        q->h[at] = q->gate[at] * sum(sums[r][c]);                                                                     \
+      }                                                                                                               \
+  }
+#define SHRINK(TYPE)                                                                                                  \
+  DOTS(TYPE, 1) DOTS(TYPE, 4)                                                                                         \
+  static void shrink_##TYPE(const struct quad *q) {                                                                   \
+    int64_t t = 0;                                                                                                    \
+    for (; t + 4 <= q->rows; t += 4) dots_##TYPE##_4(q, t);                                                           \
+    for (; t < q->rows; t++) dots_##TYPE##_1(q, t);                                                                   \
+  }
+SHRINK(f32) SHRINK(f16) SHRINK(bf16) SHRINK(q8_0)
+
+static void shrink_quad(int type, const struct quad *q) {
+  switch (type) {
+    case F32: shrink_f32(q); break;
+    case F16: shrink_f16(q); break;
+    case BF16: shrink_bf16(q); break;
+    case Q8_0: shrink_q8_0(q); break;
+  }
+}
+
+// dst [8P, T, parts], src = {x [K, T], pages [P, T], then a [K, 8, pages] and gate [8, P, T] of every part}. Threads take turns
+// at quads of ranks: they cost the same within a group.
+void rankgate_shrink(struct tensor *dst, int ith, int nth, void *unused) {
+  (void)unused;
+  const struct tensor *x = dst->src[0], *ids = dst->src[1];
+  int64_t K = x->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, turn = 0;
+  const int32_t *pages = ids->data;
+  for (int64_t t = 0, end; t < T; t = end) {
+    end = group_end(pages, P, T, t);
+    for (int64_t part = 0; part < dst->ne[2]; part++) {
+      const struct tensor *a = dst->src[2 + 2 * part], *gate = dst->src[3 + 2 * part];
+      for (int64_t r = 0; r < ranks; r += QUAD) {
+        int64_t page = pages[t * P + r / PAGE], at = t * ranks + r;
+        struct quad q = {(const uint8_t *)a->data + page * a->nb[2] + r % PAGE * a->nb[1],
+                         a->nb[1], K, end - t, ranks, (const float *)x->data + t * K,
+                         (const float *)gate->data + at, (float *)dst->data + part * T * ranks + at};
+        if (page == 0 || all_zero(q.gate, ranks, q.rows)) {
+          if (ith != 0) continue;
+          for (int64_t row = 0; row < q.rows; row++) memset(q.h + row * ranks, 0, QUAD * sizeof(float));
+        } else if (turn++ % nth == ith) {
+          shrink_quad(a->type, &q);
+        }
+      }
+    }
+  }
+}
+
+struct column {
+  float *y; // [rows, N]
+  const float *h;
+  const int32_t *pages; // of the group
+  const uint8_t *b;     // the pool
+  size_t row_bytes, page_bytes;
+  int64_t N, ranks, rows, b0, b1; // blocks of 32 numbers b0 … b1 are this thread's
+};
+
+// A group of one: y stays in the first cache while the quads of ranks stream past. A larger one: 32 columns of all its ranks
+// are dequantised once, and four rows at a time go through them in registers.
+#define EXPAND(TYPE)                                                                                                  \
+  static void expand_one_##TYPE(const struct column *c) {                                                             \
+    for (int64_t r = 0; r < c->ranks; r += QUAD) {                                                                    \
+      int32_t page = c->pages[r / PAGE];                                                                              \
+      if (page == 0 || all_zero(c->h + r, 0, 1)) continue;                                                            \
+      const uint8_t *b = c->b + page * c->page_bytes + r % PAGE * c->row_bytes;                                       \
+      for (int64_t block = c->b0; block < c->b1; block++) {                                                           \
+        vec *y = (vec *)(c->y + block * 32), sums[VECS];                                                              \
+        EACH sums[i] = y[i];                                                                                          \
+        for (int q = 0; q < QUAD; q++) {                                                                              \
+          vec v[VECS];                                                                                                \
+          load_##TYPE(b + q * c->row_bytes, block, v);                                                                \
+          EACH sums[i] += v[i] * c->h[r + q];                                                                         \
+        }                                                                                                             \
+        EACH y[i] = sums[i];                                                                                          \
+      }                                                                                                               \
+    }                                                                                                                 \
+  }                                                                                                                   \
+  static void expand_many_##TYPE(const struct column *c) {                                                            \
+    for (int64_t block = c->b0; block < c->b1; block++) {                                                             \
+      vec turned[PAGE * 32][VECS];                                                                                    \
+      int64_t at[PAGE * 32], used = 0;                                                                                \
+      for (int64_t r = 0; r < c->ranks; r += QUAD) {                                                                  \
+        int32_t page = c->pages[r / PAGE];                                                                            \
+        if (page == 0 || all_zero(c->h + r, c->ranks, c->rows)) continue;                                             \
+        const uint8_t *b = c->b + page * c->page_bytes + r % PAGE * c->row_bytes;                                     \
+        for (int q = 0; q < QUAD; q++, used++) {                                                                      \
+          load_##TYPE(b + q * c->row_bytes, block, turned[used]);                                                     \
+          at[used] = r + q;                                                                                           \
+        }                                                                                                             \
+      }                                                                                                               \
+      for (int64_t t = 0; t < c->rows; t++) {                                                                         \
+        vec *y = (vec *)(c->y + t * c->N + block * 32), sums[VECS];                                                   \
+        EACH sums[i] = y[i];                                                                                          \
+        for (int64_t r = 0; r < used; r++) EACH sums[i] += turned[r][i] * c->h[t * c->ranks + at[r]];                 \
+        EACH y[i] = sums[i];                                                                                          \
+      }                                                                                                               \
+    }                                                                                                                 \
+  }                                                                                                                   \
+  static void expand_##TYPE(const struct column *c) {                                                                 \
+    if (c->rows == 1) expand_one_##TYPE(c);                                                                           \
+    else expand_many_##TYPE(c);                                                                                       \
+  }
+EXPAND(f32) EXPAND(f16) EXPAND(bf16) EXPAND(q8_0)
+
+// dst = y [N, T] in place, src = {y, h [8P, T], pages [P, T], b [N, 8, pages]}. Threads divide the columns. P is at most 32.
+void rankgate_expand(struct tensor *dst, int ith, int nth, void *unused) {
+  (void)unused;
+  const struct tensor *h = dst->src[1], *ids = dst->src[2], *b = dst->src[3];
+  int64_t N = dst->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, blocks = N / 32;
+  const int32_t *pages = ids->data;
+  for (int64_t t = 0, end; t < T; t = end) {
+    end = group_end(pages, P, T, t);
+    struct column c = {(float *)dst->data + t * N, (const float *)h->data + t * ranks, pages + t * P, b->data, b->nb[1],
+                       b->nb[2], N, ranks, end - t, blocks * ith / nth, blocks * (ith + 1) / nth};
+    switch (b->type) {
+      case F32: expand_f32(&c); break;
+      case F16: expand_f16(&c); break;
+      case BF16: expand_bf16(&c); break;
+      case Q8_0: expand_q8_0(&c); break;
+    }
+  }
+}
