@@ -14,6 +14,7 @@ import { benchDecode } from './decode.ts';
 import { writeGgufLora } from './gguf-lora.ts';
 import type { AdapterSpec, WeightMode } from './job.ts';
 import { describePlace, type Report, round } from './measure.ts';
+import { benchMemory } from './memory.ts';
 import { readConfig } from './rankgate-side.ts';
 import { benchRanks, largeRank } from './ranks.ts';
 
@@ -37,6 +38,7 @@ const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>>
     installOpponent();
     return benchColdstart(settings);
   },
+  memory: (settings) => benchMemory(settings),
 };
 
 /** node-llama-cpp uses the shared objects that rankgate has installed (node's look-up finds them one folder up), so its own

@@ -13,7 +13,7 @@ import {
   createTokenizer,
   readTokenizerSource,
   type TokenizerSource,
-  tokenBytesTable,
+  tokenBytes,
 } from '../model/tokenizer.ts';
 import type { ChatMessage, EncodedChat } from './text.ts';
 
@@ -67,7 +67,7 @@ function readModel(path: string): { source: TokenizerSource; templateText: strin
 function openDesk({ modelPath, contextMax }: TextWorkerData): Desk {
   const { source, templateText } = readModel(modelPath);
   const tokenizer = createTokenizer(source);
-  const tokenBytes = tokenBytesTable(source.tokens, source.tokenTypes, 'shown');
+  const bytesOf = tokenBytes(source, 'shown');
   const charactersMax = contextMax * tokenizer.tokenCharactersMax;
   let template: ChatTemplate | null = null;
   if (templateText !== null) {
@@ -89,7 +89,7 @@ function openDesk({ modelPath, contextMax }: TextWorkerData): Desk {
     return all;
   };
   const decode = (tokens: Int32Array): string => {
-    const parts = Array.from(tokens, (token) => tokenBytes[token] ?? unknownToken(token));
+    const parts = Array.from(tokens, (token) => bytesOf(token) ?? unknownToken(token));
     return new TextDecoder('utf-8', { ignoreBOM: true }).decode(Buffer.concat(parts));
   };
   return {

@@ -7,18 +7,22 @@ import { byteCharacters, createMerger, TokenBuffer } from './bpe.ts';
 import type { GgufMetadata } from './gguf-values.ts';
 import { createPreTokenizer } from './pre-tokenizer.ts';
 
-/** What a model file says of its vocabulary, as it stands there. */
-export interface TokenizerSource {
-  /** tokenizer.ggml.model */
-  readonly model: string;
-  /** tokenizer.ggml.pre */
-  readonly pre: string;
+/** What it takes to read tokens. */
+export interface Vocabulary {
   readonly tokens: readonly string[];
-  readonly merges: readonly string[];
   /** GGUF token types, one per token; empty when the file has none (all normal). */
   readonly tokenTypes: ArrayLike<number>;
   readonly bos: number | null;
   readonly eos: number | null;
+}
+
+/** And to make them: what a model file says, as it stands there. */
+export interface TokenizerSource extends Vocabulary {
+  /** tokenizer.ggml.model */
+  readonly model: string;
+  /** tokenizer.ggml.pre */
+  readonly pre: string;
+  readonly merges: readonly string[];
   /** tokenizer.ggml.add_bos_token; null when absent: the pre-tokenizer decides, as in llama.cpp. */
   readonly addBos: boolean | null;
 }
@@ -62,7 +66,7 @@ const middleTexts: readonly string[] = (
 const alwaysControl: ReadonlySet<string> = new Set([...endTexts, ...middleTexts]);
 
 /** Tokens that end an answer: the file's own, and those that llama.cpp knows by their text. */
-export function endTokensOf({ tokens, eos }: TokenizerSource): number[] {
+export function endTokensOf({ tokens, eos }: Vocabulary): number[] {
   const ends = new Set(eos === null ? [] : [eos]);
   for (const text of endTexts) {
     const token = tokens.indexOf(text);
@@ -130,22 +134,30 @@ export function createTokenizer(source: TokenizerSource): Tokenizer {
   };
 }
 
-export function readTokenizerSource(metadata: GgufMetadata): TokenizerSource {
-  const key = (name: string): string => `tokenizer.ggml.${name}`;
+const key = (name: string): string => `tokenizer.ggml.${name}`;
+
+/** Without the merges, which are as many strings again. */
+export function readVocabulary(metadata: GgufMetadata): Vocabulary {
   const has = (name: string): boolean => metadata.has(key(name));
   const id = (name: string): number | null =>
     has(`${name}_token_id`) ? metadata.integer(key(`${name}_token_id`)) : null;
-  const model = metadata.string(key('model'));
-  checkModel(model);
+  checkModel(metadata.string(key('model')));
   return {
-    model,
-    // Files without it are read by llama.cpp's fallback, which is what `default` names.
-    pre: has('pre') ? metadata.string(key('pre')) : 'default',
     tokens: metadata.strings(key('tokens')),
-    merges: metadata.strings(key('merges')),
     tokenTypes: has('token_type') ? metadata.numbers(key('token_type')) : [],
     bos: id('bos'),
     eos: id('eos'),
+  };
+}
+
+export function readTokenizerSource(metadata: GgufMetadata): TokenizerSource {
+  const has = (name: string): boolean => metadata.has(key(name));
+  return {
+    ...readVocabulary(metadata),
+    model: metadata.string(key('model')),
+    // Files without it are read by llama.cpp's fallback, which is what `default` names.
+    pre: has('pre') ? metadata.string(key('pre')) : 'default',
+    merges: metadata.strings(key('merges')),
     addBos: has('add_bos_token') ? metadata.boolean(key('add_bos_token')) : null,
   };
 }
@@ -209,16 +221,21 @@ const byteOf: ReadonlyMap<string, number> = new Map(
   byteCharacters.map((character, byte) => [character, byte]),
 );
 
-/** The bytes that each token stands for. A special token's are those of its text, or none when `specials` is
- *  `hidden`: what a client is shown. */
-export function tokenBytesTable(
-  tokens: readonly string[],
-  tokenTypes: ArrayLike<number>,
+/** Token → the bytes that it stands for; null beyond the vocabulary. A special token's are those of its text, or none when
+ *  `specials` is `hidden`: what a client is shown. Made when asked for: 49,152 small arrays are 12 MB. */
+export function tokenBytes(
+  { tokens, tokenTypes }: Pick<Vocabulary, 'tokens' | 'tokenTypes'>,
   specials: 'hidden' | 'shown' = 'hidden',
-): Uint8Array[] {
+): (token: number) => Uint8Array | null {
   const encoder = new TextEncoder();
-  return tokens.map((text, token) => {
-    const type = tokenTypes[token] ?? types.normal;
+  const typeOf = (token: number): number => tokenTypes[token] ?? types.normal;
+  tokens.forEach((text, token) => {
+    if (typeOf(token) === types.byte) parseByteToken(text); // a file that is damaged is refused at the start
+  });
+  return (token) => {
+    const text = tokens[token];
+    if (text === undefined) return null;
+    const type = typeOf(token);
     if (type === types.control || type === types.unknown || alwaysControl.has(text)) {
       return specials === 'hidden' ? new Uint8Array() : encoder.encode(text);
     }
@@ -227,7 +244,7 @@ export function tokenBytesTable(
     const bytes = [...text].map((character) => byteOf.get(character));
     // A character outside the byte alphabet: the token was never made of bytes.
     return bytes.includes(undefined) ? encoder.encode(text) : Uint8Array.from(bytes as number[]);
-  });
+  };
 }
 
 /** `<0x0A>` → 10. */

@@ -8,7 +8,7 @@ import type { Decoder } from '../../src/model/decoder.ts';
 import { openGguf } from '../../src/model/gguf.ts';
 import { scrapCells } from '../../src/model/step-inputs.ts';
 import type { AdapterRows } from '../../src/model/stepper.ts';
-import { readTokenizerSource, tokenBytesTable } from '../../src/model/tokenizer.ts';
+import { tokenBytes as createTokenBytes, readVocabulary } from '../../src/model/tokenizer.ts';
 import { baseModelPath } from '../support/base-model.ts';
 import {
   type GatewayProcess,
@@ -50,8 +50,9 @@ beforeAll(async () => {
   const opened = await openBase({ mode: 'faithful', pages: 1 + names.length * versions * 2 });
   oracle = opened.decoder;
   using file = openGguf(modelPath);
-  const source = readTokenizerSource(file.metadata);
-  tokenBytes = tokenBytesTable(source.tokens, source.tokenTypes);
+  const vocabulary = readVocabulary(file.metadata);
+  const bytesOf = createTokenBytes(vocabulary);
+  tokenBytes = vocabulary.tokens.map((_, token) => bytesOf(token)!);
   let page = 1;
   for (const [i, name] of names.entries()) {
     generations.set(name, []);

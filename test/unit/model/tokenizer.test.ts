@@ -7,7 +7,7 @@ import {
   createTokenizer,
   endTokensOf,
   type TokenizerSource,
-  tokenBytesTable,
+  tokenBytes,
 } from '../../../src/model/tokenizer.ts';
 import { planeText, sweptPlanes } from '../../oracle/tokenize-corpus.ts';
 import { baseTokenizerSource } from '../../support/base-tokenizer.ts';
@@ -138,14 +138,14 @@ describe('tokenizer', () => {
 
   it('loses nothing of a text but the bytes that the vocabulary lacks', () => {
     const tokenizer = tokenizerOf('smollm');
-    const table = tokenBytesTable(source.tokens, source.tokenTypes);
+    const bytesOf = tokenBytes(source);
     const known = new Set(source.tokens);
     const has = (byte: number): boolean => known.has(byteCharacters[byte]!);
     // llama.cpp drops these too: leads of planes 4 and up, controls, and bytes that UTF-8 never has.
     const lacking = byteCharacters.flatMap((_, byte) => (has(byte) ? [] : [byte.toString(16)]));
     expect(lacking.join(' ')).toBe('4 6 13 14 16 1d c0 c1 f1 f2 f5 f6 f7 f8 f9 fa fb fc fd fe ff');
     for (const text of golden.texts) {
-      const bytes = Array.from(tokenizer.encodeText(text, noLimit), (token) => table[token]!);
+      const bytes = Array.from(tokenizer.encodeText(text, noLimit), (token) => bytesOf(token)!);
       expect(Buffer.concat(bytes)).toEqual(Buffer.from(Buffer.from(text).filter(has)));
     }
   });
@@ -209,7 +209,8 @@ describe('tokenizer of a small vocabulary', () => {
     const from = tiny([['<|im_end|>', 1]]);
     expect(tokensOf(from, '<|im_end|>', 'encodePrompt')).toEqual(['<|im_end|>']);
     expect(createTokenizer(from).specials).toEqual(['<|im_end|>']);
-    expect(tokenBytesTable(from.tokens, from.tokenTypes).at(-1)).toHaveLength(0);
+    expect(tokenBytes(from)(from.tokens.length - 1)).toHaveLength(0);
+    expect(tokenBytes(from)(from.tokens.length)).toBeNull();
   });
 
   it('takes the longer of two special tokens that overlap', () => {
@@ -228,21 +229,17 @@ describe('tokenizer of a small vocabulary', () => {
 
   it('shows byte tokens as bytes, user-defined tokens as their text and control tokens on request', () => {
     const tokens = ['<0x0A>', '<think>', '<s>', 'Ġa', 'é漢'];
-    const types = [6, 4, 3, 1, 1];
-    const text = (bytes: Uint8Array): string => Buffer.from(bytes).toString('latin1');
-    expect(tokenBytesTable(tokens, types).map(text).slice(0, 4)).toEqual([
-      '\n',
-      '<think>',
-      '',
-      ' a',
-    ]);
-    expect(tokenBytesTable(tokens, types, 'shown').map(text)[2]).toBe('<s>');
+    const from = { tokens, tokenTypes: [6, 4, 3, 1, 1] };
+    const [hidden, shown] = [tokenBytes(from), tokenBytes(from, 'shown')];
+    const text = (bytes: Uint8Array | null): string => Buffer.from(bytes!).toString('latin1');
+    expect([0, 1, 2, 3].map((token) => text(hidden(token)))).toEqual(['\n', '<think>', '', ' a']);
+    expect(text(shown(2))).toBe('<s>');
     // Not in the byte alphabet: its own UTF-8.
-    expect(Buffer.from(tokenBytesTable(tokens, types)[4]!).toString()).toBe('é漢');
+    expect(Buffer.from(hidden(4)!).toString()).toBe('é漢');
   });
 
   it.each(['<0x-1>', '<0xZZ>', '<0x1>', '0x0A', ''])('refuses the byte token %j', (text) => {
-    expect(() => tokenBytesTable([text], [6])).toThrow(
+    expect(() => tokenBytes({ tokens: [text], tokenTypes: [6] })).toThrow(
       expect.objectContaining({ code: 'INVALID_MODEL_FILE' }),
     );
   });
