@@ -21,7 +21,6 @@ typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint8_t octets __attribute__((vector_size(LANES), aligned(1)));
-typedef int8_t signed_octets __attribute__((vector_size(LANES), aligned(1)));
 typedef uint16_t halfwords __attribute__((vector_size(LANES * 2), aligned(1)));
 
 // struct ggml_tensor of ggml 0.23: library.ts checks the offsets at load.
@@ -138,10 +137,8 @@ LOAD(q5_1) {
 LOAD(q8_0) {
   const uint8_t *p = row + b * 34;
   float d = half(p);
-  EACH {
-    signed_octets q = *(const signed_octets *)(p + 2 + i * LANES);
-    v[i] = __builtin_convertvector(__builtin_convertvector(q, ints), vec) * d;
-  }
+  // GCC 12 widens signed octets five times slower than unsigned ones.
+  EACH v[i] = (floats(octets_at(p + 2 + i * LANES) ^ 128) - 128) * d;
 }
 
 // Scale and minimum j of eight, six bits each in twelve bytes.
