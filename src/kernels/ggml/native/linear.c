@@ -32,8 +32,11 @@ struct job {
       for (int c = 0; c < C; c++) sums[r][c] = (vec){0};                                                              \
     const uint8_t *w = j->w + n * j->row_bytes;                                                                       \
     const float *x = j->x + t * j->K;                                                                                 \
+    /* The next tile's weights, a share in every block: four short rows are not a stream to the prefetcher. */         \
+    const size_t part = R * j->row_bytes * 32 / j->K;                                                                 \
     for (int64_t b = 0; b < j->K / 32; b++) {                                                                         \
       vec v[R][VECS];                                                                                                 \
+      for (size_t at = 0; at < part; at += 64) __builtin_prefetch(w + R * j->row_bytes + b * part + at);              \
       for (int r = 0; r < R; r++) load_##TYPE(w + r * j->row_bytes, b, v[r]);                                         \
       for (int c = 0; c < C; c++) EACH {                                                                              \
           vec a = *(const vec *)(x + c * j->K + b * 32 + i * LANES);                                                  \
