@@ -1,6 +1,7 @@
 // From a model file and sizes to a loop that can serve: decoder, token table, adapter memory and cells put together.
 // The one place that knows which implementations stand behind the loop.
 
+import { cpus } from 'node:os';
 import { blobPath } from '../adapters/blobs.ts';
 import { readPacked } from '../adapters/pack.ts';
 import { createResidency } from '../adapters/residency.ts';
@@ -45,6 +46,17 @@ export interface EngineConfig {
 
 const noBytes = new Uint8Array();
 
+/** In a container these are the host's cores, of which some may be idle and not ours: then a raise is tried in vain. */
+function createIdleCores(nowMs: () => number): () => number {
+  const idleMs = (): number => cpus().reduce((sum, { times }) => sum + times.idle, 0);
+  let [atMs, atIdleMs] = [nowMs(), idleMs()];
+  return () => {
+    const [fromMs, fromIdleMs] = [atMs, atIdleMs];
+    [atMs, atIdleMs] = [nowMs(), idleMs()];
+    return (atIdleMs - fromIdleMs) / (atMs - fromMs);
+  };
+}
+
 function watchThreads(
   threads: number,
   setThreads: OpenedDecoder['setThreads'],
@@ -55,7 +67,9 @@ function watchThreads(
     const { user, system } = process.cpuUsage();
     return (user + system) / 1000;
   };
-  return watchSteps({ threadsMax: threads, setThreads, nowMs: () => clock.nowMs(), cpuMs });
+  const nowMs = (): number => clock.nowMs();
+  const idleCores = createIdleCores(nowMs);
+  return watchSteps({ threadsMax: threads, setThreads, nowMs, cpuMs, idleCores });
 }
 
 async function checkHash({ modelPath, modelHash, cacheDirectory }: EngineConfig): Promise<void> {

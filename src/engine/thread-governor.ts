@@ -6,7 +6,7 @@
 //   late     the step took longer than its work did before on as many threads: also sees what a hypervisor takes, but a
 //            machine that only became slower looks the same, so fewer threads must then prove to be faster
 //
-// Lowered at once to what was got; raised by trying, ever more rarely while that fails.
+// Lowered at once to what was got; raised by trying, where cores are idle, ever more rarely while that fails.
 
 import type { StepWork } from './messages.ts';
 
@@ -18,13 +18,17 @@ export interface StepSample {
   readonly work: StepWork;
 }
 
-/** Steps that are looked at, and so the least between two changes; and how many of them must agree. */
+/** Steps that are looked at, and how many of them must agree. */
 export const windowSteps = 8;
 const agreeing = 6;
-/** From a change to the next raise: the least, doubled after every raise that did not last, the most. Guesses: a try costs
- *  8 steps at a sixth of the speed, half a second of 32. */
+/** Contended steps in a row that are enough however few they are: eight rows on two contended cores took 2.4 s a step. */
+const runMsMax = 1000;
+/** From a change to the next raise: the least, doubled after every raise that did not last, the most. Guesses: a try that
+ *  fails costs 8 slow steps or, when they are very slow, a second and a step. */
 export const waitMsMin = 1000;
-export const waitMsMax = 32_000;
+export const waitMsMax = 64_000;
+/** Idle cores without which a raise is not tried. */
+const idleCoresMin = 0.5;
 /** A raise that is taken back within so many waits did not last. */
 const lastingWaits = 4;
 /** Cores' worth of CPU time that may be missing. Measured on two cores: calm 0.03, with one busy loop beside 0.5. The share
@@ -46,12 +50,18 @@ export function estimate(work: StepWork): number {
   return 3 + decodeRows + prefillTokens + (decodeRanks + prefillRanks) / 24 + kvCells / 6000;
 }
 
-/** The value that `agreeing` of the window do not exceed. */
+/** The value that most do not exceed: `agreeing` of a whole window. */
 function mostAreBelow(values: readonly number[]): number {
-  return values.toSorted((a, b) => a - b)[agreeing - 1]!;
+  const index = Math.ceil((values.length * agreeing) / windowSteps) - 1;
+  return values.toSorted((a, b) => a - b)[index]!;
+}
+
+function isLate({ lateness }: Step): boolean {
+  return lateness > lateMax;
 }
 
 interface Step {
+  readonly ms: number;
   /** CPU time per time: cores that the process had. */
   readonly cores: number;
   /** Milliseconds per unit of work. */
@@ -73,38 +83,67 @@ export class ThreadGovernor {
   #raisedMs: number = Number.NEGATIVE_INFINITY;
   #waitMs: number = waitMsMin;
 
-  constructor(threadsMax: number) {
+  readonly #idleCores: () => number;
+
+  /** `idleCores`: of the whole machine, on average since it was last asked; Infinity where nobody knows. */
+  constructor(threadsMax: number, idleCores: () => number) {
     this.threads = threadsMax;
     this.#threadsMax = threadsMax;
+    this.#idleCores = idleCores;
   }
 
   /** Returns the threads of the next step, which `threads` is from then on. */
   observe(sample: StepSample): number {
     if (this.#threadsMax === 1 || !(sample.ms > 0)) return this.threads;
     this.#window = [...this.#window, this.#stepOf(sample)].slice(-windowSteps);
-    if (this.#window.length === windowSteps) this.#decide(sample.nowMs);
+    this.#decide(sample.nowMs);
     return this.threads;
   }
 
+  /** Most of a whole window, or a long run at its end. */
+  #isMost(isContended: (step: Step) => boolean): boolean {
+    const count = this.#window.filter(isContended).length;
+    const calm = this.#window.findLastIndex((step) => !isContended(step));
+    const runMs = this.#window.slice(calm + 1).reduce((sum, step) => sum + step.ms, 0);
+    return count >= agreeing || runMs >= runMsMax;
+  }
+
+  readonly #isRobbed = ({ cores }: Step): boolean =>
+    this.threads - cores > Math.max(missingCoresMax, missingShareMax * this.threads);
+
   #decide(nowMs: number): void {
+    const isFull = this.#window.length === windowSteps;
     const pace = mostAreBelow(this.#window.map((step) => step.pace));
-    const doubted = this.#doubted;
-    this.#doubted = null;
-    if (doubted !== null && pace >= doubted.pace) {
-      this.#believe(doubted.threads, nowMs);
+    if (this.#doubted !== null && isFull) {
+      const { threads, pace: before } = this.#doubted;
+      this.#doubted = null;
+      if (pace >= before) {
+        this.#believe(threads, nowMs);
+        return;
+      }
+    }
+    if (this.threads > 1 && this.#isMost(this.#isRobbed)) {
+      const robbed = this.#window.filter(this.#isRobbed);
+      this.#lower(Math.floor(mostAreBelow(robbed.map((step) => step.cores))), nowMs);
+    } else if (this.threads > 1 && this.#isMost(isLate)) {
+      this.#doubted = { threads: this.threads, pace };
+      this.#lower(Math.floor(this.threads / 2), nowMs);
+    } else if (
+      isFull &&
+      this.threads < this.#threadsMax &&
+      nowMs - this.#changedMs >= this.#waitMs
+    ) {
+      this.#raise(nowMs);
+    }
+  }
+
+  #raise(nowMs: number): void {
+    if (this.#idleCores() < idleCoresMin) {
+      this.#changedMs = nowMs; // asked again after as long
       return;
     }
-    const cores = mostAreBelow(this.#window.map((step) => step.cores));
-    const missingMax = Math.max(missingCoresMax, missingShareMax * this.threads);
-    const isRobbed = this.threads - cores > missingMax;
-    const isLate = -mostAreBelow(this.#window.map((step) => -step.lateness)) > lateMax;
-    if (this.threads > 1 && (isRobbed || isLate)) {
-      if (!isRobbed) this.#doubted = { threads: this.threads, pace };
-      this.#lower(isRobbed ? Math.floor(cores) : Math.floor(this.threads / 2), nowMs);
-    } else if (this.threads < this.#threadsMax && nowMs - this.#changedMs >= this.#waitMs) {
-      this.#raisedMs = nowMs;
-      this.#change(Math.min(this.#threadsMax, Math.ceil(this.threads * 1.5)), nowMs);
-    }
+    this.#raisedMs = nowMs;
+    this.#change(Math.min(this.#threadsMax, Math.ceil(this.threads * 1.5)), nowMs);
   }
 
   #stepOf({ ms, cpuMs, work }: StepSample): Step {
@@ -116,7 +155,7 @@ export class ThreadGovernor {
     const pace = ms / estimate(work);
     const usual = this.#paces.get(key) ?? Math.min(pace, this.#paceMax(size));
     this.#paces.set(key, usual + (pace < usual ? gainDown : gainUp) * (pace - usual));
-    return { cores: cpuMs / ms, pace, lateness: pace / usual };
+    return { ms, cores: cpuMs / ms, pace, lateness: pace / usual };
   }
 
   /** What a count that is new takes at most, if all threads are known: as if every part of the work were shared. */
@@ -127,7 +166,7 @@ export class ThreadGovernor {
 
   /** Fewer threads were no faster: the machine is slower than it was, and its pace is learned anew. */
   #believe(threads: number, nowMs: number): void {
-    for (let size = 0; size < sizes; size++) this.#paces.delete(threads * sizes + size);
+    this.#paces.clear();
     this.#change(threads, nowMs);
   }
 
@@ -157,10 +196,17 @@ export interface StepWatchOptions {
   readonly nowMs: () => number;
   /** CPU time of this process so far. */
   readonly cpuMs: () => number;
+  readonly idleCores: () => number;
 }
 
-export function watchSteps({ threadsMax, setThreads, nowMs, cpuMs }: StepWatchOptions): StepWatch {
-  const governor = new ThreadGovernor(threadsMax);
+export function watchSteps({
+  threadsMax,
+  setThreads,
+  nowMs,
+  ...rest
+}: StepWatchOptions): StepWatch {
+  const { cpuMs, idleCores } = rest;
+  const governor = new ThreadGovernor(threadsMax, idleCores);
   let [startMs, startCpuMs] = [0, 0];
   return {
     get threads() {

@@ -31,6 +31,8 @@ class Machine {
   others = 0;
   /** Another clock rate. */
   slowdown = 1;
+  /** As in a container. */
+  hidesIdle = false;
   /** The others are guests of the same host: this one's CPU time does not show what they take. */
   hidesTheft = false;
   readonly #cores: number;
@@ -41,7 +43,11 @@ class Machine {
   constructor(cores: number, seed: number, threadsMax: number = cores) {
     this.#cores = cores;
     this.#random = createRng(seed).next;
-    this.governor = new ThreadGovernor(threadsMax);
+    this.governor = new ThreadGovernor(threadsMax, () => {
+      const { threads } = this.governor;
+      if (this.hidesIdle) return Number.POSITIVE_INFINITY;
+      return Math.max(0, cores - threads - (this.hidesTheft ? 0 : this.others));
+    });
   }
 
   step(work: Work): void {
@@ -74,7 +80,7 @@ class Machine {
       return { ms: calmMs / share, cores: share };
     }
     const shared = wanting - this.#cores; // cores on which two meet
-    const ms = calmMs * (random < 0.3 ? 10 : 2);
+    const ms = calmMs * this.slowdown * (random < 0.3 ? 10 : 2);
     return { ms, cores: Math.max(0.5 * threads, threads - 0.5 * shared) };
   }
 
@@ -174,6 +180,7 @@ describe('ThreadGovernor', () => {
           () => machine.nowMs > 60_000,
         );
         expect(machine.changes().length).toBeGreaterThan(0); // it was tried
+        expect(machine.changes().length).toBeLessThan(20);
         const at = machine.history.length;
         machine.run(
           () => decode(2),
@@ -192,20 +199,40 @@ describe('ThreadGovernor', () => {
       fc.property(seeds, fc.integer({ min: 1, max: 3 }), (seed, others) => {
         const machine = new Machine(2, seed);
         machine.others = others;
+        machine.hidesIdle = true;
         machine.run(mixed(seed), () => machine.nowMs > 300_000);
         const changes = machine.changes();
         const raises = changes.filter(({ from, to }) => to > from);
         for (let i = 1; i < raises.length; i++) {
           expect(raises[i]!.nowMs - raises[i - 1]!.nowMs).toBeGreaterThanOrEqual(waitMsMin);
         }
-        // 1 + 2 + 4 + … + 32 s, then one every 32 s: at most 6 + 300 / 32 tries in 300 s.
+        // 1 + 2 + 4 + … + 64 s, then one every 64 s: at most 7 + 300 / 64 tries in 300 s.
         expect(raises.length).toBeGreaterThanOrEqual(5);
-        expect(raises.length).toBeLessThanOrEqual(6 + Math.ceil(300_000 / waitMsMax));
+        expect(raises.length).toBeLessThanOrEqual(7 + Math.ceil(300_000 / waitMsMax));
         const raised = machine.history.filter(({ threads }) => threads === 2).length;
         expect(raised).toBeLessThanOrEqual((raises.length + 1) * windowSteps);
       }),
       { numRuns: 40 },
     );
+  });
+
+  it('does not wait for eight steps that take seconds, and does not try where no core is idle', () => {
+    const machine = new Machine(2, 21);
+    machine.run(mixed(22), () => false, 100);
+    machine.others = 2;
+    machine.slowdown = 30; // two that share a core meet at every barrier
+    const steps = machine.run(
+      () => decode(8),
+      () => machine.governor.threads === 1,
+    );
+    expect(steps).toBeLessThanOrEqual(2);
+    machine.slowdown = 1;
+    const fromMs = machine.nowMs;
+    machine.run(mixed(23), () => machine.nowMs - fromMs > 100_000);
+    expect(machine.changes()).toHaveLength(1);
+    machine.others = 0;
+    machine.run(mixed(24), () => machine.governor.threads === 2);
+    expect(machine.nowMs - fromMs).toBeLessThan(100_000 + 3 * waitMsMin);
   });
 
   it('stays within 1 and the most, whatever it is told', () => {
@@ -216,7 +243,7 @@ describe('ThreadGovernor', () => {
         fc.integer({ min: 1, max: 256 }),
         fc.array(sample, { maxLength: 200 }),
         (max, samples) => {
-          const governor = new ThreadGovernor(max);
+          const governor = new ThreadGovernor(max, () => 1);
           let nowMs = 0;
           for (const { gapMs, ms, cpuMs, rows } of samples) {
             nowMs += gapMs;
@@ -247,6 +274,7 @@ describe('watchSteps', () => {
       setThreads: (threads) => set.push(threads),
       nowMs: () => now,
       cpuMs: () => cpu,
+      idleCores: () => 0,
     });
     const step = (ms: number, cores: number): void => {
       [now, cpu] = [now + 5, cpu + 5]; // between steps the loop works on one thread: not the kernels' doing
