@@ -1,7 +1,9 @@
 // What both sides of a benchmark run: plain data, so that the parent can hand the same job to any child process. A side is
 // a program that answers `open` once and then `run` any number of times; bench/child.ts is its loop.
 
-export type WeightMode = 'parity' | 'faithful';
+import type { Generation } from '../src/adapters/adapter.ts';
+
+export type WeightMode = 'parity' | 'faithful' | 'fast' | 'exact';
 
 /** How a side is opened. Everything a side holds between jobs (weights, cells, adapters) is made here, untimed. */
 export interface SideOptions {
@@ -13,6 +15,17 @@ export interface SideOptions {
   readonly adapters: readonly AdapterSpec[];
   /** Ours only. */
   readonly weights: WeightMode;
+  /** llama.cpp only: type of its KV cells; ours are f32 in `exact` and f16 otherwise. */
+  readonly kvType?: 'f16' | 'f32'; // f16
+  /** The engine side only. */
+  readonly engine?: EngineSizes;
+}
+
+/** What the engine of the engine side may hold, and the packed adapters that its requests name by index. */
+export interface EngineSizes {
+  readonly blobDirectory: string;
+  readonly generations: readonly Generation[];
+  readonly pages: number;
 }
 
 /** A LoRA adapter made of seeded numbers (adapter-numbers.ts), on all seven projections. */
@@ -23,19 +36,66 @@ export interface AdapterSpec {
   readonly ggufPath: string;
 }
 
+/** Prompts of every stream, then `newTokens` greedy tokens of each, all streams at once. `adapters[i]` is the adapter of
+ *  stream i: an index into SideOptions.adapters and how many of its ranks to use, or null. */
+export interface GenerateJob {
+  readonly kind: 'generate';
+  readonly prompts: ReadonlyArray<readonly number[]>;
+  readonly newTokens: number;
+  readonly adapters: ReadonlyArray<AdapterUse | null>;
+  /** llama.cpp only: in which order it serves streams whose LoRA sets differ. */
+  readonly order: 'one-after-another' | 'round-robin';
+}
+
+/** Decoding steps of `streams` streams that all have tokens.length tokens, or up to `steps` fewer, in their cells already:
+ *  the first run fills them (untimed), and later ones only step. */
+export interface ContextJob {
+  readonly kind: 'context';
+  readonly tokens: readonly number[];
+  readonly streams: number;
+  readonly steps: number;
+}
+
+/** Logits after each token of each window, written to a file or compared with it: `kl` and `same` of JobResult.samples. */
+export interface ScoreJob {
+  readonly kind: 'score';
+  readonly windows: ReadonlyArray<readonly number[]>;
+  readonly referencePath: string;
+  readonly role: 'write' | 'compare';
+}
+
+/** Requests to an engine's loop by index of their adapter. */
+export interface ServedRequest {
+  readonly adapter: number;
+  readonly prompt: readonly number[];
+}
+
+/** So many streams always busy until the requests are used up: `tokens` and `ms` of the time before the first idle place. */
+export interface ServeJob {
+  readonly kind: 'serve';
+  readonly streams: number;
+  readonly newTokens: number;
+  readonly requests: readonly ServedRequest[];
+}
+
+/** Streams that go on, and beside them single-token requests, each `pauses[i]` steps after the one before has ended. */
+export interface VisitJob {
+  readonly kind: 'visit';
+  readonly streams: readonly ServedRequest[];
+  readonly visits: readonly ServedRequest[];
+  readonly pauses: readonly number[];
+}
+
 export type Job =
-  /** Prompts of every stream, then `newTokens` greedy tokens of each, all streams at once. `adapters[i]` is the adapter of
-   *  stream i: an index into SideOptions.adapters and how many of its ranks to use, or null. */
-  | {
-      readonly kind: 'generate';
-      readonly prompts: ReadonlyArray<readonly number[]>;
-      readonly newTokens: number;
-      readonly adapters: ReadonlyArray<AdapterUse | null>;
-      /** llama.cpp only: in which order it serves streams whose LoRA sets differ. */
-      readonly order: 'one-after-another' | 'round-robin';
-    }
+  | GenerateJob
   /** One prompt of which only the last token's logits are wanted, from an empty cache. */
-  | { readonly kind: 'prefill'; readonly prompt: readonly number[] };
+  | { readonly kind: 'prefill'; readonly prompt: readonly number[] }
+  | ContextJob
+  /** Streaming reads of a buffer by the side's own threads: `bytesPerMs` of each. */
+  | { readonly kind: 'bandwidth'; readonly bytes: number; readonly reads: number }
+  | ScoreJob
+  | ServeJob
+  | VisitJob;
 
 export interface AdapterUse {
   readonly adapter: number;
@@ -59,17 +119,30 @@ export interface JobResult {
   readonly ids: ReadonlyArray<readonly number[]>;
   /** Logits of each stream's first token at the ids of `probeOf`: what the sides computed, before any choice. */
   readonly probes: ReadonlyArray<readonly number[]>;
+  /** What else a kind of job measures, by the names given there. */
+  readonly samples: Readonly<Record<string, readonly number[]>>;
 }
 
 export interface Side {
   /** e.g. `llama.cpp 0.4.0 by its C API, zen4, 2 threads`. */
   readonly description: string;
   run(job: Job): Promise<RawResult> | RawResult;
+  /** [T, V]: logits after each token of a window, from an empty cache; valid until the next call. */
+  windowLogits?(tokens: readonly number[]): readonly Float32Array[];
   close(): Promise<void> | void;
 }
 
 /** What a side measures itself; child.ts adds the CPU figures. */
 export type RawResult = Omit<JobResult, 'cpuMs' | 'idleCpuMs'>;
+
+/** The result of a job that generates nothing to compare. */
+export function sampled(totalMs: number, samples: RawResult['samples']): RawResult {
+  return { totalMs, decodeMs: 0, ttftMs: [], stepMs: [], ids: [], probes: [], samples };
+}
+
+export function unsupported(side: string, job: Job): Error {
+  return new Error(`${side}: no job of kind ${job.kind}`);
+}
 
 const probeStride = 768; // 64 of SmolLM2's 49,152
 

@@ -15,11 +15,12 @@ import {
 import {
   type AdapterUse,
   argmax,
-  type Job,
+  type GenerateJob,
   probeOf,
   type RawResult,
   type Side,
   type SideOptions,
+  unsupported,
 } from './job.ts';
 
 /** The streams that share one LoRA set, and the context that serves them. */
@@ -27,8 +28,6 @@ interface Group {
   readonly context: LlamaContext;
   readonly streams: readonly number[];
 }
-
-type GenerateJob = Extract<Job, { kind: 'generate' }>;
 
 export function openSide(options: SideOptions): Side {
   const model = new LlamaModel(options.modelPath);
@@ -50,6 +49,7 @@ export function openSide(options: SideOptions): Side {
       sequencesMax,
       threads: options.threads,
       threadPool,
+      kvType: options.kvType ?? 'f16',
     });
     if (use !== null) context.setAdapters([{ adapter: adapters[use.adapter]!, scale: 1 }]);
     contexts.set(key, context);
@@ -60,7 +60,16 @@ export function openSide(options: SideOptions): Side {
     description: `llama.cpp ${libraryVersion()} by its C API, ${cpuName()}, ${options.threads} threads`,
     run(job) {
       if (job.kind === 'prefill') return prefill(contextOf(null), job.prompt);
+      if (job.kind !== 'generate') throw unsupported('llama.cpp', job);
       return generate(groupStreams(job, contextOf), job);
+    },
+    windowLogits(tokens) {
+      const context = contextOf(null);
+      context.clear();
+      context.decode(
+        tokens.map((token, position) => ({ token, position, sequence: 0, wantsLogits: true })),
+      );
+      return tokens.map((_, index) => context.logits(index));
     },
     close() {
       for (const context of contexts.values()) context[Symbol.dispose]();
@@ -95,6 +104,7 @@ function prefill(context: LlamaContext, prompt: readonly number[]): RawResult {
     stepMs: [],
     ids: [[argmax(logits)]],
     probes: [probeOf(logits)],
+    samples: {},
   };
 }
 
@@ -137,7 +147,8 @@ function generate(groups: readonly Group[], job: GenerateJob): RawResult {
     }
   }
   const totalMs = performance.now() - start;
-  return { totalMs, decodeMs: totalMs - Math.max(...ttftMs), ttftMs, stepMs, ids, probes };
+  const decodeMs = totalMs - Math.max(...ttftMs);
+  return { totalMs, decodeMs, ttftMs, stepMs, ids, probes, samples: {} };
 }
 
 function promptBatch({ streams }: Group, prompts: GenerateJob['prompts']): BatchToken[] {

@@ -66,6 +66,7 @@ export async function runRounds(
 
 /** A side that stopped early would look fast. */
 function checkComplete({ name, job }: Entrant, result: JobResult): void {
+  if (job.kind !== 'prefill' && job.kind !== 'generate') return;
   const wanted = job.kind === 'prefill' ? 1 : job.newTokens;
   const short = result.ids.findIndex((ids) => ids.length !== wanted);
   if (short >= 0) {

@@ -2,7 +2,13 @@
 // runs on a native worker and batches the sequences of one context. No adapters: it sets them per context, which
 // llama-cpp-side.ts measures with less overhead.
 
-import type { Job, RawResult, Side, SideOptions } from './job.ts';
+import {
+  type GenerateJob,
+  type RawResult,
+  type Side,
+  type SideOptions,
+  unsupported,
+} from './job.ts';
 
 // The part of node-llama-cpp's types that is used: the package is not installed when the repository is type-checked.
 interface LlamaSequence {
@@ -44,7 +50,9 @@ export async function openSide(options: SideOptions): Promise<Side> {
     description: `node-llama-cpp 3.21.1, ${options.threads} threads`,
     async run(job) {
       for (const sequence of sequences) await sequence.clearHistory();
-      return job.kind === 'prefill' ? prefill(sequences[0]!, job.prompt) : generate(sequences, job);
+      if (job.kind === 'prefill') return prefill(sequences[0]!, job.prompt);
+      if (job.kind === 'generate') return generate(sequences, job);
+      throw unsupported(name, job);
     },
     close: () => llama.dispose(),
   };
@@ -58,13 +66,11 @@ async function prefill(sequence: LlamaSequence, prompt: readonly number[]): Prom
     break;
   }
   const totalMs = performance.now() - start;
-  return { totalMs, decodeMs: 0, ttftMs: [totalMs], stepMs: [], ids: [ids], probes: [] };
+  const ttftMs = [totalMs];
+  return { totalMs, decodeMs: 0, ttftMs, stepMs: [], ids: [ids], probes: [], samples: {} };
 }
 
-async function generate(
-  sequences: readonly LlamaSequence[],
-  job: Extract<Job, { kind: 'generate' }>,
-): Promise<RawResult> {
+async function generate(sequences: readonly LlamaSequence[], job: GenerateJob): Promise<RawResult> {
   if (job.adapters.some((use) => use !== null)) throw new Error('node-llama-cpp side: no adapters');
   const start = performance.now();
   const ttftMs: number[] = [];
@@ -80,5 +86,6 @@ async function generate(
     }),
   );
   const totalMs = performance.now() - start;
-  return { totalMs, decodeMs: totalMs - Math.max(...ttftMs), ttftMs, stepMs: [], ids, probes: [] };
+  const decodeMs = totalMs - Math.max(...ttftMs);
+  return { totalMs, decodeMs, ttftMs, stepMs: [], ids, probes: [], samples: {} };
 }

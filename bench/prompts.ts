@@ -27,3 +27,9 @@ export function takePrompts(count: number, length: number): number[][] {
   if (stride < 1) throw new RangeError(`the corpus has ${ids.length} tokens only`);
   return Array.from({ length: count }, (_, i) => ids.slice(i * stride, i * stride + length));
 }
+
+/** `length` tokens of the corpus, from `start` on, over and over: where only the amount of text matters. */
+export function takeTokens(length: number, start = 0): number[] {
+  const ids = corpus();
+  return Array.from({ length }, (_, i) => ids[(start + i) % ids.length]!);
+}

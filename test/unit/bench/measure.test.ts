@@ -19,6 +19,7 @@ const result = (ids: number[][], rest: Partial<JobResult> = {}): JobResult => ({
   idleCpuMs: 0,
   ids,
   probes: [],
+  samples: {},
   ...rest,
 });
 
