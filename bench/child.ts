@@ -1,6 +1,7 @@
 // The loop of a side's child process: opens the side named on the command line, runs the jobs that the parent sends, and
 // adds what the process itself consumed. Ends when the parent says so or goes away.
 
+import { score } from './divergence.ts';
 import type { JobResult, Side, SideOptions } from './job.ts';
 import type { FromChild, SideName, ToChild } from './side-process.ts';
 
@@ -34,7 +35,8 @@ async function handle(message: ToChild): Promise<void> {
     }
     case 'run': {
       const cpuBeforeMs = cpuMs();
-      const raw = await side!.run(message.job);
+      const { job } = message;
+      const raw = job.kind === 'score' ? score(side!, job) : await side!.run(job);
       const result: JobResult = {
         ...raw,
         cpuMs: cpuMs() - cpuBeforeMs,

@@ -17,6 +17,8 @@ export interface SideOptions {
   readonly weights: WeightMode;
   /** llama.cpp only: type of its KV cells; ours are f32 in `exact` and f16 otherwise. */
   readonly kvType?: 'f16' | 'f32'; // f16
+  /** llama.cpp only: `modelPath` is written first, as this file's weights dequantised to f32. */
+  readonly f32From?: string;
   /** The engine side only. */
   readonly engine?: EngineSizes;
 }

@@ -11,6 +11,7 @@ import {
   LoraAdapter,
   libraryVersion,
   ThreadPool,
+  writeF32Model,
 } from '../test/oracle/llama-cpp.ts';
 import {
   type AdapterUse,
@@ -30,7 +31,9 @@ interface Group {
 }
 
 export function openSide(options: SideOptions): Side {
-  const model = new LlamaModel(options.modelPath);
+  const { f32From, modelPath, threads } = options;
+  if (f32From !== undefined) writeF32Model(f32From, modelPath, threads);
+  const model = new LlamaModel(modelPath);
   const threadPool = new ThreadPool(options.threads);
   const adapters = options.adapters.map(({ ggufPath }) => new LoraAdapter(model, ggufPath));
   const contexts = new Map<string, LlamaContext>();

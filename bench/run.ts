@@ -11,12 +11,14 @@ import { adapterModules } from './adapter-numbers.ts';
 import { adapterRank, benchAdapters } from './adapters.ts';
 import { benchColdstart } from './coldstart.ts';
 import { benchDecode } from './decode.ts';
+import { benchFidelity } from './fidelity.ts';
 import { writeGgufLora } from './gguf-lora.ts';
 import type { AdapterSpec, WeightMode } from './job.ts';
 import { describePlace, type Report, round } from './measure.ts';
 import { benchMemory } from './memory.ts';
 import { readConfig } from './rankgate-side.ts';
 import { benchRanks, largeRank } from './ranks.ts';
+import { benchTrainstep } from './trainstep.ts';
 
 interface Settings {
   readonly modelPath: string;
@@ -38,7 +40,10 @@ const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>>
     installOpponent();
     return benchColdstart(settings);
   },
+  fidelity: (settings) => benchFidelity(settings),
   memory: (settings) => benchMemory(settings),
+  // Its opponent is Python: the first run makes an environment under data/ from PyPI (torch, gigabytes).
+  trainstep: (settings) => benchTrainstep(settings, settings.rounds),
 };
 
 /** node-llama-cpp uses the shared objects that rankgate has installed (node's look-up finds them one folder up), so its own
