@@ -25,6 +25,8 @@ export interface OpenDecoderOptions {
   readonly libraryDirectory?: string;
   /** What holds the model; the CPU by default. */
   readonly device?: DeviceWish;
+  /** false: no kernels of our own; true by default. */
+  readonly native?: boolean;
   /** Where converted weights are kept; null: nowhere. */
   readonly cacheDirectory: string | null;
   readonly cells: number;
@@ -81,6 +83,7 @@ export async function openDecoder(options: OpenDecoderOptions): Promise<OpenedDe
     device,
     bytesNeeded: bytesNeeded(file, config, options),
     f32Activations: mode === 'faithful',
+    native: options.native ?? true,
     ...(libraryDirectory === undefined ? {} : { libraryDirectory }),
   });
   try {

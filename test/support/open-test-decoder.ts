@@ -4,6 +4,7 @@ import { createHash } from 'node:crypto';
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import type { BackendName } from '../../src/kernels/create-kernels.ts';
+import type { DeviceWish } from '../../src/kernels/ggml/select-device.ts';
 import { type OpenedDecoder, openDecoder } from '../../src/model/open-decoder.ts';
 import type { WeightMode } from '../../src/model/weights.ts';
 import { baseModelPath } from './base-model.ts';
@@ -14,6 +15,8 @@ export interface TestDecoderOptions {
   readonly mode?: WeightMode;
   readonly backend?: BackendName;
   readonly threads?: number;
+  readonly device?: DeviceWish;
+  readonly native?: boolean;
   readonly cells?: number;
   readonly pages?: number;
   readonly libraryDirectory?: string;

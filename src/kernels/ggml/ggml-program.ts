@@ -98,8 +98,8 @@ export class GgmlProgram implements Program {
     const bases = attendBases(this.#host, arena, recorder);
     if (scheduler !== undefined) arena.keep();
     const limits = {
-      rows: Math.min(...recorder.sites.map(({ rows }) => rows)),
-      cells: Math.min(...recorder.sites.map(({ k }) => k.shape[0]!)),
+      rows: Math.min(...recorder.attends.map(({ rows }) => rows)),
+      cells: Math.min(...recorder.attends.map(({ cells }) => cells)),
       segmentsMax: this.#segmentsMax,
     };
     return { arena, recorder, outputs, bases, limits, version: scratch.version };
@@ -138,20 +138,30 @@ export class GgmlProgram implements Program {
       const missing = [...this.#inputs.keys()].filter((name) => !this.#values.has(name));
       throw mismatch('run', `inputs never written: ${missing.join(', ')}`);
     }
-    if (recorder.sites.length > 0) checkSegments(segments, limits);
+    if (recorder.attends.length > 0) checkSegments(segments, limits);
     const { device, scratch, scheduler } = this.#host;
     if (scheduler !== undefined) arena.restore();
-    sizeMasks(arena, recorder, segments);
+    if (recorder.segmentTable !== undefined) this.#writeTable(recorder.segmentTable, segments);
+    else sizeMasks(arena, recorder, segments);
     this.#aimTiers(arena, recorder);
     for (const [i, site] of recorder.sites.entries()) aimViews(arena, site, bases[i]!, segments);
     if (scheduler === undefined) {
-      this.#mask.place(arena, recorder, segments);
+      if (recorder.sites.length > 0) this.#mask.place(arena, recorder, segments);
       scratch.compute(device, recorder.graph);
     } else {
       scheduler.place(recorder.graph);
       this.#mask.copy(recorder, segments);
       scheduler.compute(recorder.graph);
     }
+  }
+
+  #writeTable({ pointer, shape }: Node, segments: readonly AttentionSegment[]): void {
+    const table = new Int32Array(elementCount(shape)); // no rows: unused
+    for (const [i, { rowStart, rowCount, cellBase, cells }] of segments.entries()) {
+      table.set([rowStart, rowCount, cellBase, cells], i * 4);
+    }
+    const { library } = this.#host;
+    library.call('ggml_backend_tensor_set', pointer, table, 0, table.byteLength);
   }
 
   /** Sets how many rows each tier of adapter pages serves: up to the last row with a page in it. */

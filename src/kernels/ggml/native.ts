@@ -13,6 +13,7 @@ const functions = [
   'rankgate_linear',
   'rankgate_shrink',
   'rankgate_expand',
+  'rankgate_attend',
   'rankgate_linear_f32',
   'rankgate_linear_t_f32',
   'rankgate_outer_f32',

@@ -3,6 +3,7 @@
 // Order: every op is put into the graph as it is called, so that writes to caches and to the shared attention result
 // happen in program order although ggml sees no data dependency there.
 
+import { GatewayError } from '../../errors.ts';
 import { byteLength, elementCount, mismatch } from '../check.ts';
 import {
   type DType,
@@ -32,6 +33,9 @@ import { expandWhole, shrinkWhole } from './whole-low-rank.ts';
 const panelRows = 8;
 /** Our own kernels read whole blocks of this many numbers. */
 export const nativeWidth = 32;
+/** Heads that our own attention takes: multiples of this, up to that. */
+const attendWidth = 16;
+const attendHeadMax = 256;
 const tasksMax = -1; // GGML_N_TASKS_MAX: as many as there are threads
 const ropeNorm = 0;
 const ropeNeox = 2;
@@ -130,11 +134,18 @@ export class Recorder implements Ops {
   };
   readonly training: TrainingRecorder = new TrainingRecorder(this.#self);
   #attendResult: Placed | undefined;
+  readonly #segments: number;
+  /** The segments of a run as our own attention reads them, [S, 4]; set once something attends. */
+  segmentTable: Node | undefined;
+  /** Rows and cells of every attend: what a run's segments must fit. */
+  readonly attends: { readonly rows: number; readonly cells: number }[] = [];
 
   constructor(host: ProgramHost, arena: Arena, limits: { segments: number; nodes: number }) {
     this.#host = host;
     this.#arena = arena;
     this.graph = host.library.pointer('ggml_new_graph_custom', arena.context, limits.nodes, false);
+    this.#segments = limits.segments;
+    if (this.#ownAttend !== undefined) return;
     for (let i = 0; i < limits.segments; i++) {
       const mask = this.#tensor('f16', [1, 1]);
       this.#maskPointers.push(mask);
@@ -222,6 +233,24 @@ export class Recorder implements Ops {
 
   attend(q: Tensor, k: Tensor, v: Tensor): Node {
     const [rows, heads, headSize] = q.shape as [number, number, number];
+    this.attends.push({ rows, cells: k.shape[0]! });
+    const own = this.#ownAttend;
+    if (own !== undefined) {
+      if (headSize % attendWidth !== 0 || headSize > attendHeadMax) {
+        throw new GatewayError(
+          'UNSUPPORTED',
+          `attend: heads of ${headSize}; our own kernel takes multiples of ${attendWidth} up to ${attendHeadMax}`,
+        );
+      }
+      const shape = [rows, heads * headSize];
+      const table = [this.#segments, 4];
+      this.segmentTable ??= {
+        pointer: this.#placed('i32', table).pointer,
+        shape: table,
+        dtype: 'i32',
+      };
+      return this.#node(this.#custom(own, shape, [q, k, v, this.segmentTable]), shape);
+    }
     const rowBytes = heads * headSize * 4;
     const cellBytes = byteLength(k.dtype, [k.shape[1]!]);
     const shape = [rows, heads * headSize] as const;
@@ -418,6 +447,11 @@ export class Recorder implements Ops {
       }
     }
     return { pointer: pointerOf(y), shape: y.shape, dtype: 'f32' };
+  }
+
+  /** In f32 as the linears: what is token-equal to llama.cpp uses ggml's, which rounds to f16 on the way. */
+  get #ownAttend(): Pointer | undefined {
+    return this.#host.f32Activations ? this.#host.native.get('rankgate_attend') : undefined;
   }
 
   #custom(own: Pointer, shape: readonly number[], sources: readonly Tensor[]): Pointer {

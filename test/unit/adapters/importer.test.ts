@@ -56,7 +56,7 @@ function delta(packed: PackedAdapter, k: number): number[] {
     const [row, column] = [Math.floor(at / 64), at % 64];
     let sum = 0;
     for (let r = 0; r < k; r++)
-      sum += f16Values[b[row * 8 + r]!]! * f16Values[a[r * 64 + column]!]!;
+      sum += f16Values[b[r * 64 + row]!]! * f16Values[a[r * 64 + column]!]!;
     return sum;
   });
 }

@@ -108,6 +108,7 @@ describe('weight cache', () => {
         mode: 'faithful',
         backend: 'ggml',
         threads: 1,
+        native: false, // bf16 is what a machine without a compiler computes with
         cacheDirectory: directory,
         cells: 64,
         pages: 1,

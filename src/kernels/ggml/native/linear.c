@@ -78,12 +78,12 @@ static __attribute__((noipa)) float *panel_memory(void) {
 
 #define KERNEL(TYPE)                                                                                                  \
   TILE(TYPE, 4, 1) TILE(TYPE, 1, 1) TILE(TYPE, 4, 2) TILE(TYPE, 1, 2) TILE(TYPE, 2, 3) TILE(TYPE, 1, 3)               \
-  TILE(TYPE, 2, 4) TILE(TYPE, 1, 4) TILE(TYPE, 2, 8) TILE(TYPE, 1, 8)                                                 \
+  TILE(TYPE, 4, 4) TILE(TYPE, 1, 4) TILE(TYPE, 4, 8) TILE(TYPE, 1, 8)                                                 \
   static void rows_##TYPE(const struct job *j, int64_t t) {                                                           \
     while (t < j->T) {                                                                                                \
       int64_t n = j->n0, left = j->T - t;                                                                             \
-      if (left >= ROWS_MANY && ROWS_MANY == 8) ROWS(TYPE, 2, 8)                                                       \
-      else if (left >= 4) ROWS(TYPE, 2, 4)                                                                            \
+      if (left >= ROWS_MANY && ROWS_MANY == 8) ROWS(TYPE, 4, 8)                                                       \
+      else if (left >= 4) ROWS(TYPE, 4, 4)                                                                            \
       else if (left == 3) ROWS(TYPE, 2, 3)                                                                            \
       else if (left == 2) ROWS(TYPE, 4, 2)                                                                            \
       else ROWS(TYPE, 4, 1)                                                                                           \

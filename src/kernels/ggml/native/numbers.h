@@ -43,6 +43,11 @@ enum { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K 
 static inline vec splat(float f) { return f - (vec){0}; }
 
 static inline float half(const uint8_t *p) {
+#if defined(__F16C__) || defined(__aarch64__)
+  _Float16 h;
+  memcpy(&h, p, 2);
+  return h; // one instruction
+#else
   uint16_t h;
   memcpy(&h, p, 2);
   uint32_t u = (uint32_t)(h & 0x7fff) << 13;
@@ -50,6 +55,7 @@ static inline float half(const uint8_t *p) {
   memcpy(&f, &u, 4);
   f *= 0x1p112f; // rebases the exponent, subnormals included
   return h & 0x8000 ? -f : f;
+#endif
 }
 
 static inline vec halves(const uint8_t *p) {
