@@ -16,7 +16,7 @@ const dimensionMax = 2 ** 31 - 1; // ggml row counts cross C ints in places
 
 const poolTypes: ReadonlySet<DType> = new Set(['f32', 'f16', 'bf16', 'q8_0']);
 /** q, k and v; or gate and up. */
-export const shrinkPartsMax = 3;
+const shrinkPartsMax = 3;
 
 function show(tensor: Tensor): string {
   return `${tensor.shape.join('×')} ${tensor.dtype}`;

@@ -44,7 +44,7 @@ function store(kernels: Kernels, { kind, shape, values }: Leaf): Tensor {
   return tensor;
 }
 
-export function valuesOf(leaves: Differentiable['leaves']): Values {
+function valuesOf(leaves: Differentiable['leaves']): Values {
   return Object.fromEntries(Object.entries(leaves).map(([name, leaf]) => [name, leaf.values]));
 }
 
