@@ -58,8 +58,7 @@ INLINE void lot_scores(const float *q, const float *k, int64_t D, float scale, f
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) sums[i] += a * *(const vec *)(k + (c + i) * D + d);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) scores[c + i] = scale * sum(sums[i]);
+    *(four *)(scores + c) = scale * sums4(sums);
   }
 }
 

@@ -27,9 +27,9 @@ struct job {
 // R rows of weights against C rows of x.
 #define TILE(TYPE, R, C)                                                                                              \
   static void tile_##TYPE##_##R##_##C(const struct job *j, int64_t n, int64_t t) {                                    \
-    vec sums[R][C];                                                                                                   \
+    vec sums[C][R];                                                                                                   \
     for (int r = 0; r < R; r++)                                                                                       \
-      for (int c = 0; c < C; c++) sums[r][c] = (vec){0};                                                              \
+      for (int c = 0; c < C; c++) sums[c][r] = (vec){0};                                                              \
     const uint8_t *w = j->w + n * j->row_bytes;                                                                       \
     const float *x = j->x + t * j->K;                                                                                 \
     /* The next tile's weights, a share in every block: four short rows are not a stream to the prefetcher. */         \
@@ -40,11 +40,14 @@ struct job {
       for (int r = 0; r < R; r++) load_##TYPE(w + r * j->row_bytes, b, v[r]);                                         \
       for (int c = 0; c < C; c++) EACH {                                                                              \
           vec a = *(const vec *)(x + c * j->K + b * 32 + i * LANES);                                                  \
-          for (int r = 0; r < R; r++) sums[r][c] += v[r][i] * a;                                                      \
+          for (int r = 0; r < R; r++) sums[c][r] += v[r][i] * a;                                                      \
         }                                                                                                             \
     }                                                                                                                 \
-    for (int c = 0; c < C; c++)                                                                                       \
-      for (int r = 0; r < R; r++) j->y[(t + c) * j->N + n + r] = sum(sums[r][c]);                                     \
+    for (int c = 0; c < C; c++) {                                                                                     \
+      float *y = j->y + (t + c) * j->N + n;                                                                           \
+      if (R == 4) *(four *)y = sums4(sums[c]);                                                                        \
+      else for (int r = 0; r < R; r++) y[r] = sum(sums[c][r]);                                                        \
+    }                                                                                                                 \
   }
 #define SPAN(TYPE, R, C)                                                                                              \
   for (; n + R <= j->n1; n += R) tile_##TYPE##_##R##_##C(j, n, t);
@@ -54,19 +57,18 @@ struct job {
   }
 
 INLINE void tile_panel(const float *panel, const struct job *j, int64_t n, int64_t t) {
-  vec sums[PANEL_R][PANEL_T];
+  vec sums[PANEL_T][PANEL_R];
   for (int r = 0; r < PANEL_R; r++)
-    for (int c = 0; c < PANEL_T; c++) sums[r][c] = (vec){0};
+    for (int c = 0; c < PANEL_T; c++) sums[c][r] = (vec){0};
   for (int64_t k = 0; k < j->K; k += LANES) {
     vec w[PANEL_R];
     for (int r = 0; r < PANEL_R; r++) w[r] = *(const vec *)(panel + r * j->K + k);
     for (int c = 0; c < PANEL_T; c++) {
       vec a = *(const vec *)(j->x + (t + c) * j->K + k);
-      for (int r = 0; r < PANEL_R; r++) sums[r][c] += w[r] * a;
+      for (int r = 0; r < PANEL_R; r++) sums[c][r] += w[r] * a;
     }
   }
-  for (int c = 0; c < PANEL_T; c++)
-    for (int r = 0; r < PANEL_R; r++) j->y[(t + c) * j->N + n + r] = sum(sums[r][c]);
+  for (int c = 0; c < PANEL_T; c++) *(four *)(j->y + (t + c) * j->N + n) = sums4(sums[c]);
 }
 
 // Opaque on purpose: GCC otherwise looks the address up again, by a call, in the innermost loop of a shared library (half the

@@ -32,22 +32,21 @@ struct quad {
 
 #define DOTS(TYPE, C)                                                                                                 \
   static void dots_##TYPE##_##C(const struct quad *q, int64_t t) {                                                    \
-    vec sums[QUAD][C];                                                                                                \
+    vec sums[C][QUAD];                                                                                                \
     for (int r = 0; r < QUAD; r++)                                                                                    \
-      for (int c = 0; c < C; c++) sums[r][c] = (vec){0};                                                              \
+      for (int c = 0; c < C; c++) sums[c][r] = (vec){0};                                                              \
     for (int64_t b = 0; b < q->K / 32; b++) {                                                                         \
       vec v[QUAD][VECS];                                                                                              \
       for (int r = 0; r < QUAD; r++) load_##TYPE(q->a + r * q->row_bytes, b, v[r]);                                   \
       for (int c = 0; c < C; c++) EACH {                                                                              \
           vec x = *(const vec *)(q->x + (t + c) * q->K + b * 32 + i * LANES);                                         \
-          for (int r = 0; r < QUAD; r++) sums[r][c] += v[r][i] * x;                                                   \
+          for (int r = 0; r < QUAD; r++) sums[c][r] += v[r][i] * x;                                                   \
         }                                                                                                             \
     }                                                                                                                 \
-    for (int c = 0; c < C; c++)                                                                                       \
-      for (int r = 0; r < QUAD; r++) {                                                                                \
-        int64_t at = (t + c) * q->stride + r;                                                                         \
-        q->h[at] = q->gate[at] * sum(sums[r][c]);                                                                     \
-      }                                                                                                               \
+    for (int c = 0; c < C; c++) {                                                                                     \
+      int64_t at = (t + c) * q->stride;                                                                               \
+      *(four *)(q->h + at) = *(const four *)(q->gate + at) * sums4(sums[c]);                                          \
+    }                                                                                                                 \
   }
 #define SHRINK(TYPE)                                                                                                  \
   DOTS(TYPE, 1) DOTS(TYPE, 4)                                                                                         \

@@ -203,3 +203,24 @@ static inline float sum(vec a) {
 #endif
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
+
+typedef float four __attribute__((vector_size(16), aligned(4)));
+
+// The sums of four vectors: with 16 lanes, 14 instructions instead of 40.
+static inline four sums4(const vec a[4]) {
+#if LANES == 16
+  typedef float v16 __attribute__((vector_size(64)));
+#define HALVES(x, y) \
+  (__builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) + \
+   __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  v16 ab = HALVES(a[0], a[1]), cd = HALVES(a[2], a[3]);
+  v16 s = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+          __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  s += __builtin_shufflevector(s, s, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  s += __builtin_shufflevector(s, s, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return __builtin_shufflevector(s, s, 0, 4, 8, 12);
+#undef HALVES
+#else
+  return (four){sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])};
+#endif
+}
