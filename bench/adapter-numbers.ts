@@ -20,7 +20,7 @@ export interface AdapterModule {
 }
 
 /** 32-bit xorshift multiply generator (Steele & Vigna's splitmix32 finaliser over a Weyl sequence). */
-function createRandom(seed: number): () => number {
+export function createRandom(seed: number): () => number {
   let state = seed >>> 0;
   return () => {
     state = (state + 0x9e3779b9) >>> 0;

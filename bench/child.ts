@@ -10,6 +10,7 @@ type Open = (options: SideOptions) => Promise<Side> | Side;
 const openers: Readonly<Record<SideName, () => Promise<Open>>> = {
   llamacpp: async () => (await import('./llama-cpp-side.ts')).openSide,
   'node-llama-cpp': async () => (await import('./node-llama-cpp-side.ts')).openSide,
+  engine: async () => (await import('./engine-side.ts')).openSide,
   rankgate: async () => (await import('./rankgate-side.ts')).openSide,
 };
 

@@ -25,8 +25,12 @@ export interface SideOptions {
 
 /** What the engine of the engine side may hold, and the packed adapters that its requests name by index. */
 export interface EngineSizes {
+  /** SHA-256 of the model file, which the adapters name as their base. */
+  readonly modelHash: string;
   readonly blobDirectory: string;
   readonly generations: readonly Generation[];
+  /** Of every adapter; all of it is used. */
+  readonly rank: number;
   readonly pages: number;
 }
 
@@ -72,7 +76,8 @@ export interface ServedRequest {
   readonly prompt: readonly number[];
 }
 
-/** So many streams always busy until the requests are used up: `tokens` and `ms` of the time before the first idle place. */
+/** So many streams always busy until the requests are used up: `tokens` and `busyMs` of the time before the first place
+ *  stays empty, and `queueMs` of each request. */
 export interface ServeJob {
   readonly kind: 'serve';
   readonly streams: number;
@@ -80,10 +85,14 @@ export interface ServeJob {
   readonly requests: readonly ServedRequest[];
 }
 
-/** Streams that go on, and beside them single-token requests, each `pauses[i]` steps after the one before has ended. */
+/** Streams that go on, and beside them single-token requests, each `pauses[i]` steps after the one before has ended:
+ *  `queueMs` of each, from when the loop hears of it until it is in a step, and the gaps between the tokens of the streams:
+ *  `gapMs` of those that a visitor's wait for its adapter overlaps, `quietGapMs` of those that no visit does. */
 export interface VisitJob {
   readonly kind: 'visit';
   readonly streams: readonly ServedRequest[];
+  /** Of each stream: enough for all visits, or the job fails. */
+  readonly newTokens: number;
   readonly visits: readonly ServedRequest[];
   readonly pauses: readonly number[];
 }

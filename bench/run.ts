@@ -14,10 +14,12 @@ import { benchDecode } from './decode.ts';
 import { benchFidelity } from './fidelity.ts';
 import { writeGgufLora } from './gguf-lora.ts';
 import type { AdapterSpec, WeightMode } from './job.ts';
+import { benchLoad } from './load.ts';
 import { describePlace, type Report, round } from './measure.ts';
 import { benchMemory } from './memory.ts';
 import { readConfig } from './rankgate-side.ts';
 import { benchRanks, largeRank } from './ranks.ts';
+import { benchResidency } from './residency.ts';
 import { benchTrainstep } from './trainstep.ts';
 
 interface Settings {
@@ -41,6 +43,8 @@ const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>>
     return benchColdstart(settings);
   },
   fidelity: (settings) => benchFidelity(settings),
+  residency: (settings) => benchResidency(settings, settings.rounds),
+  load: (settings) => benchLoad(settings, settings.rounds),
   memory: (settings) => benchMemory(settings),
   // Its opponent is Python: the first run makes an environment under data/ from PyPI (torch, gigabytes).
   trainstep: (settings) => benchTrainstep(settings, settings.rounds),

@@ -5,7 +5,7 @@ import { type ChildProcess, fork } from 'node:child_process';
 import { join } from 'node:path';
 import type { Job, JobResult, SideOptions } from './job.ts';
 
-export type SideName = 'llamacpp' | 'node-llama-cpp' | 'rankgate';
+export type SideName = 'llamacpp' | 'node-llama-cpp' | 'rankgate' | 'engine';
 
 export type ToChild =
   | { readonly kind: 'open'; readonly side: SideName; readonly options: SideOptions }
