@@ -1,7 +1,7 @@
 // Linear layers over unmodified weights with f32 activations: y[T,N] = x[T,K] · w[N,K]ᵀ, run inside ggml's threads as a custom
 // op. Few rows: weights are dequantised in registers and met by up to eight rows of x. Many: four rows of weights are
-// dequantised into a panel in the first cache, met by tiles of six rows. The caller has checked the shapes; K is a multiple
-// of 32.
+// dequantised into a panel in the second cache, met by tiles of six rows in the first. The caller has checked the shapes; K is
+// a multiple of 32.
 
 #include "numbers.h"
 
@@ -14,6 +14,7 @@
 #endif
 #define PANEL_R 4
 #define PANEL_FLOATS (64 * 1024)
+#define PANEL_MAX 64 // rows: a tile of x stays in the first cache while they pass from the second
 #define PANEL_FROM 12 // rows from which filling a panel pays
 
 struct job {
@@ -93,17 +94,21 @@ static __attribute__((noipa)) float *panel_memory(void) {
   }                                                                                                                   \
   static void linear_##TYPE(const struct job *j) {                                                                    \
     struct job rest = *j;                                                                                             \
-    if (j->T >= PANEL_FROM && j->K * PANEL_R <= PANEL_FLOATS) {                                                       \
+    int64_t height = PANEL_FLOATS / j->K / PANEL_R * PANEL_R;                                                         \
+    if (height > PANEL_MAX) height = PANEL_MAX;                                                                       \
+    if (j->T >= PANEL_FROM && height > 0) {                                                                           \
       float *const panel = panel_memory();                                                                            \
       int64_t n = j->n0;                                                                                              \
-      for (; n + PANEL_R <= j->n1; n += PANEL_R) {                                                                    \
-        for (int r = 0; r < PANEL_R; r++)                                                                             \
+      while (n + PANEL_R <= j->n1) {                                                                                  \
+        int64_t whole = (j->n1 - n) / PANEL_R * PANEL_R, rows = height < whole ? height : whole, t = 0;               \
+        for (int64_t r = 0; r < rows; r++)                                                                            \
           for (int64_t b = 0; b < j->K / 32; b++)                                                                     \
             load_##TYPE(j->w + (n + r) * j->row_bytes, b, (vec *)(panel + r * j->K + b * 32));                        \
-        int64_t t = 0;                                                                                                \
-        for (; t + PANEL_T <= j->T; t += PANEL_T) tile_panel(panel, j, n, t);                                         \
-        rest.n0 = n, rest.n1 = n + PANEL_R;                                                                           \
+        for (; t + PANEL_T <= j->T; t += PANEL_T)                                                                     \
+          for (int64_t r = 0; r < rows; r += PANEL_R) tile_panel(panel + r * j->K, j, n + r, t);                      \
+        rest.n0 = n, rest.n1 = n + rows;                                                                              \
         rows_##TYPE(&rest, t);                                                                                        \
+        n += rows;                                                                                                    \
       }                                                                                                               \
       rest.n0 = n, rest.n1 = j->n1;                                                                                   \
     }                                                                                                                 \

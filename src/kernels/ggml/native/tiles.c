@@ -8,14 +8,12 @@
 // Q4_1 (nibbles: numbers 0 … 15 of a block are the low ones) or Q8_1 (octets), which is the type that the tensor has.
 
 #include "numbers.h"
-#include <math.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 enum { Q8_1 = 9 };
 #define HEAD (LANES * 4)
-#define TILE_T 8 // rows of x that share one look at a tile
 
 // 32 numbers of x, their scale, and scale · their sum. `low` only where activations have 16 bits: 256·high + low.
 struct octets32 {
@@ -40,16 +38,22 @@ INLINE ints dot_octets(ints acc, const words q[8], const int8_t *x) {
   return acc;
 }
 #define dot_nibbles dot_octets
-#elif LANES == 8
+#elif LANES >= 8
 // Pairs in 16 bits: eight times 2 · 15 · 128 fit, octets would not.
-INLINE ints dot_nibbles(ints acc, const words q[8], const int8_t *x) {
-  __m256i pairs = _mm256_setzero_si256();
-  EACH_FOUR {
-    __m256i each = _mm256_maddubs_epi16((__m256i)q[i], _mm256_set1_epi32(((const quad *)x)[i]));
-    pairs = _mm256_add_epi16(pairs, each);
+#define PAIRS(BITS)                                                                                                   \
+  INLINE ints dot_nibbles(ints acc, const words q[8], const int8_t *x) {                                              \
+    __m##BITS##i pairs = _mm##BITS##_set1_epi16(0);                                                                   \
+    EACH_FOUR {                                                                                                       \
+      __m##BITS##i four = _mm##BITS##_set1_epi32(((const quad *)x)[i]);                                               \
+      pairs = _mm##BITS##_add_epi16(pairs, _mm##BITS##_maddubs_epi16((__m##BITS##i)q[i], four));                      \
+    }                                                                                                                 \
+    return acc + (ints)_mm##BITS##_madd_epi16(pairs, _mm##BITS##_set1_epi16(1));                                      \
   }
-  return acc + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
+#if LANES == 16
+PAIRS(512)
+#else
+PAIRS(256)
+#endif
 GENERIC_DOT(dot_octets)
 #else
 GENERIC_DOT(dot_octets)
@@ -95,11 +99,11 @@ struct tiles {
     for (int c = 0; c < C; c++) *(vec *)(j->y + (t + c) * j->N + strip * LANES) = sums[c];                            \
   }
 #define STRIPS(KIND, BITS)                                                                                            \
-  STRIP(KIND, BITS, 1) STRIP(KIND, BITS, 2) STRIP(KIND, BITS, 4) STRIP(KIND, BITS, TILE_T)                            \
+  STRIP(KIND, BITS, 1) STRIP(KIND, BITS, 2) STRIP(KIND, BITS, 4) STRIP(KIND, BITS, 8)                                 \
   static void strips_##KIND##_##BITS(const struct tiles *j, int64_t from, int64_t to, int64_t T) {                    \
     for (int64_t strip = from; strip < to; strip++) {                                                                 \
       int64_t t = 0;                                                                                                  \
-      for (; t + TILE_T <= T; t += TILE_T) strip_##KIND##_##BITS##_8(j, strip, t);                                    \
+      for (; t + 8 <= T; t += 8) strip_##KIND##_##BITS##_8(j, strip, t);                                              \
       if (t + 4 <= T) strip_##KIND##_##BITS##_4(j, strip, t), t += 4;                                                 \
       if (t + 2 <= T) strip_##KIND##_##BITS##_2(j, strip, t), t += 2;                                                 \
       if (t < T) strip_##KIND##_##BITS##_1(j, strip, t);                                                              \
@@ -133,13 +137,15 @@ void rankgate_round(struct tensor *dst, int ith, int nth, void *unused) {
   for (int64_t b = all * ith / nth; b < all * (ith + 1) / nth; b++) {
     const float *v = (const float *)x->data + b * 32;
     struct octets32 *o = (struct octets32 *)((uint8_t *)dst->data + b * step);
-    vec large = {0};
+    ints large = {0}; // sizes as bits: they compare as the floats do
     EACH {
-      vec a = *(const vec *)(v + i * LANES), size = (vec)((words)a & 0x7fffffff);
-      large = size > large ? size : large;
+      ints size = *(const ints *)(v + i * LANES) & 0x7fffffff, more = size > large;
+      large = (size & more) | (large & ~more);
     }
-    float max = 0;
-    for (int i = 0; i < LANES; i++) max = large[i] > max ? large[i] : max;
+    int32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits = large[i] > bits ? large[i] : bits;
+    float max;
+    memcpy(&max, &bits, 4);
     const float inverse = max > 0 ? top / max : 0;
     ints total = {0};
     int32_t q[32];
