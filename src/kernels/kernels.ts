@@ -128,6 +128,9 @@ export interface Kernels extends Disposable {
   readonly f32Activations: boolean;
   /** `undefined` contents cost no memory until they are written: for caches that are never read before. */
   store(dtype: DType, shape: readonly number[], contents?: 'zero' | 'undefined'): StoredTensor;
+  /** Room for a weight [N,K] of `linear` and `embed` that is multiplied in a certain way: written once as a whole, in the
+   *  type's own layout, and never read. Null where the way is not to be had for this type and shape. */
+  storeWeight?(dtype: WeightType, shape: readonly number[], way: LinearWay): StoredTensor | null;
   /** A pool of adapter pages [pages,8,width] for `shrink` or `expand`, f32, f16, bf16 or q8_0: page 0 is zero, the others
    *  are undefined until they are written. Written and read by whole pages: a backend may lay a pool out otherwise. */
   storePages(use: 'shrink' | 'expand', dtype: DType, shape: PagePoolShape): StoredTensor;
@@ -141,6 +144,12 @@ export interface Kernels extends Disposable {
   /** Records a program. `build` returns its named outputs; it is pure and may be called more than once. */
   compile(build: (ops: Ops) => Readonly<Record<string, Tensor>>, shape: ProgramShape): Program;
 }
+
+/** How a linear multiplies. `library`: the backend's library, over the bytes as they are. Our own kernels, over the bytes as
+ *  they are: `f32`, activations as they are. Over weights laid out anew, the same numbers: `int16` and `int8`, activations
+ *  rounded to so many bits per block of 32. */
+export const linearWays = ['library', 'f32', 'int16', 'int8'] as const;
+export type LinearWay = (typeof linearWays)[number];
 
 export interface PagePoolShape {
   readonly pages: number;

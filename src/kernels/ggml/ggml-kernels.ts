@@ -7,6 +7,7 @@ import {
   type DType,
   dtypeLayout,
   type Kernels,
+  type LinearWay,
   type Ops,
   type PagePoolShape,
   type Program,
@@ -14,6 +15,7 @@ import {
   ranksPerPage,
   type StoredTensor,
   type Tensor,
+  type WeightType,
 } from '../kernels.ts';
 import { Accelerator, DeviceScheduler } from './device-scheduler.ts';
 import { GgmlProgram } from './ggml-program.ts';
@@ -24,13 +26,19 @@ import {
   listDevices,
   loadLibrary,
 } from './library.ts';
-import { Arena, Device, GgmlTensor, ours, Scratch, TensorBuffer, toNe } from './memory.ts';
+import { Arena, Device, GgmlTensor, isTiled, ours, Scratch, TensorBuffer, toNe } from './memory.ts';
 import { type NativeKernels, nativeKernels } from './native.ts';
 import { nativeWidth, type ProgramHost } from './recorder.ts';
 import { type DeviceChoice, type DeviceWish, selectDevice } from './select-device.ts';
 
 const none: NativeKernels = { addresses: new Map(), why: 'composed of ggml’s ops' };
 const typeInt8 = 24; // enum ggml_type: a type of one byte a number
+/** Types that our own kernels lay out as tiles of rows, and ggml's type that takes as many bytes: q4_1 or q8_1. */
+const tileType: Partial<Record<WeightType, number>> = {
+  ...{ q4_0: 3, q4_1: 3, q4_k: 3 },
+  ...{ q5_0: 9, q5_1: 9, q5_k: 9, q8_0: 9 },
+};
+const tileRows = 16; // rows of a tile on the widest machine
 const storedTensorsMax = 4096; // a 30-block decoder with adapters stores about 800
 
 export interface GgmlOptions {
@@ -65,6 +73,7 @@ export class GgmlKernels implements Kernels {
   readonly #scratch: Scratch;
   readonly #scheduler: DeviceScheduler | undefined;
   readonly #host: ProgramHost;
+  readonly #tile: NativeKernels['tile'];
   #disposed = false;
 
   constructor(options: GgmlOptions) {
@@ -84,6 +93,7 @@ export class GgmlKernels implements Kernels {
     const [scratch, scheduler, place] = [this.#scratch, this.#scheduler, accelerator ?? device];
     const own = options.native === false || accelerator !== undefined ? none : nativeKernels();
     const { addresses: native } = own;
+    this.#tile = own.tile;
     const f32Activations = options.f32Activations ?? false;
     this.f32Activations = f32Activations && native.size > 0;
     this.#host = { library, device, scratch, scheduler, place, native, f32Activations };
@@ -97,7 +107,19 @@ export class GgmlKernels implements Kernels {
     contents: 'zero' | 'undefined' = 'zero',
   ): StoredTensor {
     checkShape('store', dtype, shape);
-    return this.#store(dtype, shape, { contents, transposedPages: false });
+    return this.#store(dtype, shape, { contents });
+  }
+
+  storeWeight(dtype: WeightType, shape: readonly number[], way: LinearWay): StoredTensor | null {
+    checkShape('storeWeight', dtype, shape);
+    const isOwn = this.#host.native.size > 0 && shape[1]! % nativeWidth === 0;
+    if (way !== 'library' && !isOwn) return null;
+    if (way === 'library' || way === 'f32') {
+      return this.#store(dtype, shape, { contents: 'undefined', way });
+    }
+    const type = tileType[dtype];
+    if (type === undefined || shape[0]! % tileRows !== 0) return null;
+    return this.#store(dtype, shape, { contents: 'undefined', way, type });
   }
 
   storePages(use: 'shrink' | 'expand', dtype: DType, shape: PagePoolShape): StoredTensor {
@@ -118,7 +140,13 @@ export class GgmlKernels implements Kernels {
   #store(
     dtype: DType,
     shape: readonly number[],
-    how: { readonly contents: 'zero' | 'undefined'; readonly transposedPages: boolean },
+    how: {
+      readonly contents: 'zero' | 'undefined';
+      readonly transposedPages?: boolean;
+      readonly way?: LinearWay;
+      /** ggml's, where it is not that of `dtype`. */
+      readonly type?: number;
+    },
   ): GgmlTensor {
     if (this.#buffers.length >= storedTensorsMax) {
       throw new GatewayError('ENGINE_FAILED', `ggml: more than ${storedTensorsMax} stored tensors`);
@@ -126,18 +154,22 @@ export class GgmlKernels implements Kernels {
     const pointer = this.#library.pointer(
       'ggml_new_tensor_4d',
       this.#arena.context,
-      ggmlType[dtype],
+      how.type ?? ggmlType[dtype],
       ...toNe(how.transposedPages ? [shape[0]!, shape[2]!, shape[1]!] : shape),
     );
     const buffer = new TensorBuffer(this.#library, this.#host.place, pointer);
     if (how.contents === 'zero') buffer.clear();
     this.#buffers.push(buffer);
-    return new GgmlTensor({ dtype, shape: [...shape] }, { pointer, buffer }, how.transposedPages);
+    return new GgmlTensor({ dtype, shape: [...shape] }, { pointer, buffer }, how);
   }
 
   write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void {
     checkRange('write', tensor.bytes, byteOffset, bytes.byteLength);
     const target = ours(tensor);
+    if (isTiled(target)) {
+      this.#writeTiles(target, bytes);
+      return;
+    }
     const source = target.transposedPages ? transposePages(target, bytes, byteOffset, true) : bytes;
     this.#library.call(
       'ggml_backend_tensor_set',
@@ -148,9 +180,17 @@ export class GgmlKernels implements Kernels {
     );
   }
 
+  #writeTiles({ pointer, dtype, shape, bytes: wanted }: GgmlTensor, bytes: Uint8Array): void {
+    const [rows, width] = shape as [number, number];
+    if (bytes.byteLength !== wanted) throw mismatch('write', 'a weight is written as a whole');
+    const sizes = { rows, width, rowBytes: wanted / rows };
+    this.#tile?.(this.#library.pointer('ggml_get_data', pointer), bytes, ggmlType[dtype], sizes);
+  }
+
   read(tensor: StoredTensor, out: Uint8Array, byteOffset: number): void {
     checkRange('read', tensor.bytes, byteOffset, out.byteLength);
     const source = ours(tensor);
+    if (isTiled(source)) throw new GatewayError('UNSUPPORTED', 'ggml: tiles are not read back');
     const { byteLength } = out;
     this.#library.call('ggml_backend_tensor_get', source.pointer, out, byteOffset, byteLength);
     if (source.transposedPages) out.set(transposePages(source, out, byteOffset, false));

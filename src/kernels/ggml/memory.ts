@@ -4,7 +4,7 @@
 import koffi from 'koffi';
 import { GatewayError } from '../../errors.ts';
 import { byteLength } from '../check.ts';
-import type { DType, StoredTensor, Tensor } from '../kernels.ts';
+import type { DType, LinearWay, StoredTensor, Tensor } from '../kernels.ts';
 import type { GgmlLibrary, Pointer } from './library.ts';
 
 const deviceTypeCpu = 0; // enum ggml_backend_dev_type
@@ -181,11 +181,13 @@ export class GgmlTensor implements StoredTensor {
   readonly address: number;
   /** A pool whose pages [8, width] lie here as [width, 8]: rows for ggml's products. */
   readonly transposedPages: boolean;
+  /** How linears multiply it, where it was stored for one way. */
+  readonly way: LinearWay | undefined;
 
   constructor(
     shape: Tensor,
     place: { readonly pointer: Pointer; readonly buffer: TensorBuffer },
-    transposedPages: boolean,
+    { transposedPages = false, way }: { transposedPages?: boolean; way?: LinearWay | undefined },
   ) {
     this.dtype = shape.dtype;
     this.shape = shape.shape;
@@ -194,6 +196,7 @@ export class GgmlTensor implements StoredTensor {
     this.buffer = place.buffer;
     this.address = Number(place.buffer.address);
     this.transposedPages = transposedPages;
+    this.way = way;
   }
 }
 
@@ -201,6 +204,11 @@ export class GgmlTensor implements StoredTensor {
 export function toNe(shape: readonly number[]): [number, number, number, number] {
   const inner = [...shape].reverse();
   return [inner[0] ?? 1, inner[1] ?? 1, inner[2] ?? 1, inner[3] ?? 1];
+}
+
+/** It lies in tiles (native/tiles.c), which only our own kernels read. */
+export function isTiled(tensor: Tensor): boolean {
+  return tensor instanceof GgmlTensor && (tensor.way === 'int16' || tensor.way === 'int8');
 }
 
 export function ours(tensor: Tensor): GgmlTensor {

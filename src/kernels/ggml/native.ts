@@ -11,6 +11,9 @@ import type { Pointer } from './library.ts';
 
 const functions = [
   'rankgate_linear',
+  'rankgate_linear_tiles',
+  'rankgate_round',
+  'rankgate_embed_tiles',
   'rankgate_shrink',
   'rankgate_expand',
   'rankgate_attend',
@@ -24,8 +27,16 @@ export interface NativeKernels {
   readonly addresses: ReadonlyMap<NativeFunction, Pointer>;
   /** `own kernels for x86-64-v4 by cc`, or why there are none. */
   readonly why: string;
+  /** Lays rows [N,K] of a weight out as tiles (native/tiles.c). */
+  readonly tile?: (tiles: Pointer, rows: Uint8Array, type: number, sizes: TileSizes) => void;
   /** Kept: koffi unloads a library that nothing refers to, and its functions with it. */
   readonly library?: LibraryHandle;
+}
+
+interface TileSizes {
+  readonly rows: number;
+  readonly width: number;
+  readonly rowBytes: number;
 }
 
 const root: string = join(import.meta.dirname, '../../..'); // of src and of dist alike
@@ -36,7 +47,8 @@ export function instructionFlags(arch: string, cpuFlags: ReadonlySet<string>): r
   if (arch !== 'x64') return [];
   const has = (...names: string[]): boolean => names.every((name) => cpuFlags.has(name));
   if (has('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512cd', 'fma')) {
-    return ['-march=x86-64-v4', '-mprefer-vector-width=512'];
+    const flags = ['-march=x86-64-v4', '-mprefer-vector-width=512'];
+    return has('avx512_vnni') ? [...flags, '-mavx512vnni'] : flags;
   }
   return has('avx2', 'fma', 'f16c', 'bmi2') ? ['-march=x86-64-v3'] : [];
 }
@@ -84,7 +96,16 @@ function load(): NativeKernels {
     for (const name of functions) {
       addresses.set(name, koffi.address(library.symbol(name)));
     }
-    return { addresses, why, library };
+    const sizes = 'int64_t N, int64_t K, int64_t rowBytes';
+    const tile = library.func(`void rankgate_tile(void *to, const void *from, int type, ${sizes})`);
+    return {
+      addresses,
+      why,
+      tile: (to, from, type, { rows, width, rowBytes }) => {
+        tile(to, from, type, rows, width, rowBytes);
+      },
+      library,
+    };
   } catch (error) {
     const code = (error as NodeJS.ErrnoException).code;
     const reason = code === 'ENOENT' ? 'no compiler named cc' : firstLine(error);

@@ -18,14 +18,15 @@ import { type GgmlLibrary, ggmlType, type Pointer } from './library.ts';
 import {
   type Arena,
   type Device,
-  type GgmlTensor,
+  GgmlTensor,
+  isTiled,
   type MemoryPlace,
   ours,
   type Scratch,
   TensorBuffer,
   toNe,
 } from './memory.ts';
-import type { NativeKernels } from './native.ts';
+import type { NativeFunction, NativeKernels } from './native.ts';
 import { type RecorderHost, TrainingRecorder } from './training-recorder.ts';
 import { expandWhole, shrinkWhole } from './whole-low-rank.ts';
 
@@ -133,6 +134,7 @@ export class Recorder implements Ops {
     native: (name) => this.#host.native.get(name),
   };
   readonly training: TrainingRecorder = new TrainingRecorder(this.#self);
+  readonly #roundings: Map<Tensor, { readonly bits: number; readonly node: Node }> = new Map();
   #attendResult: Placed | undefined;
   readonly #segments: number;
   /** The segments of a run as our own attention reads them, [S, 4]; set once something attends. */
@@ -184,6 +186,13 @@ export class Recorder implements Ops {
   }
 
   embed(table: Tensor, ids: Tensor): Node {
+    if (isTiled(table)) {
+      const shape = [ids.shape[0]!, table.shape[1]!];
+      return this.#node(
+        this.#custom(this.#own('rankgate_embed_tiles'), shape, [table, ids]),
+        shape,
+      );
+    }
     const pointer = this.#op('ggml_get_rows', pointerOf(table), pointerOf(ids));
     return this.#node(pointer, [ids.shape[0]!, table.shape[1]!]);
   }
@@ -195,13 +204,35 @@ export class Recorder implements Ops {
 
   linear(x: Tensor, w: Tensor): Node {
     const shape = [x.shape[0]!, w.shape[0]!];
-    const own = this.#host.f32Activations ? this.#host.native.get('rankgate_linear') : undefined;
+    if (isTiled(w)) {
+      const sources = [w, this.#rounded(x, ours(w).way === 'int16' ? 16 : 8)];
+      return this.#node(this.#custom(this.#own('rankgate_linear_tiles'), shape, sources), shape);
+    }
+    const way = (w instanceof GgmlTensor && w.way) || (this.#host.f32Activations && 'f32');
+    const own = way === 'f32' ? this.#host.native.get('rankgate_linear') : undefined;
     if (own !== undefined && x.shape[1]! % nativeWidth === 0) {
       return this.#node(this.#custom(own, shape, [w, x]), shape);
     }
     if (w.dtype === 'f32' && x.shape[0]! >= panelRows) return this.training.linear(x, w);
     const pointer = this.#op('ggml_mul_mat', pointerOf(w), pointerOf(x));
     return this.#node(pointer, shape);
+  }
+
+  /** Activations as tiles are multiplied with; linears of one x share it. */
+  #rounded(x: Tensor, bits: 8 | 16): Node {
+    const known = this.#roundings.get(x);
+    if (known?.bits === bits) return known.node;
+    const words = (x.shape[1]! / nativeWidth) * (2 + bits); // scale, sum, 32 numbers
+    const shape = [x.shape[0]!, words];
+    const node = this.#node(this.#custom(this.#own('rankgate_round'), shape, [x]), shape);
+    this.#roundings.set(x, { bits, node });
+    return node;
+  }
+
+  #own(name: NativeFunction): Pointer {
+    const address = this.#host.native.get(name);
+    if (address === undefined) throw new GatewayError('ENGINE_FAILED', `ggml: no kernel ${name}`);
+    return address;
   }
 
   add(a: Tensor, b: Tensor): Node {

@@ -54,7 +54,11 @@ PAIRS(512)
 #else
 PAIRS(256)
 #endif
-GENERIC_DOT(dot_octets)
+INLINE ints dot_octets(ints acc, const words q[8], const int8_t *x) {
+  words low[8], high[8];
+  EACH_FOUR low[i] = q[i] & 0x0f0f0f0f, high[i] = q[i] >> 4 & 0x0f0f0f0f;
+  return dot_nibbles(acc + (dot_nibbles((ints){0}, high, x) << 4), low, x);
+}
 #else
 GENERIC_DOT(dot_octets)
 #define dot_nibbles dot_octets

@@ -21,6 +21,7 @@ const v4 = [
 describe('our own kernels', () => {
   it('are built for what the machine has, best first', () => {
     expect(instructionFlags('x64', new Set(v4))[0]).toBe('-march=x86-64-v4');
+    expect(instructionFlags('x64', new Set([...v4, 'avx512_vnni'])).at(-1)).toBe('-mavx512vnni');
     expect(instructionFlags('x64', new Set(v4.slice(1)))).toEqual(['-march=x86-64-v3']);
     expect(instructionFlags('x64', new Set(['sse2']))).toEqual([]);
     expect(instructionFlags('arm64', new Set(v4))).toEqual([]);
@@ -40,6 +41,7 @@ describe('our own kernels', () => {
       for (const level of ['x86-64-v4', 'x86-64-v3', 'x86-64']) {
         const out = join(folder, `${level}.s`);
         const flags = ['-std=gnu11', '-O1', '-Wall', '-Wextra', '-Werror', `-march=${level}`, '-S'];
+        execFileSync('cc', [...flags, join(sources, 'tiles.c'), '-o', out]);
         execFileSync('cc', [...flags, join(sources, 'low-rank.c'), '-o', out]);
         expect(existsSync(out)).toBe(true);
         expect(readFileSync(out, 'utf8').includes('zmm')).toBe(level === 'x86-64-v4');
