@@ -3,8 +3,8 @@
 
 import { pageRanks } from '../adapters/adapter.ts';
 import type { Segment } from '../model/stepper.ts';
-import type { GeneratedToken, GenerateRequest, StepWork } from './messages.ts';
-import { logprobsOf } from './sampler.ts';
+import type { GeneratedToken, StepWork } from './messages.ts';
+import type { TokenLogprobs } from './sampler.ts';
 import type { Sequence } from './sequence.ts';
 
 export interface Chosen {
@@ -46,15 +46,14 @@ export function workOf(batch: readonly Chosen[]): StepWork {
   return work;
 }
 
-/** The chosen token with its bytes and, when asked for, the log-probabilities of the raw logits [V]. */
+/** The chosen token with its bytes and, when they were asked for, its log-probabilities. */
 export function describeToken(
-  request: GenerateRequest,
-  logits: Float32Array,
   token: number,
+  logprobs: TokenLogprobs | null,
   bytesOf: (token: number) => Uint8Array,
 ): GeneratedToken {
   const bytes = bytesOf(token);
-  if (request.topLogprobs === null) return { token, bytes, logprob: Number.NaN, top: [] };
-  const { logprob, top } = logprobsOf(logits, token, request.topLogprobs);
-  return { token, bytes, logprob, top: top.map((one) => ({ ...one, bytes: bytesOf(one.token) })) };
+  if (logprobs === null) return { token, bytes, logprob: Number.NaN, top: [] };
+  const top = logprobs.top.map((one) => ({ ...one, bytes: bytesOf(one.token) }));
+  return { token, bytes, logprob: logprobs.logprob, top };
 }

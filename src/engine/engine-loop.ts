@@ -6,6 +6,7 @@
 import type { Generation } from '../adapters/adapter.ts';
 import type { Residency } from '../adapters/residency.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
+import type { RowMath } from '../kernels/row-math.ts';
 import type { Stepper, StepResult } from '../model/stepper.ts';
 import { AdapterLoader } from './adapter-loading.ts';
 import { Admission } from './admission.ts';
@@ -37,6 +38,8 @@ export interface LoopOptions {
   readonly bytesOf: (token: number) => Uint8Array;
   readonly clock: EngineClock;
   readonly watch: StepWatch;
+  /** Plain JavaScript's when there is none. */
+  readonly rowMath?: RowMath;
   /** Must not throw; called within a tick, in order. */
   readonly emit: (message: FromEngine) => void;
 }
@@ -66,7 +69,7 @@ export class EngineLoop {
     this.#stepLimits = { tokensMax, segmentsMax, prefillTokensMax: limits.prefillTokensMax };
     this.#endTokens = new Set(base.endTokens);
     this.#outbox = new Outbox(options.emit);
-    this.#sampler = new Sampler(base.config.vocabSize);
+    this.#sampler = new Sampler(base.config.vocabSize, options.rowMath);
     this.#loader = new AdapterLoader(options.residency, {
       wake: () => this.#wake(),
       isAwaited: (generation) =>
@@ -250,7 +253,10 @@ export class EngineLoop {
       }
       this.#tokens += 1;
       sequence.firstTokenMs ??= this.#options.clock.nowMs();
-      const generated = describeToken(sequence.request, logits, token, this.#options.bytesOf);
+      const { topLogprobs } = sequence.request;
+      const logprobs =
+        topLogprobs === null ? null : this.#sampler.logprobs(logits, token, topLogprobs);
+      const generated = describeToken(token, logprobs, this.#options.bytesOf);
       const { text, end } = sequence.accept(token);
       this.#outbox.event(sequence.id, { kind: 'piece', text, tokens: [generated] });
       if (end !== null) this.#end(sequence, end);

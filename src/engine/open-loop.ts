@@ -3,11 +3,12 @@
 
 import { cpus } from 'node:os';
 import { blobPath } from '../adapters/blobs.ts';
-import { readPacked } from '../adapters/pack.ts';
+import { createPackReader } from '../adapters/pack-reader.ts';
 import { createResidency } from '../adapters/residency.ts';
 import { GatewayError } from '../errors.ts';
 import type { BackendName } from '../kernels/create-kernels.ts';
 import type { DeviceWish } from '../kernels/ggml/select-device.ts';
+import { plainRowMath, type RowMath } from '../kernels/row-math.ts';
 import { rememberedSha256, sha256OfFile } from '../model/file-hash.ts';
 import { openGguf } from '../model/gguf.ts';
 import { type OpenedDecoder, openDecoder } from '../model/open-decoder.ts';
@@ -72,6 +73,12 @@ function watchThreads(
   return watchSteps({ threadsMax: threads, setThreads, nowMs, cpuMs, idleCores });
 }
 
+async function openRowMath(backend: BackendName): Promise<RowMath> {
+  if (backend !== 'ggml') return plainRowMath;
+  const { nativeRowMath } = await import('../kernels/ggml/native-row-math.ts');
+  return nativeRowMath() ?? plainRowMath;
+}
+
 async function checkHash({ modelPath, modelHash, cacheDirectory }: EngineConfig): Promise<void> {
   const found =
     cacheDirectory === null
@@ -100,6 +107,7 @@ export async function openLoop(
     const vocabulary = readVocabulary(file.metadata);
     const bytesOf = tokenBytes(vocabulary);
     const pool = new KvPool(decoder.cells);
+    const readPacked = createPackReader();
     return new EngineLoop({
       base: {
         config: decoder.config,
@@ -118,6 +126,7 @@ export async function openLoop(
       limits: config.limits,
       bytesOf: (token) => bytesOf(token) ?? noBytes,
       clock,
+      rowMath: await openRowMath(config.backend),
       watch: watchThreads(config.threads, setThreads, clock),
       emit,
     });

@@ -6,8 +6,8 @@ import type { Generation } from '../adapters/adapter.ts';
 import type { ResidentUse } from '../adapters/residency.ts';
 import { createDetokenizer, type Detokenizer } from './detokenizer.ts';
 import type { FinishReason, GenerateRequest } from './messages.ts';
+import { type SampleHistory, usesHistory } from './penalties.ts';
 import type { CellAdmission } from './prefix-cache.ts';
-import { type SampleHistory, usesHistory } from './sampler.ts';
 import { createStopMatcher, type StopMatcher } from './stop-matcher.ts';
 
 export interface SequenceEnd {

@@ -70,6 +70,7 @@ export class Decoder implements Stepper {
   readonly #values: readonly StoredTensor[];
   readonly #pools: ReadonlyMap<string, PagePool>;
   readonly #programs: Map<string, Program> = new Map();
+  readonly #rows: Float32Array[] = []; // [V] each, of the last step's logits
 
   constructor(options: DecoderOptions) {
     const { config, kernels, cells, pages } = options;
@@ -110,7 +111,7 @@ export class Decoder implements Stepper {
         cells: segment.position + segment.tokens.length,
       })),
     );
-    return new Logits(program, outputs, { segments, vocabSize: this.config.vocabSize });
+    return new Logits({ program, outputs, segments, rows: this.#rows }, this.config.vocabSize);
   }
 
   #program(size: ProgramSize): Program {
@@ -238,35 +239,37 @@ function storePools({ config, kernels, pages }: DecoderOptions): Map<string, Pag
   return pools;
 }
 
+interface StepOutputs {
+  readonly program: Program;
+  /** Index of a segment → its first output. */
+  readonly outputs: ReadonlyMap<number, number>;
+  readonly segments: readonly Segment[];
+  /** The decoder's, one an output, used again every step. */
+  readonly rows: Float32Array[];
+}
+
 /** Reads rows of logits once each. */
 class Logits implements StepResult {
-  readonly #program: Program;
-  readonly #outputs: ReadonlyMap<number, number>;
-  readonly #step: { readonly segments: readonly Segment[]; readonly vocabSize: number };
-  readonly #rows: Map<number, Float32Array> = new Map();
+  readonly #step: StepOutputs;
+  readonly #vocabSize: number;
+  readonly #known: Set<number> = new Set();
 
-  constructor(
-    program: Program,
-    outputs: ReadonlyMap<number, number>,
-    step: { readonly segments: readonly Segment[]; readonly vocabSize: number },
-  ) {
-    this.#program = program;
-    this.#outputs = outputs;
+  constructor(step: StepOutputs, vocabSize: number) {
     this.#step = step;
+    this.#vocabSize = vocabSize;
   }
 
   logits(segment: number, draft = 0): Float32Array {
-    const { segments, vocabSize } = this.#step;
-    const first = this.#outputs.get(segment);
+    const { program, outputs, segments, rows } = this.#step;
+    const first = outputs.get(segment);
     if (first === undefined || draft < 0 || draft > (segments[segment]!.drafts ?? 0)) {
       throw new GatewayError('SHAPE_MISMATCH', `segment ${segment} did not want logits ${draft}`);
     }
-    const known = this.#rows.get(first + draft);
-    if (known !== undefined) return known;
-    const row = new Float32Array(vocabSize);
-    this.#program.read('logits', (first + draft) * vocabSize, row);
-    this.#rows.set(first + draft, row);
-    return row;
+    const output = first + draft;
+    rows[output] ??= new Float32Array(this.#vocabSize);
+    if (!this.#known.has(output)) program.read('logits', output * this.#vocabSize, rows[output]);
+    this.#known.add(output);
+    return rows[output];
   }
 
   argmax(segment: number): number {

@@ -57,9 +57,12 @@ describe('mixed batch', () => {
     const { stepper, rows } = await openRows();
     using owned = stepper;
     const alone = rows.map((row, run) => {
-      const prefill = owned.step([segment(row, run, 0, row.prompt)]).logits(0);
+      const prefill = owned
+        .step([segment(row, run, 0, row.prompt)])
+        .logits(0)
+        .slice();
       const decode = owned.step([segment(row, run, row.prompt.length, [42])]).logits(0);
-      return { prefill: prefill.slice(), decode: decode.slice() };
+      return { prefill, decode: decode.slice() };
     });
     const prefill = owned.step(rows.map((row, run) => segment(row, run, 0, row.prompt)));
     const mixedPrefill = rows.map((_, i) => prefill.logits(i).slice());

@@ -1,8 +1,11 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { Sampling } from '../../src/engine/messages.ts';
+import { noHistory } from '../../src/engine/penalties.ts';
 import { drawUniform, philox2x32 } from '../../src/engine/random-draw.ts';
-import { greedyToken, logprobsOf, noHistory, Sampler } from '../../src/engine/sampler.ts';
+import { Sampler } from '../../src/engine/sampler.ts';
+import { nativeRowMath } from '../../src/kernels/ggml/native-row-math.ts';
+import { blockNumbers, plainRowMath } from '../../src/kernels/row-math.ts';
 
 const plain: Sampling = {
   temperature: 1,
@@ -62,12 +65,28 @@ function naiveDraw(kept: Distribution, seed: number, index: number): number {
   return kept.at(-1)!.token;
 }
 
+const native = nativeRowMath();
+/** Whoever reads the rows, the answers are the same. */
+const maths = [
+  ['plain', plainRowMath],
+  ...(native === null ? [] : [['native', native] as const]),
+] as const;
+
 // Steps of 1/64: many exact ties, and otherwise gaps far wider than rounding, so that one set of kept tokens is right.
 const logitsArbitrary = fc.oneof(
   fc.array(
     fc.integer({ min: -1920, max: 1920 }).map((n) => n / 64),
     { minLength: 2, maxLength: 300, size: 'max' },
   ),
+  // Long rows, made of a seed: few likely tokens in a few of many blocks, or all alike.
+  fc
+    .tuple(fc.nat(), fc.integer({ min: 600, max: 3000 }), fc.constantFrom(0.2, 2, 8))
+    .map(([seed, length, scale]) =>
+      Array.from(
+        { length },
+        (_, i) => Math.round(64 * scale * Math.log(drawUniform(seed, i) + 1e-3)) / 64,
+      ),
+    ),
   fc.array(fc.constantFrom(0, -0, 1, 1, 2, -1, -20), { minLength: 2, maxLength: 300, size: 'max' }),
 );
 const samplingArbitrary: fc.Arbitrary<Sampling> = fc.record({
@@ -88,7 +107,7 @@ const historyArbitrary = fc.record({
     .map((pairs) => new Map(pairs)),
 });
 
-describe('Sampler', () => {
+describe.each(maths)('Sampler, rows read by %s code', (_, math) => {
   it('draws what a sampler that sorts the whole vocabulary draws', () => {
     fc.assert(
       fc.property(
@@ -99,7 +118,7 @@ describe('Sampler', () => {
         (values, sampling, history, index) => {
           const logits = Float32Array.from(values);
           const before = Float32Array.from(logits);
-          const sampler = new Sampler(logits.length);
+          const sampler = new Sampler(logits.length, math);
           const token = sampler.sample(logits, sampling, history, index);
           expect(logits).toEqual(before);
           const kept = naiveDistribution(logits, sampling, history);
@@ -122,15 +141,47 @@ describe('Sampler', () => {
     );
   });
 
+  it('reads every number of a row: blocks, the last and shorter one, and none behind it', () => {
+    fc.assert(
+      fc.property(fc.nat(), fc.integer({ min: 1, max: 1000 }), (seed, length) => {
+        const whole = Float32Array.from(
+          { length: length + 64 },
+          (_, i) => 60 * drawUniform(seed, i),
+        );
+        whole.fill(Number.NaN, length);
+        const row = whole.subarray(0, length);
+        const maxima = new Float32Array(Math.ceil(length / blockNumbers));
+        expect(math.maxima(row, maxima)).toBe(true);
+        const blocks = [...maxima.keys()].map((b) => [...row.subarray(b * 64, (b + 1) * 64)]);
+        expect([...maxima]).toEqual(blocks.map((block) => Math.max(...block)));
+        const max = Math.max(...maxima);
+        for (const inverse of [0.3, 1, 40, 1e5]) {
+          const masses = new Float64Array(maxima.length);
+          const total = math.masses(row, { max, maxima, inverse }, masses);
+          const want = blocks.map((block) =>
+            block.reduce((sum, x) => sum + Math.exp((x - max) * inverse), 0),
+          );
+          for (const [b, mass] of want.entries()) {
+            // 0 is right for what is lost in the sum.
+            if (mass > 1e-15 || masses[b] !== 0) expect(masses[b]! / mass).toBeCloseTo(1, 12);
+          }
+          expect(total / want.reduce((a, b) => a + b, 0)).toBeCloseTo(1, 13);
+        }
+      }),
+    );
+  });
+
   it('keeps exactly the set that the sort keeps, on a vocabulary of real size', () => {
     const logits = Float32Array.from(
       { length: 49_152 },
       (_, i) => 6 * Math.log(1e-9 + drawUniform(11, i)) + (i % 977 === 0 ? 9 : 0),
     );
-    const sampler = new Sampler(logits.length);
+    const sampler = new Sampler(logits.length, math);
     for (const sampling of [
       { ...plain, topP: 0.9 },
       { ...plain, topK: 40, topP: 0.8 },
+      { ...plain, topP: 0.999 },
+      { ...plain, topK: 700 },
       { ...plain, topK: 20_000 },
       { ...plain, minP: 0.02 },
       { ...plain, temperature: 3, topP: 0.5 },
@@ -145,7 +196,7 @@ describe('Sampler', () => {
 
   it('draws with the stated probabilities (chi-square, 99.9 %)', () => {
     const logits = Float32Array.from({ length: 24 }, (_, i) => Math.sin(i * 1.7) * 2);
-    const sampler = new Sampler(24);
+    const sampler = new Sampler(24, math);
     for (const sampling of [
       { ...plain, seed: 1 },
       { ...plain, seed: 2, temperature: 0.6, topP: 0.9 },
@@ -176,14 +227,14 @@ describe('Sampler', () => {
   it('chooses among repeated tokens under a penalty that divides by next to nothing', () => {
     const sampling = { ...plain, repetitionPenalty: 1e-300, temperature: 0 };
     const history = { prompt: new Set([1]), counts: new Map([[2, 1]]) };
-    const sampler = new Sampler(4);
+    const sampler = new Sampler(4, math);
     expect(sampler.sample(Float32Array.of(9, 1, 2, 3), sampling, history, 0)).toBe(1);
     const warm = { ...sampling, temperature: 1, topP: 0.9 };
     expect([1, 2]).toContain(sampler.sample(Float32Array.of(9, 1, 2, 3), warm, history, 0));
   });
 
   it('fails a row with NaN or infinite logits instead of choosing from it', () => {
-    const sampler = new Sampler(4);
+    const sampler = new Sampler(4, math);
     for (const bad of [Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY]) {
       for (const temperature of [0, 1]) {
         expect(() =>
@@ -198,7 +249,7 @@ describe('Sampler', () => {
       fc.property(logitsArbitrary, fc.nat(), fc.nat(20), (values, pick, count) => {
         const logits = Float32Array.from(values);
         const token = pick % logits.length;
-        const { logprob, top } = logprobsOf(logits, token, count);
+        const { logprob, top } = new Sampler(logits.length, math).logprobs(logits, token, count);
         const total = Math.log([...logits].reduce((sum, x) => sum + Math.exp(x), 0));
         expect(logprob).toBeCloseTo(logits[token]! - total, 5);
         const sorted = [...logits]
@@ -215,8 +266,7 @@ describe('Sampler', () => {
 
   it('takes the lowest id of equal logits when greedy, and at a vanishing temperature', () => {
     const logits = Float32Array.of(1, 5, -2, 5);
-    expect(greedyToken(logits)).toBe(1);
-    const sampler = new Sampler(4);
+    const sampler = new Sampler(4, math);
     for (const temperature of [0, 1e-300, 1e-6]) {
       expect(sampler.sample(logits, { ...plain, temperature }, noHistory, 3)).toBe(1);
     }

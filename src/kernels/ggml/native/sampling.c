@@ -42,15 +42,13 @@ int rankgate_row_maxima(const float *x, int64_t count, float *maxima) {
   return sum(poison) + rest == 0;
 }
 
-// e^y for -700 ≤ y ≤ 0: 2^n · e^r with |r| ≤ ln 2 / 2, Taylor of degree 13 (relative error of the order of rounding).
+// e^y for -700 ≤ y ≤ 0: 2^n · e^r with |r| ≤ ln 2 / 2, Taylor of degree 11 (relative error below 1e-14).
 static inline wide exponential(wide y) {
   const double magic = 0x1.8p52; // adding it rounds to an integer
   wide shifted = y * 0x1.71547652b82fep0 + magic;
   wide n = shifted - magic;
   wide r = (y - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
-  wide p = r * (1.0 / 6227020800) + 1.0 / 479001600;
-  p = p * r + 1.0 / 39916800;
-  p = p * r + 1.0 / 3628800;
+  wide p = r * (1.0 / 39916800) + 1.0 / 3628800;
   p = p * r + 1.0 / 362880;
   p = p * r + 1.0 / 40320;
   p = p * r + 1.0 / 5040;
