@@ -24,7 +24,7 @@ import {
   type WeightMode,
 } from './job.ts';
 
-const servedModes: readonly ServedMode[] = ['parity', 'faithful', 'exact'];
+const servedModes: readonly ServedMode[] = ['parity', 'faithful', 'fast', 'exact'];
 
 /** Whether this checkout has the mode: the benches leave out the sides that it has not. */
 export function isServed(mode: WeightMode): mode is ServedMode {

@@ -13,7 +13,7 @@ import { type Call, CommandError, callGateway } from './gateway-client.ts';
 import { serve } from './serve.ts';
 import type { Terminal } from './terminal.ts';
 
-export const usage = `rankgate serve [--config file] [--model …] [--port 8080] [--threads n] [--weights faithful|parity] …
+export const usage = `rankgate serve [--config file] [--model …] [--port 8080] [--threads n] [--weights faithful|fast|parity] …
 rankgate adapters add NAME DIRECTORY [--accept-base-name NAME] [--replace [--expect GENERATION]]
 rankgate adapters list
 rankgate adapters show NAME

@@ -17,7 +17,7 @@ export interface Settings {
   readonly modelName: string | null;
   readonly hubUrl: string | null;
   readonly hubToken: string | null;
-  readonly weights: 'faithful' | 'parity';
+  readonly weights: 'faithful' | 'fast' | 'parity';
   /** tfjs: TensorFlow.js, where it is installed beside rankgate. */
   readonly backend: 'ggml' | 'tfjs';
   /** null: every core that this process may use. */
@@ -32,6 +32,8 @@ export interface Settings {
   readonly stepRowsMax: number;
   /** Prompt tokens in one step: bounds how long running streams wait for somebody else's prompt. */
   readonly prefillTokensMax: number;
+  /** auto: guess tokens ahead where it pays (speculation.ts); off: one token a step. */
+  readonly speculation: 'auto' | 'off';
   readonly queueRequestsMax: number;
   readonly queuePromptTokensMax: number;
   /** Where adapters may be added from; null: `incoming` in the data directory. */
@@ -106,7 +108,7 @@ const shape = {
     .nullable()
     .default(null),
   hubToken: z.string().min(1).max(512).nullable().default(null),
-  weights: z.enum(['faithful', 'parity']).default('faithful'),
+  weights: z.enum(['faithful', 'fast', 'parity']).default('faithful'),
   backend: z.enum(['ggml', 'tfjs']).default('ggml'),
   threads: count(1, 256).nullable().default(null),
   device: z.enum(deviceWishes).default('auto'),
@@ -115,6 +117,7 @@ const shape = {
   stepTokensMax: count(16, 8192).default(256),
   stepRowsMax: count(1, 512).default(32),
   prefillTokensMax: count(16, 8192).default(224),
+  speculation: z.enum(['auto', 'off']).default('auto'),
   queueRequestsMax: count(1, 100_000).default(256),
   queuePromptTokensMax: count(1, 2 ** 28).default(262_144),
   adaptersRoot: path.nullable().default(null),

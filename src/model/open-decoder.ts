@@ -3,7 +3,7 @@
 import { GatewayError } from '../errors.ts';
 import { type BackendName, createKernels } from '../kernels/create-kernels.ts';
 import type { DeviceWish } from '../kernels/ggml/select-device.ts';
-import { ranksPerPage } from '../kernels/kernels.ts';
+import { type Kernels, type LinearWay, ranksPerPage, type WeightType } from '../kernels/kernels.ts';
 import { Decoder } from './decoder.ts';
 import {
   type DecoderConfig,
@@ -13,7 +13,8 @@ import {
 } from './decoder-config.ts';
 import { type GgufFile, openGguf } from './gguf.ts';
 import { openWeightCache } from './weight-cache.ts';
-import { loadWeights, type WeightMode } from './weights.ts';
+import { explainChoice, fastestWay, keptTimes, timeWays, type WayTimes } from './weight-choice.ts';
+import { loadWeights, type WeightMode, waysOf, weightTypes } from './weights.ts';
 
 export interface OpenDecoderOptions {
   readonly modelPath: string;
@@ -38,7 +39,7 @@ export interface OpenDecoderOptions {
 export interface OpenedDecoder {
   readonly decoder: Decoder;
   readonly config: DecoderConfig;
-  /** What computes, for logs and system_fingerprint: `ggml 0.23.0, AMD EPYC, 2 threads, faithful`. */
+  /** What computes, for logs and system_fingerprint: `ggml 0.23.0, AMD EPYC, 2 threads, faithful: q4_1 int16 (f32 1.97 ×)`. */
   readonly description: string;
   /** kernels.ts; none where the backend cannot. */
   readonly setThreads: ((threads: number) => void) | null;
@@ -72,6 +73,27 @@ function bytesNeeded(
   return weights + config.blocks * (cells * cellBytes + pages * pageBytes);
 }
 
+/** How long each way within the mode's bound takes here, for each type of the file: none where all is left to a library. */
+async function timesOf(
+  kernels: Kernels,
+  mode: WeightMode,
+  file: GgufFile,
+  options: OpenDecoderOptions,
+): Promise<WayTimes> {
+  const [types, ways] = [weightTypes(file), waysOf[mode]];
+  if (!kernels.f32Activations || ways.length === 0) return {};
+  const dependsOn = [kernels.description, ...ways, ...types];
+  return keptTimes(options.cacheDirectory, dependsOn, async () => {
+    using throwaway = await createKernels(options.backend, { threads: 1 });
+    return Object.fromEntries(types.map((type) => [type, timeWays(throwaway, type, ways)]));
+  });
+}
+
+function waysIn(times: WayTimes): Partial<Record<WeightType, LinearWay>> {
+  const entries = Object.entries(times).filter(([, ways]) => ways.length > 0);
+  return Object.fromEntries(entries.map(([type, ways]) => [type, fastestWay(ways)]));
+}
+
 /** Throws INVALID_MODEL_FILE or UNSUPPORTED, with everything that was opened closed again. */
 export async function openDecoder(options: OpenDecoderOptions): Promise<OpenedDecoder> {
   using file = openGguf(options.modelPath);
@@ -82,7 +104,7 @@ export async function openDecoder(options: OpenDecoderOptions): Promise<OpenedDe
     threads,
     device,
     bytesNeeded: bytesNeeded(file, config, options),
-    f32Activations: mode === 'faithful',
+    f32Activations: mode === 'faithful' || mode === 'fast',
     native: options.native ?? true,
     ...(libraryDirectory === undefined ? {} : { libraryDirectory }),
   });
@@ -91,14 +113,17 @@ export async function openDecoder(options: OpenDecoderOptions): Promise<OpenedDe
       options.cacheDirectory === null || mode !== 'faithful' || kernels.f32Activations
         ? null
         : openWeightCache(options.cacheDirectory, `${options.modelHash.slice(0, 32)}-bf16`);
-    const weights = loadWeights(file, config, { kernels, mode, cache });
+    const times = await timesOf(kernels, mode, file, options);
+    const weights = loadWeights(file, config, { kernels, mode, cache, ways: waysIn(times) });
     const { cells, pages, tokensMax, segmentsMax } = options;
     // f16 cells: KL 1.5e-6 to f32 cells on the default model, at half the memory.
     const cellType = mode === 'exact' ? 'f32' : 'f16';
     const memory = { cells, cellType, pages, tokensMax, segmentsMax } as const;
     const decoder = new Decoder({ config, weights, kernels, ...memory });
+    const choice = explainChoice(times);
+    const description = `${kernels.description}, ${mode}${choice && `: ${choice}`}`;
     const setThreads = kernels.setThreads?.bind(kernels) ?? null;
-    return { decoder, config, description: `${kernels.description}, ${mode}`, setThreads };
+    return { decoder, config, description, setThreads };
   } catch (error) {
     kernels[Symbol.dispose]();
     throw error;

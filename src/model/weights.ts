@@ -2,8 +2,9 @@
 // tensor, never whole.
 //
 //   parity    the file's own types: ggml's quantised kernels round activations to int8, as llama.cpp's do
-//   faithful  what the file's weights say with activations in f32 or bf16: quantised types are re-encoded to bf16
-//             (measured KL to f32 and what it costs: docs/benchmarks.md), the others stay as they are
+//   faithful  what the file's weights say: activations in f32 or in 16 bits a block by our own kernels, whichever is
+//             faster here; without those, quantised types are re-encoded to bf16 and the others stay as they are
+//   fast      the fastest way below a divergence of 0.01 from exact: activations in 8 bits by our own kernels or ggml's
 //   exact     everything in f32: the reference that the others are measured against; for tests and `bench fidelity`
 
 import { GatewayError } from '../errors.ts';
@@ -12,6 +13,7 @@ import { dequantizeRows, dequantizeToBf16 } from '../kernels/dequantize.ts';
 import {
   dtypeLayout,
   type Kernels,
+  type LinearWay,
   type StoredTensor,
   type WeightType,
 } from '../kernels/kernels.ts';
@@ -20,7 +22,15 @@ import { type DecoderConfig, projections } from './decoder-config.ts';
 import type { GgufFile, GgufTensor } from './gguf.ts';
 import type { WeightCache } from './weight-cache.ts';
 
-export type WeightMode = 'parity' | 'faithful' | 'exact';
+export type WeightMode = 'parity' | 'faithful' | 'fast' | 'exact';
+
+/** Ways within each mode's bound on divergence (`bench fidelity`): the fastest one is for weight-choice.ts to find. */
+export const waysOf: Readonly<Record<WeightMode, readonly LinearWay[]>> = {
+  parity: [],
+  faithful: ['f32', 'int16'],
+  fast: ['int8', 'f32', 'library'],
+  exact: [],
+};
 
 function storedType(
   type: WeightType,
@@ -29,6 +39,12 @@ function storedType(
   const quantised = dtypeLayout[type].block > 1;
   if (mode === 'exact') return 'f32';
   return mode === 'faithful' && quantised && !f32Activations ? 'bf16' : type;
+}
+
+/** Types of the tensors that are multiplied. */
+export function weightTypes(file: GgufFile): WeightType[] {
+  const matrices = [...file.tensors.values()].filter(({ shape }) => (shape[1] ?? 1) > 1);
+  return [...new Set(matrices.map(weightType))];
 }
 
 function weightType(tensor: GgufTensor): WeightType {
@@ -47,6 +63,8 @@ export interface LoadOptions {
   readonly mode: WeightMode;
   /** Where converted tensors are kept between starts; null: convert them every time. */
   readonly cache: WeightCache | null;
+  /** How weights of each type are multiplied; left to the kernels where there is none. */
+  readonly ways?: Readonly<Partial<Record<WeightType, LinearWay>>>;
 }
 
 /** Stores one tensor. A vector (norm) is always f32. */
@@ -59,7 +77,9 @@ function loadTensor(file: GgufFile, name: string, options: LoadOptions): StoredT
   const isVector = tensor.shape.slice(1).every((size) => size === 1);
   const shape = isVector ? [tensor.shape[0]!] : [tensor.shape[1]!, tensor.shape[0]!];
   const into = isVector ? 'f32' : storedType(from, options);
-  const stored = options.kernels.store(into, shape);
+  const way = isVector ? undefined : options.ways?.[into];
+  const { kernels } = options;
+  const stored = (way && kernels.storeWeight?.(into, shape, way)) ?? kernels.store(into, shape);
   // Only conversions to bf16 are kept: the others are as fast to repeat, or are for tests.
   const cache = from !== into && into === 'bf16' ? options.cache : null;
   const kept = cache?.get(name, stored.bytes) ?? null;

@@ -107,7 +107,7 @@ describe('the configuration', () => {
     ['a word for a number', { flags: { port: 'http' } }, /port: want a whole number \(--port\)/],
     ['a fraction', { environment: { RANKGATE_PORT: '80.5' } }, /port: .*\(RANKGATE_PORT\)/],
     ['a port too large', { flags: { port: '65536' } }, /port: .*\(--port\)/],
-    ['an unknown weights mode', { flags: { weights: 'fast' } }, /weights: .*\(--weights\)/],
+    ['an unknown weights mode', { flags: { weights: 'exact' } }, /weights: .*\(--weights\)/],
     [
       'a bad name',
       { environment: { RANKGATE_MODEL_NAME: '../x' } },

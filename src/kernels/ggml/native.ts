@@ -25,7 +25,7 @@ export type NativeFunction = (typeof functions)[number];
 
 export interface NativeKernels {
   readonly addresses: ReadonlyMap<NativeFunction, Pointer>;
-  /** `own kernels for x86-64-v4 by cc`, or why there are none. */
+  /** `own kernels for x86-64-v4 by cc (3fa8b21c)`, with the start of their hash, or why there are none. */
   readonly why: string;
   /** Lays rows [N,K] of a weight out as tiles (native/tiles.c). */
   readonly tile?: (tiles: Pointer, rows: Uint8Array, type: number, sizes: TileSizes) => void;
@@ -47,8 +47,8 @@ export function instructionFlags(arch: string, cpuFlags: ReadonlySet<string>): r
   if (arch !== 'x64') return [];
   const has = (...names: string[]): boolean => names.every((name) => cpuFlags.has(name));
   if (has('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'avx512cd', 'fma')) {
-    const flags = ['-march=x86-64-v4', '-mprefer-vector-width=512'];
-    return has('avx512_vnni') ? [...flags, '-mavx512vnni'] : flags;
+    const octets = has('avx512_vnni') ? ['-mavx512vnni'] : [];
+    return ['-march=x86-64-v4', ...octets, '-mprefer-vector-width=512'];
   }
   return has('avx2', 'fma', 'f16c', 'bmi2') ? ['-march=x86-64-v3'] : [];
 }
@@ -62,7 +62,11 @@ function cpuFlags(): ReadonlySet<string> {
 function compile(): { readonly file: string; readonly why: string } {
   const sources = join(root, 'src/kernels/ggml/native');
   const flags = instructionFlags(process.arch, cpuFlags());
-  const level = flags[0]?.slice('-march='.length) ?? `baseline ${process.arch}`;
+  const level =
+    flags
+      .map((flag) => /^-m(?:arch=)?([^=]+)$/.exec(flag)?.[1] ?? '')
+      .join(' ')
+      .trim() || `baseline ${process.arch}`;
   const files = readdirSync(sources).sort();
   const arguments_ = [
     ...['-std=gnu11', '-O3', '-fPIC', '-shared', '-ffp-contract=fast', ...flags],
@@ -71,7 +75,8 @@ function compile(): { readonly file: string; readonly why: string } {
   const hash = createHash('sha256').update(flags.join());
   for (const name of files) hash.update(name).update(readFileSync(join(sources, name)));
   const folder = join(root, 'build/native');
-  const file = join(folder, `${hash.digest('hex').slice(0, 32)}.so`);
+  const name = hash.digest('hex').slice(0, 32);
+  const file = join(folder, `${name}.so`);
   if (!existsSync(file)) {
     mkdirSync(folder, { recursive: true });
     const part = `${file}.${process.pid}.part`; // two engines may build at the same time
@@ -85,7 +90,7 @@ function compile(): { readonly file: string; readonly why: string } {
       rmSync(part, { force: true });
     }
   }
-  return { file, why: `own kernels for ${level} by cc` };
+  return { file, why: `own kernels for ${level} by cc (${name.slice(0, 8)})` };
 }
 
 function load(): NativeKernels {

@@ -21,7 +21,7 @@ const v4 = [
 describe('our own kernels', () => {
   it('are built for what the machine has, best first', () => {
     expect(instructionFlags('x64', new Set(v4))[0]).toBe('-march=x86-64-v4');
-    expect(instructionFlags('x64', new Set([...v4, 'avx512_vnni'])).at(-1)).toBe('-mavx512vnni');
+    expect(instructionFlags('x64', new Set([...v4, 'avx512_vnni'])).at(1)).toBe('-mavx512vnni');
     expect(instructionFlags('x64', new Set(v4.slice(1)))).toEqual(['-march=x86-64-v3']);
     expect(instructionFlags('x64', new Set(['sse2']))).toEqual([]);
     expect(instructionFlags('arm64', new Set(v4))).toEqual([]);
