@@ -3,8 +3,7 @@
 // memory, never mapped: what happens to it afterwards cannot reach the engine.
 
 import { createHash } from 'node:crypto';
-import { constants } from 'node:fs';
-import { type FileHandle, open } from 'node:fs/promises';
+import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
 import { GatewayError } from '../errors.ts';
 import { f32ToF16Bits } from '../kernels/half.ts';
 import { readSafetensors, type SafetensorsTensor, writeSafetensors } from '../model/safetensors.ts';
@@ -111,34 +110,49 @@ function f16Tensor(
   return { dtype: 'F16', shape, data: new Uint8Array(bits.buffer) };
 }
 
-/** Reads a blob whole and checks it. Hashes on the thread pool. Throws ADAPTER_NOT_FOUND or ADAPTER_CORRUPT. */
+/** What a packed file says, as data that can go to another thread: the pages are views of the file's bytes. */
+export interface PackedContents {
+  readonly manifest: AdapterManifest;
+  /** By the name of the `a` tensor. */
+  readonly modules: ReadonlyMap<string, PagedModule>;
+}
+
+/** Reads a blob whole and checks it. Throws ADAPTER_NOT_FOUND or ADAPTER_CORRUPT. */
 export async function readPacked(path: string, generation: Generation): Promise<PackedAdapter> {
-  const bytes = await readBlob(path, generation);
-  const digest = Buffer.from(await crypto.subtle.digest('SHA-256', bytes)).toString('hex');
-  if (generation !== `sha256:${digest}`) throw corrupt(generation, 'its bytes have another hash');
-  return openPacked(bytes, generation);
+  return packedAdapter(generation, readContents(path, generation));
+}
+
+/** The same at once, for a thread that has nothing else to do (pack-worker.ts). */
+export function readContents(path: string, generation: Generation): PackedContents {
+  const { bytes, hash } = readBlob(path, generation);
+  if (generation !== `sha256:${hash}`) throw corrupt(generation, 'its bytes have another hash');
+  return parseContents(bytes, generation);
 }
 
 function corrupt(generation: Generation, what: string, cause?: unknown): GatewayError {
   return new GatewayError('ADAPTER_CORRUPT', `adapter ${generation}: ${what}`, { cause });
 }
 
-async function readBlob(path: string, generation: Generation): Promise<Uint8Array<ArrayBuffer>> {
-  let file: FileHandle | null = null;
+/** Bytes that are hashed while the processor's caches still hold them from the reading. */
+const chunkBytes = 256 * 1024;
+
+function readBlob(path: string, generation: Generation): { bytes: Uint8Array; hash: string } {
+  let file: number | null = null;
   try {
     // O_NONBLOCK: opening a pipe that took the blob's place must not wait for a writer.
-    const flags = constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK;
-    file = await open(path, flags);
-    const stat = await file.stat();
+    file = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
+    const stat = fstatSync(file);
     if (!stat.isFile()) throw corrupt(generation, 'it is not a regular file');
     if (stat.size > packedBytesMax) throw corrupt(generation, `it has ${stat.size} bytes`);
     const bytes = new Uint8Array(stat.size);
+    const hash = createHash('sha256');
     for (let done = 0; done < bytes.length; ) {
-      const { bytesRead } = await file.read(bytes, done, bytes.length - done, done);
-      if (bytesRead === 0) throw corrupt(generation, 'it was cut while it was read');
-      done += bytesRead;
+      const count = readSync(file, bytes, done, Math.min(chunkBytes, bytes.length - done), done);
+      if (count === 0) throw corrupt(generation, 'it was cut while it was read');
+      hash.update(bytes.subarray(done, done + count));
+      done += count;
     }
-    return bytes;
+    return { bytes, hash: hash.digest('hex') };
   } catch (error) {
     if (error instanceof GatewayError) throw error;
     const code = (error as NodeJS.ErrnoException).code ?? 'unknown error';
@@ -147,12 +161,16 @@ async function readBlob(path: string, generation: Generation): Promise<Uint8Arra
     }
     throw corrupt(generation, `it cannot be read (${code})`, error);
   } finally {
-    await file?.close();
+    if (file !== null) closeSync(file);
   }
 }
 
 /** Pages of a packed file whose hash is known to be right. Borrows `bytes`. Throws ADAPTER_CORRUPT. */
 export function openPacked(bytes: Uint8Array, generation: Generation): PackedAdapter {
+  return packedAdapter(generation, parseContents(bytes, generation));
+}
+
+function parseContents(bytes: Uint8Array, generation: Generation): PackedContents {
   const { metadata, tensors } = readSafetensors(bytes, { headerBytesMax, code: 'ADAPTER_CORRUPT' });
   let manifest: AdapterManifest;
   try {
@@ -178,6 +196,13 @@ export function openPacked(bytes: Uint8Array, generation: Generation): PackedAda
       b: view('b', [pages, pageRanks, module.out]),
     });
   }
+  return { manifest, modules };
+}
+
+export function packedAdapter(
+  generation: Generation,
+  { manifest, modules }: PackedContents,
+): PackedAdapter {
   return {
     generation,
     manifest,
@@ -189,7 +214,7 @@ export function openPacked(bytes: Uint8Array, generation: Generation): PackedAda
   };
 }
 
-interface PagedModule {
+export interface PagedModule {
   readonly pages: number;
   readonly a: Uint16Array; // [pages, 8, in]
   readonly b: Uint16Array; // [pages, 8, out]
