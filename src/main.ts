@@ -98,6 +98,7 @@ async function startEngine(config: Config, model: ModelFile, paths: Paths): Prom
       prefillTokensMax: config.prefillTokensMax,
     },
     tenantShareMax,
+    speculation: config.speculation,
   };
   const supervisor = new Supervisor({
     entry: entryUrl(import.meta.url, './engine/engine-process'),

@@ -12,18 +12,19 @@ export interface Chosen {
   readonly segment: Segment;
 }
 
-/** The next `count` tokens of a sequence that holds its cells. */
-export function chooseSegment(sequence: Sequence, count: number): Chosen {
+/** The next `count` tokens of a sequence that holds its cells, and `drafts` guesses that stand behind them. */
+export function chooseSegment(sequence: Sequence, count: number, drafts: number): Chosen {
   const { position, holdings, rank } = sequence;
   if (holdings === null) throw new Error(`sequence ${sequence.id} holds no cells`);
   const { cells, adapter } = holdings;
   const pages = adapter?.pages.slice(0, Math.ceil(rank / pageRanks));
   const segment: Segment = {
-    tokens: sequence.tokens.subarray(position, position + count),
+    tokens: sequence.tokens.subarray(position, position + count + drafts),
     cellBase: cells.cellBase,
     position,
     adapter: pages === undefined ? null : { pages, rank, scale: 1 },
     wantsLogits: position + count === sequence.count,
+    drafts,
   };
   return { sequence, segment };
 }
@@ -39,8 +40,8 @@ export function workOf(batch: readonly Chosen[]): StepWork {
       work.prefillTokens += count;
       work.prefillRanks += count * sequence.rank;
     } else {
-      work.decodeRows += 1;
-      work.decodeRanks += sequence.rank;
+      work.decodeRows += count;
+      work.decodeRanks += count * sequence.rank;
     }
   }
   return work;

@@ -18,6 +18,7 @@ import type { PrefixCache } from './prefix-cache.ts';
 import { Sampler } from './sampler.ts';
 import { planStep, type StepLimits } from './scheduler.ts';
 import { Sequence, type SequenceEnd } from './sequence.ts';
+import { draftAll, RowCost, type SpeculationWish } from './speculation.ts';
 import type { StepWatch } from './thread-governor.ts';
 
 export interface LoopLimits {
@@ -38,6 +39,8 @@ export interface LoopOptions {
   readonly bytesOf: (token: number) => Uint8Array;
   readonly clock: EngineClock;
   readonly watch: StepWatch;
+  /** `auto` when absent. */
+  readonly speculation?: SpeculationWish;
   /** Plain JavaScript's when there is none. */
   readonly rowMath?: RowMath;
   /** Must not throw; called within a tick, in order. */
@@ -55,9 +58,12 @@ export class EngineLoop {
   readonly #waiting: Map<string, Sequence> = new Map();
   readonly #running: Map<string, Sequence> = new Map();
   readonly #outbox: Outbox;
+  readonly #rowCost: RowCost = new RowCost();
   #arrivals = 0;
   #steps = 0;
   #tokens = 0;
+  #drafts = 0;
+  #draftsAccepted = 0;
   #isScheduled = false;
   #isStopped = false;
 
@@ -135,6 +141,8 @@ export class EngineLoop {
       threads: watch.threads,
       steps: this.#steps,
       tokensGenerated: this.#tokens,
+      draftTokens: this.#drafts,
+      draftTokensAccepted: this.#draftsAccepted,
       prefixTokensQueried: tokensQueried,
       prefixTokensHit: tokensHit,
     };
@@ -209,7 +217,11 @@ export class EngineLoop {
     try {
       watch.begin();
       const result = stepper.step(batch.map((one) => one.segment));
-      watch.end(workOf(batch));
+      const work = workOf(batch);
+      watch.end(work);
+      if (work.prefillTokens === 0) {
+        this.#rowCost.observe(work.decodeRows, clock.nowMs() - startMs);
+      }
       for (const [i, chosen] of batch.entries()) this.#settle(chosen, result, i);
     } catch (error) {
       this.#stepAlone(batch, error);
@@ -230,44 +242,75 @@ export class EngineLoop {
   }
 
   #choose(): Chosen[] {
-    const plan = planStep([...this.#running.values()], this.#stepLimits);
-    return plan.map(({ id, count }) => {
-      const sequence = this.#running.get(id)!;
+    const plan = planStep([...this.#running.values()], this.#stepLimits).map(({ id, count }) => ({
+      sequence: this.#running.get(id)!,
+      count,
+    }));
+    const drafts = this.#draft(plan.map((one) => one.sequence));
+    return plan.map(({ sequence, count }) => {
       sequence.lastStep = this.#steps;
-      return chooseSegment(sequence, count);
+      return chooseSegment(sequence, count, drafts.get(sequence) ?? 0);
     });
   }
 
+  /** Beside a prompt nobody guesses: its tokens use the step's compute already. */
+  #draft(sequences: readonly Sequence[]): ReadonlyMap<Sequence, number> {
+    const { speculation = 'auto', stepper } = this.#options;
+    if (speculation === 'off' || sequences.some((one) => one.promptTokensLeft > 0)) {
+      return new Map();
+    }
+    const room = Math.min(stepper.tokensMax, stepper.segmentsMax) - sequences.length;
+    return draftAll(sequences, room, this.#rowCost.share(sequences.length));
+  }
+
+  /** Takes the tokens that the step decided: one, and one more behind every guess that it turned out to be. */
   #settle({ sequence, segment }: Chosen, result: StepResult, index: number): void {
     try {
-      const logits = segment.wantsLogits ? result.logits(index) : null;
-      const token = logits === null ? null : this.#sample(sequence, logits);
-      sequence.position += segment.tokens.length;
-      this.#options.cache.fill(sequence.holdings!.cells.hold, sequence.tokens, sequence.position);
-      if (token === null || logits === null) return;
-      if (this.#endTokens.has(token)) {
-        const { text, end } = sequence.finish('stop');
-        if (text !== '') this.#outbox.event(sequence.id, { kind: 'piece', text, tokens: [] });
-        this.#end(sequence, end);
-        return;
+      const { wantsLogits, drafts = 0 } = segment;
+      this.#advance(sequence, segment.tokens.length - drafts);
+      if (!wantsLogits) return;
+      let accepted = 0;
+      let isRight = this.#take(sequence, result.logits(index));
+      while (isRight && accepted < drafts) {
+        accepted += 1;
+        this.#advance(sequence, 1);
+        isRight = this.#take(sequence, result.logits(index, accepted));
       }
-      this.#tokens += 1;
-      sequence.firstTokenMs ??= this.#options.clock.nowMs();
-      const { topLogprobs } = sequence.request;
-      const logprobs =
-        topLogprobs === null ? null : this.#sampler.logprobs(logits, token, topLogprobs);
-      const generated = describeToken(token, logprobs, this.#options.bytesOf);
-      const { text, end } = sequence.accept(token);
-      this.#outbox.event(sequence.id, { kind: 'piece', text, tokens: [generated] });
-      if (end !== null) this.#end(sequence, end);
+      sequence.drafter.learn(accepted, accepted < drafts);
+      this.#drafts += drafts;
+      this.#draftsAccepted += accepted;
     } catch (error) {
       this.#fail(sequence, error);
     }
   }
 
-  #sample(sequence: Sequence, logits: Float32Array): number {
-    const { sampling } = sequence.request;
-    return this.#sampler.sample(logits, sampling, sequence.history, sequence.generatedCount);
+  /** `count` more tokens lie in cells, and are no guesses. */
+  #advance(sequence: Sequence, count: number): void {
+    sequence.position += count;
+    this.#options.cache.fill(sequence.holdings!.cells.hold, sequence.tokens, sequence.position);
+  }
+
+  /** Draws the next token and tells of it; whether the guess in its place is the same, and the answer goes on. */
+  #take(sequence: Sequence, logits: Float32Array): boolean {
+    const { id, request, history, generatedCount } = sequence;
+    const guess = sequence.tokens[sequence.count];
+    const token = this.#sampler.sample(logits, request.sampling, history, generatedCount);
+    if (this.#endTokens.has(token)) {
+      const { text, end } = sequence.finish('stop');
+      if (text !== '') this.#outbox.event(id, { kind: 'piece', text, tokens: [] });
+      this.#end(sequence, end);
+      return false;
+    }
+    this.#tokens += 1;
+    sequence.firstTokenMs ??= this.#options.clock.nowMs();
+    const { topLogprobs } = request;
+    const logprobs =
+      topLogprobs === null ? null : this.#sampler.logprobs(logits, token, topLogprobs);
+    const generated = describeToken(token, logprobs, this.#options.bytesOf);
+    const { text, end } = sequence.accept(token);
+    this.#outbox.event(id, { kind: 'piece', text, tokens: [generated] });
+    if (end !== null) this.#end(sequence, end);
+    return end === null && token === guess;
   }
 
   #end(sequence: Sequence, end: SequenceEnd): void {

@@ -70,7 +70,7 @@ export type EngineEvent =
 
 /** What one engine step had to do. */
 export interface StepWork {
-  /** Rows that decoded one token. */
+  /** Rows that decoded: one a sequence, and one a guess. */
   readonly decodeRows: number;
   /** Prompt tokens processed. */
   readonly prefillTokens: number;
@@ -105,6 +105,9 @@ export interface EngineStats {
   readonly threads: number;
   readonly steps: number;
   readonly tokensGenerated: number;
+  /** Guesses computed, and those of them that came true (speculation.ts). */
+  readonly draftTokens: number;
+  readonly draftTokensAccepted: number;
   readonly prefixTokensQueried: number;
   readonly prefixTokensHit: number;
 }

@@ -19,6 +19,7 @@ import { EngineLoop, type LoopLimits } from './engine-loop.ts';
 import { contextMaxOf, KvPool } from './kv-pool.ts';
 import type { FromEngine } from './messages.ts';
 import { PrefixCache } from './prefix-cache.ts';
+import type { SpeculationWish } from './speculation.ts';
 import { type StepWatch, watchSteps } from './thread-governor.ts';
 
 /** Plain data: it crosses to the engine process as JSON. */
@@ -43,6 +44,8 @@ export interface EngineConfig {
   readonly segmentsMax: number;
   readonly limits: LoopLimits;
   readonly tenantShareMax: number;
+  /** `auto` when absent. */
+  readonly speculation?: SpeculationWish;
 }
 
 const noBytes = new Uint8Array();
@@ -124,6 +127,7 @@ export async function openLoop(
       }),
       cache: new PrefixCache({ pool, tenantShareMax: config.tenantShareMax }),
       limits: config.limits,
+      speculation: config.speculation ?? 'auto',
       bytesOf: (token) => bytesOf(token) ?? noBytes,
       clock,
       rowMath: await openRowMath(config.backend),

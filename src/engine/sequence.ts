@@ -8,6 +8,7 @@ import { createDetokenizer, type Detokenizer } from './detokenizer.ts';
 import type { FinishReason, GenerateRequest } from './messages.ts';
 import { type SampleHistory, usesHistory } from './penalties.ts';
 import type { CellAdmission } from './prefix-cache.ts';
+import { Drafter } from './speculation.ts';
 import { createStopMatcher, type StopMatcher } from './stop-matcher.ts';
 
 export interface SequenceEnd {
@@ -42,6 +43,7 @@ export class Sequence {
   /** Prompt, then answer; room for all of it. */
   readonly tokens: Int32Array;
   readonly history: SampleHistory;
+  readonly drafter: Drafter;
   /** Tokens known, of which the first `position` are in cells. */
   count: number;
   position = 0;
@@ -62,6 +64,7 @@ export class Sequence {
     this.submittedMs = options.submittedMs;
     this.tokens = new Int32Array(request.tokens.length + request.tokensMax);
     this.tokens.set(request.tokens);
+    this.drafter = new Drafter(this.tokens);
     this.count = request.tokens.length;
     this.history = {
       prompt: new Set(usesHistory(request.sampling) ? request.tokens : []),

@@ -283,6 +283,8 @@ const noStats: EngineStats = {
   threads: 0,
   steps: 0,
   tokensGenerated: 0,
+  draftTokens: 0,
+  draftTokensAccepted: 0,
   prefixTokensQueried: 0,
   prefixTokensHit: 0,
 };

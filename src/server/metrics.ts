@@ -76,6 +76,10 @@ function addEngineState(page: Page, source: MetricsSource): void {
   const [queries, hits] = ['vllm:prefix_cache_queries_total', 'vllm:prefix_cache_hits_total'];
   read('counter', queries, 'Prompt tokens looked up.', (now) => now.prefixTokensQueried);
   read('counter', hits, 'Prompt tokens found there.', (now) => now.prefixTokensHit);
+  const drafts = 'vllm:spec_decode_num_draft_tokens_total';
+  const accepted = 'vllm:spec_decode_num_accepted_tokens_total';
+  read('counter', drafts, 'Tokens guessed ahead.', (now) => now.draftTokens);
+  read('counter', accepted, 'Guesses that came true.', (now) => now.draftTokensAccepted);
   read(
     'gauge',
     'rankgate_threads',

@@ -322,6 +322,8 @@ export class FakeEngine implements Engine {
       threads: 2,
       steps: this.#steps,
       tokensGenerated: this.#tokens,
+      draftTokens: 0,
+      draftTokensAccepted: 0,
       prefixTokensQueried: 0,
       prefixTokensHit: 0,
     };

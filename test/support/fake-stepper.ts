@@ -71,8 +71,8 @@ export interface FakeStepperOptions {
   readonly segmentsMax?: number;
   /** Called before a step computes anything; may throw, or end the process. */
   readonly onStep?: (segments: readonly Segment[], step: number) => void;
-  /** Changes a row's logits before anybody reads them. */
-  readonly onLogits?: (segment: Segment, logits: Float32Array) => void;
+  /** Changes the logits after `token` before anybody reads them. */
+  readonly onLogits?: (segment: Segment, logits: Float32Array, token: number) => void;
 }
 
 export class FakeStepper implements Stepper {
@@ -144,17 +144,18 @@ export class FakeStepper implements Stepper {
       const cell = cellBase + position + i;
       for (let other = cellBase; other < cell; other++) value = mix(value, this.#values[other]!);
       this.#values[cell] = value;
-      if (wantsLogits && i >= tokens.length - 1 - drafts) rows.push(this.#logits(segment, value));
+      if (wantsLogits && i >= tokens.length - 1 - drafts)
+        rows.push(this.#logits(segment, value, tokens[i]!));
     }
     return rows;
   }
 
-  #logits(segment: Segment, value: number): Float32Array {
+  #logits(segment: Segment, value: number, last: number): Float32Array {
     const logits = Float32Array.from(
       { length: this.config.vocabSize },
       (_, token) => (mix(value, token) >>> 8) / 0x200000, // [0, 8)
     );
-    this.#options.onLogits?.(segment, logits);
+    this.#options.onLogits?.(segment, logits, last);
     return logits;
   }
 

@@ -14,6 +14,7 @@ import type {
   StepReport,
 } from '../../src/engine/messages.ts';
 import { PrefixCache } from '../../src/engine/prefix-cache.ts';
+import type { SpeculationWish } from '../../src/engine/speculation.ts';
 import { GatewayError } from '../../src/errors.ts';
 import type { Stepper } from '../../src/model/stepper.ts';
 import {
@@ -68,6 +69,7 @@ export interface HarnessOptions {
   readonly base?: Partial<BaseInfo>;
   readonly tenantShareMax?: number;
   readonly stepper?: FakeStepper;
+  readonly speculation?: SpeculationWish;
   readonly open?: (generation: Generation) => Promise<ReturnType<typeof fakePacked>>;
   /** Put something faulty between the loop and what it stands on. */
   readonly wrapStepper?: (stepper: FakeStepper) => Stepper;
@@ -109,6 +111,7 @@ export class LoopHarness {
       residency: this.residency,
       cache: this.cache,
       watch: { threads: 1, begin() {}, end() {} },
+      speculation: options.speculation ?? 'auto',
       limits: { waitingMax: 1000, waitingTokensMax: 1e6, prefillTokensMax: 32, ...options.limits },
       bytesOf: fakeBytesOf,
       clock: this.clock,

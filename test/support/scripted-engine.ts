@@ -89,6 +89,8 @@ export class ScriptedEngine implements Engine {
       threads: 2,
       steps: 0,
       tokensGenerated: 0,
+      draftTokens: 0,
+      draftTokensAccepted: 0,
       prefixTokensQueried: 0,
       prefixTokensHit: 0,
       ...this.figures,
