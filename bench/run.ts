@@ -101,7 +101,7 @@ async function main(): Promise<void> {
   const { weights } = values;
   if (bench === undefined || !isCount(threads) || !isCount(rounds) || !isWeightMode(weights)) {
     throw new Error(
-      `usage: npm run -s bench -- ${Object.keys(benches).join('|')} [--json] [--threads N] [--rounds N] [--weights parity|faithful] [--model FILE]`,
+      `usage: npm run -s bench -- ${Object.keys(benches).join('|')} [--json] [--threads N] [--rounds N] [--weights parity|faithful|fast] [--model FILE]`,
     );
   }
   const place = describePlace();
@@ -124,7 +124,7 @@ async function main(): Promise<void> {
 }
 
 function isWeightMode(text: string): text is WeightMode {
-  return text === 'parity' || text === 'faithful';
+  return text === 'parity' || text === 'faithful' || text === 'fast';
 }
 
 async function fetchDefaultModel(): Promise<string> {
