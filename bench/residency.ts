@@ -94,10 +94,15 @@ export function summariseResidency(
     results.get(name)!.map(({ samples }) => (1000 * samples.tokens![0]!) / samples.busyMs![0]!);
   const queue = (name: string): number[] =>
     results.get(name)!.map(({ samples }) => median(samples.queueMs!));
+  const cpu = (name: string): number[] => results.get(name)!.map(({ cpuMs }) => cpuMs);
   const [few, all] = [rates('few'), rates('all')];
+  const figures = {
+    ratio: round(median(few) / median(all)),
+    cpu_ratio: round(median(cpu('all')) / median(cpu('few'))),
+  };
   return {
     bench: 'residency',
-    figures: { ratio: round(median(few) / median(all)), adapters, room, streams },
+    figures: { ...figures, adapters, room, streams },
     series: {
       few: seriesOf('tokens/s', few),
       all: seriesOf('tokens/s', all),
@@ -105,11 +110,14 @@ export function summariseResidency(
         '×',
         few.map((rate, i) => rate / all[i]!),
       ),
+      few_cpu: seriesOf('CPU ms', cpu('few')),
+      all_cpu: seriesOf('CPU ms', cpu('all')),
       few_queue_p50: seriesOf('ms', queue('few')),
       all_queue_p50: seriesOf('ms', queue('all')),
     },
     notes: [
       'ratio: median tokens/s with room for few over that with all resident, both over the time in which every stream has a request; series ratio: the same per round',
+      'cpu_ratio: CPU time of the whole job with all resident over that with few: what loads cost in work',
       'Zipf 1.0, seeded; the round that is thrown away leaves memory as the traffic leaves it; packed files come from the page cache',
     ],
   };

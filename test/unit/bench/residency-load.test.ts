@@ -26,8 +26,10 @@ describe('bench residency', () => {
   });
 
   it('compares tokens a second of the time in which all streams are busy', () => {
-    const side = (tokens: number, busyMs: number): JobResult =>
-      result({ tokens: [tokens], busyMs: [busyMs], queueMs: [1, 3, 8] });
+    const side = (tokens: number, busyMs: number): JobResult => ({
+      ...result({ tokens: [tokens], busyMs: [busyMs], queueMs: [1, 3, 8] }),
+      cpuMs: busyMs + tokens,
+    });
     const { figures, series } = summariseResidency(
       new Map([
         ['few', [side(100, 1000), side(90, 1000), side(400, 5000)]],
@@ -36,6 +38,7 @@ describe('bench residency', () => {
       fullResidency,
     );
     expect(figures.ratio).toBe(0.8182); // 90 / 110
+    expect(figures.cpu_ratio).toBe(1.009); // 1110 / 1100
     expect(series.few!.values).toEqual([100, 90, 80]);
     expect(series.few_queue_p50!.median).toBe(3);
   });
