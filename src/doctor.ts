@@ -6,6 +6,7 @@ import { arch, cpus, freemem, platform, totalmem } from 'node:os';
 import { join } from 'node:path';
 import type { Config } from './config.ts';
 import { createKernels } from './kernels/create-kernels.ts';
+import type { Ops, Tensor } from './kernels/kernels.ts';
 import { defaultSource } from './model/model-source.ts';
 import { usableCores } from './usable-cores.ts';
 
@@ -15,6 +16,64 @@ async function backendOf({ backend, threads }: Config): Promise<string> {
   try {
     using kernels = await createKernels(backend, { threads });
     return kernels.description;
+  } catch (error) {
+    return `not usable: ${error instanceof Error ? error.message : String(error)}`;
+  }
+}
+
+const [costRows, costWidth, costRuns] = [8, 1024, 20];
+
+/** CPU milliseconds of one run on one thread: a linear over q4_1, and the delta of eight adapters of rank 16. */
+async function kernelCosts(native: boolean): Promise<readonly [number, number]> {
+  using kernels = await createKernels('ggml', { threads: 1, native });
+  const way = native ? 'int16' : 'library';
+  const pool = { pages: 1 + 2 * costRows, width: costWidth };
+  const [a, b] = [
+    kernels.storePages('shrink', 'bf16', pool),
+    kernels.storePages('expand', 'bf16', pool),
+  ];
+  for (const pages of [a, b]) kernels.write(pages, new Uint8Array(pages.bytes), 0);
+  const shape = [costWidth, costWidth];
+  const w = kernels.storeWeight?.('q4_1', shape, way) ?? kernels.store('q4_1', shape);
+  kernels.write(w, new Uint8Array(w.bytes), 0);
+  const cost = (build: (ops: Ops, x: Tensor, pages: Tensor, gate: Tensor) => Tensor): number => {
+    const inputs = (ops: Ops): [Tensor, Tensor, Tensor] => [
+      ops.input('x', 'f32', [costRows, costWidth]),
+      ops.input('pages', 'i32', [costRows, 2]),
+      ops.input('gate', 'f32', [costRows, 2, 8]),
+    ];
+    using program = kernels.compile((ops) => ({ y: build(ops, ...inputs(ops)) }), { segments: 0 });
+    program.write('x', new Float32Array(costRows * costWidth));
+    program.write('gate', new Float32Array(costRows * 16).fill(1));
+    program.write(
+      'pages',
+      Int32Array.from({ length: 2 * costRows }, (_, i) => 1 + i),
+    );
+    program.run([]);
+    const start = process.cpuUsage();
+    for (let i = 0; i < costRuns; i++) program.run([]);
+    const { user, system } = process.cpuUsage(start);
+    return (user + system) / 1000 / costRuns;
+  };
+  return [
+    cost((ops, x) => ops.linear(x, w)),
+    cost((ops, x, pages, gate) => {
+      const [h] = ops.shrink(x, pages, [{ a, gate }]);
+      return ops.expand(ops.add(x, x), h!, pages, b);
+    }),
+  ];
+}
+
+/** What it costs here to be without our own kernels. */
+async function ownKernels({ backend }: Config): Promise<string> {
+  if (backend !== 'ggml') return 'not used by this backend';
+  try {
+    const [own, composed] = [await kernelCosts(true), await kernelCosts(false)];
+    const told = ['linear q4_1', 'adapters of rank 16'].map((what, i) => {
+      const [ms, without] = [own[i]!, composed[i]!];
+      return `${what} ${ms.toFixed(3)} ms, composed of ggml's ops ${without.toFixed(3)} ms (${(without / ms).toFixed(1)} ×)`;
+    });
+    return `8 rows of 1024 on one core: ${told.join('; ')}`;
   } catch (error) {
     return `not usable: ${error instanceof Error ? error.message : String(error)}`;
   }
@@ -38,6 +97,7 @@ export async function examine(config: Config): Promise<Record<string, string>> {
     memory: `${gigabytes(freemem())} free of ${gigabytes(totalmem())}`,
     threads: `${config.threads} (usable cores: ${usableCores().why})`,
     backend: await backendOf(config),
+    kernels: await ownKernels(config),
     weights: config.weights,
     model: await modelState(config),
     data: config.dataDir,

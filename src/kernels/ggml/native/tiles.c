@@ -198,7 +198,7 @@ struct affine32 {
   uint8_t q[32];
 };
 
-static void open_block(int type, const uint8_t *row, int64_t b, struct affine32 *o) {
+INLINE void open_block(int type, const uint8_t *row, int64_t b, struct affine32 *o) {
   static const int sizes[] = {[Q4_0] = 18, [Q4_1] = 20, [Q5_0] = 22, [Q5_1] = 24, [Q8_0] = 34, [Q4_K] = 144, [Q5_K] = 176};
   const int isK = type == Q4_K || type == Q5_K, j = b & 7, hasMin = type == Q4_1 || type == Q5_1;
   const uint8_t *p = row + (isK ? b >> 3 : b) * sizes[type];
@@ -215,16 +215,17 @@ static void open_block(int type, const uint8_t *row, int64_t b, struct affine32 
   }
   if (!hasMin) o->m = o->d * (type == Q4_0 ? -8 : type == Q5_0 ? -16 : -128);
   p += hasMin ? 4 : 2;
-  uint32_t high = 0;
-  if (type == Q5_0 || type == Q5_1) memcpy(&high, p, 4), p += 4;
-  for (int i = 0; i < 32; i++) {
-    if (type == Q8_0) o->q[i] = p[i] ^ 128;
-    else o->q[i] = (i < 16 ? p[i] & 15 : p[i - 16] >> 4) | (high >> i & 1) << 4;
+  if (type == Q8_0) {
+    for (int i = 0; i < 32; i++) o->q[i] = p[i] ^ 128;
+    return;
   }
+  const int is5 = type == Q5_0 || type == Q5_1;
+  for (int i = 0; i < 16; i++) o->q[i] = p[is5 * 4 + i] & 15, o->q[16 + i] = p[is5 * 4 + i] >> 4;
+  if (is5)
+    for (int i = 0; i < 32; i++) o->q[i] |= (p[i / 8] >> i % 8 & 1) << 4;
 }
 
-// Called directly. rows: [N, K] of a file's type; tiles: nibbles for the types of four bits, octets for the others.
-void rankgate_tile(uint8_t *tiles, const uint8_t *rows, int type, int64_t N, int64_t K, int64_t row_bytes) {
+INLINE void tile_rows(int type, uint8_t *tiles, const uint8_t *rows, int64_t N, int64_t K, int64_t row_bytes) {
   const int four = type == Q4_0 || type == Q4_1 || type == Q4_K;
   for (int64_t n = 0; n < N; n += LANES)
     for (int64_t b = 0; b < K / 32; b++, tiles += HEAD + LANES * (four ? 16 : 32))
@@ -235,7 +236,14 @@ void rankgate_tile(uint8_t *tiles, const uint8_t *rows, int type, int64_t N, int
         memcpy(tiles + lane * 2, &d, 2);
         memcpy(tiles + LANES * 2 + lane * 2, &m, 2);
         uint8_t *q = tiles + HEAD + lane * 4;
-        for (int i = 0; i < (four ? 16 : 32); i++)
-          q[i / 4 * LANES * 4 + i % 4] = four ? o.q[i] | o.q[16 + i] << 4 : o.q[i];
+        if (four)
+          for (int i = 0; i < 16; i++) o.q[i] |= o.q[16 + i] << 4;
+        for (int i = 0; i < (four ? 4 : 8); i++) memcpy(q + i * LANES * 4, o.q + i * 4, 4);
       }
+}
+
+// Called directly. rows: [N, K] of a file's type; tiles: nibbles for the types of four bits, octets for the others.
+void rankgate_tile(uint8_t *tiles, const uint8_t *rows, int type, int64_t N, int64_t K, int64_t row_bytes) {
+#define OF(TYPE) case TYPE: tile_rows(TYPE, tiles, rows, N, K, row_bytes); break;
+  switch (type) { OF(Q4_0) OF(Q4_1) OF(Q5_0) OF(Q5_1) OF(Q8_0) OF(Q4_K) OF(Q5_K) }
 }
