@@ -65,14 +65,16 @@ export class AdapterLoader {
     }
   }
 
-  /** Frees what no sequence waits for any more: after admission, and when one is cancelled. */
-  letGo(): void {
+  /** Frees what no sequence waits for any more: after admission, and when one is cancelled. Whether it did: the next load
+   *  can start. */
+  letGo(): boolean {
     const phase = this.#phase;
-    if (phase.kind === 'idle') return;
+    if (phase.kind === 'idle') return false;
     const { generation } = phase.kind === 'held' ? phase.use : phase.load;
-    if (this.#listener.isAwaited(generation)) return;
+    if (this.#listener.isAwaited(generation)) return false;
     if (phase.kind === 'held') phase.use.release();
     else phase.load.abandon();
     this.#phase = { kind: 'idle' };
+    return true;
   }
 }

@@ -174,7 +174,8 @@ export class EngineLoop {
     const waiting = this.#waiting.size;
     this.#loader.advance();
     this.#admit();
-    this.#loader.letGo();
+    // Once more for the load that the next in line needs: its file is read during this step, not the one after.
+    if (this.#loader.letGo() && this.#waiting.size > 0) this.#admit();
     this.#outbox.flush(); // a start is out before the step that may kill the process: supervisor.ts counts on it
     const isRunning = this.#running.size > 0;
     if (isRunning) this.#step();

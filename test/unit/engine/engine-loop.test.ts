@@ -290,6 +290,26 @@ describe('EngineLoop', () => {
     expectClean(harness);
   });
 
+  it('reads the next adapter during the step after the one before was written', async () => {
+    const openedAtStep: number[] = [];
+    const harness = new LoopHarness({
+      pages: 40,
+      open: (generation) => {
+        openedAtStep.push(harness.reports.length);
+        return Promise.resolve(fakePacked(generation, fakeRankOf(generation)));
+      },
+    });
+    harness.submit(makeRequest({ id: 'stream', tokensMax: 50 }));
+    await harness.ticks(3);
+    for (const n of [1, 2, 3, 4]) {
+      const adapter = { generation: fakeGeneration(n), rank: 1 };
+      harness.submit(makeRequest({ id: `load${n}`, tokensMax: 9, adapter }));
+    }
+    await harness.drain();
+    const [first] = openedAtStep as [number];
+    expect(openedAtStep).toEqual([first, first + 1, first + 2, first + 3]);
+  });
+
   it('refuses a rank that the adapter does not have, and an adapter larger than the memory', async () => {
     const harness = new LoopHarness({ pages: 4 });
     const generation = fakeGeneration(5); // rank 36: five pages, three there are
