@@ -2,7 +2,7 @@
 // the answer alone (prompt lookup decoding, Saxena 2023; the idea of LLMA, Yang et al., arXiv:2304.04487). Longer
 // matches first. The table is direct-mapped and checked against the tokens: a collision loses a guess, never makes one.
 
-/** Lengths of the ends that are looked for, longest first. Measured: docs/benchmarks.md, "Speculation". */
+/** Lengths of the ends that are looked for, longest first. */
 const matchLengths = [3, 2] as const;
 /** 256 KB a sequence at most; of a longer sequence the newest occurrences stay. */
 const slotsMax = 65_536;
