@@ -127,7 +127,8 @@ class Host {
       let busy: RawResult['samples'] | null = null;
       const submitNext = (): void => {
         running += 1;
-        this.#submit(requests[next++]!, newTokens, (event, nowMs) => {
+        const index = next++;
+        this.#submit(requests[index]!, newTokens[index]!, (event, nowMs) => {
           if (event.kind === 'start') queueMs.push(event.queueMs);
           if (event.kind === 'piece') tokens += event.tokens.length;
           if (event.kind !== 'end') return;

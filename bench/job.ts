@@ -76,12 +76,13 @@ export interface ServedRequest {
   readonly prompt: readonly number[];
 }
 
-/** So many streams always busy until the requests are used up: `tokens` and `busyMs` of the time before the first place
+/** So many streams always busy until the requests are used up, each with its own `newTokens`: `tokens` and `busyMs` of the time before the first place
  *  stays empty, and `queueMs` of each request. */
 export interface ServeJob {
   readonly kind: 'serve';
   readonly streams: number;
-  readonly newTokens: number;
+  /** Of each request. */
+  readonly newTokens: readonly number[];
   readonly requests: readonly ServedRequest[];
 }
 

@@ -15,6 +15,7 @@ export interface ResidencySizes {
   readonly streams: number;
   readonly requests: number;
   readonly promptTokens: number;
+  /** Answers have half to one and a half times as many: equal ones would all end in the same step, and load at once. */
   readonly newTokens: number;
 }
 
@@ -62,7 +63,7 @@ export async function benchResidency(
       rank: adapterRank,
       pages: resident * Math.ceil(adapterRank / 8),
     };
-    const streamTokensMax = promptTokens + newTokens;
+    const streamTokensMax = promptTokens + 2 * newTokens;
     const sizesOfSide = { adapters: [], streamsMax: streams, streamTokensMax, engine };
     const side = await SideProcess.open('engine', { ...common, ...sizesOfSide });
     sides.push(side);
@@ -72,7 +73,9 @@ export async function benchResidency(
     const traffic = zipf(adapters, requests, 1).map(
       (rank, i): ServedRequest => ({ adapter: rank - 1, prompt: takeTokens(promptTokens, 7 * i) }),
     );
-    const job: ServeJob = { kind: 'serve', streams, newTokens, requests: traffic };
+    const random = createRandom(2);
+    const lengths = traffic.map(() => Math.ceil(newTokens / 2) + (random() % newTokens));
+    const job: ServeJob = { kind: 'serve', streams, newTokens: lengths, requests: traffic };
     const entrants: Entrant[] = [
       { name: 'few', side: await open(room), job },
       { name: 'all', side: await open(adapters), job },
