@@ -48,24 +48,54 @@ INLINE void numbers(const uint8_t *p, int half, int64_t D, float *out) {
   for (int64_t d = 0; d < D; d += LANES) *(vec *)(out + d) = half ? halves(p + d * 2) : *(const vec *)(p + d * 4);
 }
 
-// scores[c] = q · k[c] for one lot of cells, k as f32 [LOT, D].
-INLINE void lot_scores(const float *q, const float *k, int64_t D, float scale, float *scores) {
-#pragma GCC unroll 4
-  for (int c = 0; c < LOT; c += 4) {
-    vec sums[4] = {{0}, {0}, {0}, {0}};
-    for (int64_t d = 0; d < D; d += LANES) {
-      vec a = *(const vec *)(q + d);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) sums[i] += a * *(const vec *)(k + (c + i) * D + d);
-    }
-    *(four *)(scores + c) = scale * sums4(sums);
+// scores[m][c] = q[m] · k[c] of M queries and one lot of cells, k as f32 [LOT, D].
+#define SCORES(M)                                                                                                     \
+  static void scores_##M(const float *const *q, const float *k, int64_t D, float (*scores)[CHUNK]) {                  \
+    const float scale = 1.f / __builtin_sqrtf((float)D);                                                              \
+    for (int c = 0; c < LOT; c += 4) {                                                                                \
+      vec sums[M][4];                                                                                                 \
+      for (int m = 0; m < M; m++)                                                                                     \
+        for (int i = 0; i < 4; i++) sums[m][i] = (vec){0};                                                            \
+      for (int64_t d = 0; d < D; d += LANES) {                                                                        \
+        vec cell[4];                                                                                                  \
+        for (int i = 0; i < 4; i++) cell[i] = *(const vec *)(k + (c + i) * D + d);                                    \
+        for (int m = 0; m < M; m++) {                                                                                 \
+          vec a = *(const vec *)(q[m] + d);                                                                           \
+          for (int i = 0; i < 4; i++) sums[m][i] += a * cell[i];                                                      \
+        }                                                                                                             \
+      }                                                                                                               \
+      for (int m = 0; m < M; m++) *(four *)(scores[m] + c) = scale * sums4(sums[m]);                                  \
+    }                                                                                                                 \
+  }
+SCORES(1) SCORES(2) SCORES(3) SCORES(4)
+
+static void lot_scores(int64_t queries, const float *const *q, const float *k, int64_t D, float (*scores)[CHUNK]) {
+  for (; queries >= 4 && queries != 5 && queries != 6; queries -= 4, q += 4, scores += 4) scores_4(q, k, D, scores);
+  for (; queries >= 3; queries -= 3, q += 3, scores += 3) scores_3(q, k, D, scores);
+  if (queries == 2) scores_2(q, k, D, scores);
+  if (queries == 1) scores_1(q, k, D, scores);
+}
+
+// y += Σ scores[c] · v[c] over a lot's cells, v as f32 [LOT, D]: four vectors of y at a time in registers.
+static inline void lot_values(const float *scores, const float *v, int64_t cells, int64_t D, float *y) {
+  int64_t d = 0;
+  for (; d + 4 * LANES <= D; d += 4 * LANES) {
+    vec sums[4];
+    for (int i = 0; i < 4; i++) sums[i] = *(vec *)(y + d + i * LANES);
+    for (int64_t c = 0; c < cells; c++)
+      for (int i = 0; i < 4; i++) sums[i] += scores[c] * *(const vec *)(v + c * D + d + i * LANES);
+    for (int i = 0; i < 4; i++) *(vec *)(y + d + i * LANES) = sums[i];
+  }
+  for (; d < D; d += LANES) {
+    vec sum = *(vec *)(y + d);
+    for (int64_t c = 0; c < cells; c++) sum += scores[c] * *(const vec *)(v + c * D + d);
+    *(vec *)(y + d) = sum;
   }
 }
 
 static void attend_unit(const struct unit *u) {
   float lot[LOT * HEAD_MAX], scores[QUERIES][CHUNK], y[QUERIES * HEAD_MAX], top[QUERIES], total[QUERIES];
   const int64_t D = u->D, queries = u->rows * u->heads, end = u->seen + u->rows - 1;
-  const float scale = 1.f / __builtin_sqrtf((float)D);
   const float *q[QUERIES];
   for (int64_t m = 0; m < queries; m++) {
     q[m] = u->q + m / u->heads * u->row_stride + m % u->heads * D;
@@ -82,7 +112,8 @@ static void attend_unit(const struct unit *u) {
         numbers(u->k + (first + c + i) * u->cell_bytes, u->half, D, lot + i * D);
       }
       memset(lot + cells * D, 0, (LOT - cells) * D * sizeof *lot);
-      for (int64_t m = 0; m < queries; m++) lot_scores(q[m], lot, D, scale, scores[m] + c);
+      float(*into)[CHUNK] = (float(*)[CHUNK])(&scores[0][c]); // the same rows, from cell c on
+      lot_scores(queries, q, lot, D, into);
     }
     for (int64_t m = 0; m < queries; m++) {
       int64_t seen = u->seen + m / u->heads - first; // of this chunk
@@ -112,16 +143,7 @@ static void attend_unit(const struct unit *u) {
       }
       for (int64_t m = 0; m < queries; m++) {
         if (u->seen + m / u->heads <= first + c) continue;
-        for (int64_t d = 0; d < D; d += LANES) {
-          vec a = *(vec *)(y + m * D + d), b = {0};
-          int64_t i = 0;
-          for (; i + 2 <= cells; i += 2) {
-            a += scores[m][c + i] * *(const vec *)(lot + i * D + d);
-            b += scores[m][c + i + 1] * *(const vec *)(lot + (i + 1) * D + d);
-          }
-          if (i < cells) a += scores[m][c + i] * *(const vec *)(lot + i * D + d);
-          *(vec *)(y + m * D + d) = a + b;
-        }
+        lot_values(scores[m] + c, lot, cells, D, y + m * D);
       }
     }
   }
