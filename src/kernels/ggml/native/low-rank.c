@@ -1,6 +1,7 @@
 // The low-rank delta of rows with different adapters and ranks, run inside ggml's threads as custom ops. Neighbouring rows with
 // the same pages are one group: a group of one row streams its pages once, a larger one multiplies matrices. A rank whose
-// gates (or values) are all zero in a group is not read. The caller has checked shapes and indices; widths are multiples
+// gates (or values) are all zero in a group is not read. Pages come from memory once a step, in pieces too short for the machine's
+// own prefetcher: while one piece is used, the next is fetched into the second cache. The caller has checked shapes and indices; widths are multiples
 // of 32.
 
 #include "numbers.h"
@@ -28,15 +29,19 @@ struct quad {
   int64_t K, rows, stride; // of h and gate, in numbers
   const float *x, *gate;
   float *h;
+  int type;
+  const uint8_t *next; // what will be read after this; null: nothing
 };
 
 #define DOTS(TYPE, C)                                                                                                 \
   static void dots_##TYPE##_##C(const struct quad *q, int64_t t) {                                                    \
+    const size_t share = q->next ? QUAD * q->row_bytes * 32 / q->K : 0;                                               \
     vec sums[C][QUAD];                                                                                                \
     for (int r = 0; r < QUAD; r++)                                                                                    \
       for (int c = 0; c < C; c++) sums[c][r] = (vec){0};                                                              \
     for (int64_t b = 0; b < q->K / 32; b++) {                                                                         \
       vec v[QUAD][VECS];                                                                                              \
+      for (size_t at = 0; at < share; at += 64) __builtin_prefetch(q->next + b * share + at, 0, 2);                    \
       for (int r = 0; r < QUAD; r++) load_##TYPE(q->a + r * q->row_bytes, b, v[r]);                                   \
       for (int c = 0; c < C; c++) EACH {                                                                              \
           vec x = *(const vec *)(q->x + (t + c) * q->K + b * 32 + i * LANES);                                         \
@@ -57,8 +62,8 @@ struct quad {
   }
 SHRINK(f32) SHRINK(f16) SHRINK(bf16) SHRINK(q8_0)
 
-static void shrink_quad(int type, const struct quad *q) {
-  switch (type) {
+static void shrink_quad(const struct quad *q) {
+  switch (q->type) {
     case F32: shrink_f32(q); break;
     case F16: shrink_f16(q); break;
     case BF16: shrink_bf16(q); break;
@@ -73,6 +78,7 @@ void rankgate_shrink(struct tensor *dst, int ith, int nth, void *unused) {
   const struct tensor *x = dst->src[0], *ids = dst->src[1];
   int64_t K = x->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, turn = 0;
   const int32_t *pages = ids->data;
+  struct quad last = {0}; // computed once it is known what comes next
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
     for (int64_t part = 0; part < dst->ne[2]; part++) {
@@ -81,16 +87,20 @@ void rankgate_shrink(struct tensor *dst, int ith, int nth, void *unused) {
         int64_t page = pages[t * P + r / PAGE], at = t * ranks + r;
         struct quad q = {(const uint8_t *)a->data + page * a->nb[2] + r % PAGE * a->nb[1],
                          a->nb[1], K, end - t, ranks, (const float *)x->data + t * K,
-                         (const float *)gate->data + at, (float *)dst->data + part * T * ranks + at};
+                         (const float *)gate->data + at, (float *)dst->data + part * T * ranks + at,
+                         a->type, 0};
         if (page == 0 || all_zero(q.gate, ranks, q.rows)) {
           if (ith != 0) continue;
           for (int64_t row = 0; row < q.rows; row++) memset(q.h + row * ranks, 0, QUAD * sizeof(float));
         } else if (turn++ % nth == ith) {
-          shrink_quad(a->type, &q);
+          last.next = q.a;
+          if (last.a) shrink_quad(&last);
+          last = q;
         }
       }
     }
   }
+  if (last.a) shrink_quad(&last);
 }
 
 struct column {
@@ -102,24 +112,31 @@ struct column {
   int64_t N, ranks, rows, b0, b1; // blocks of 32 numbers b0 … b1 are this thread's
 };
 
-// A group of one: y stays in the first cache while the quads of ranks stream past. A larger one: 32 columns of all its ranks
-// are dequantised once, and four rows at a time go through them in registers.
-#define EXPAND(TYPE)                                                                                                  \
-  static void expand_one_##TYPE(const struct column *c) {                                                             \
-    for (int64_t r = 0; r < c->ranks; r += QUAD) {                                                                    \
-      int32_t page = c->pages[r / PAGE];                                                                              \
-      if (page == 0 || all_zero(c->h + r, 0, 1)) continue;                                                            \
-      const uint8_t *b = c->b + page * c->page_bytes + r % PAGE * c->row_bytes;                                       \
-      for (int64_t block = c->b0; block < c->b1; block++) {                                                           \
-        vec *y = (vec *)(c->y + block * 32), sums[VECS];                                                              \
-        EACH sums[i] = y[i];                                                                                          \
-        for (int q = 0; q < QUAD; q++) {                                                                              \
-          vec v[VECS];                                                                                                \
-          load_##TYPE(b + q * c->row_bytes, block, v);                                                                \
-          EACH sums[i] += v[i] * c->h[r + q];                                                                         \
-        }                                                                                                             \
-        EACH y[i] = sums[i];                                                                                          \
+// QUAD ranks of a lone row.
+struct strip {
+  float *y;
+  const float *h;
+  const uint8_t *b, *next; // of this quad, and of the one after it; null: none
+  size_t row_bytes;
+  int64_t b0, b1;
+};
+
+// A lone row: y stays in the first cache while the quads of ranks stream past. A group: 32 columns of all its ranks are
+// dequantised once, and its rows go through them.
+#define EXPAND(TYPE, BLOCK)                                                                                           \
+  static void expand_strip_##TYPE(const struct strip *s) {                                                            \
+    for (int64_t block = s->b0; block < s->b1; block++) {                                                             \
+      vec *y = (vec *)(s->y + block * 32), sums[VECS];                                                                \
+      if (s->next)                                                                                                    \
+        for (int q = 0; q < QUAD; q++)                                                                                \
+          for (int at = 0; at < BLOCK; at += 64) __builtin_prefetch(s->next + q * s->row_bytes + block * BLOCK + at, 0, 2); \
+      EACH sums[i] = y[i];                                                                                            \
+      for (int q = 0; q < QUAD; q++) {                                                                                \
+        vec v[VECS];                                                                                                  \
+        load_##TYPE(s->b + q * s->row_bytes, block, v);                                                               \
+        EACH sums[i] += v[i] * s->h[q];                                                                               \
       }                                                                                                               \
+      EACH y[i] = sums[i];                                                                                            \
     }                                                                                                                 \
   }                                                                                                                   \
   static void expand_many_##TYPE(const struct column *c) {                                                            \
@@ -142,12 +159,26 @@ struct column {
         EACH y[i] = sums[i];                                                                                          \
       }                                                                                                               \
     }                                                                                                                 \
-  }                                                                                                                   \
-  static void expand_##TYPE(const struct column *c) {                                                                 \
-    if (c->rows == 1) expand_one_##TYPE(c);                                                                           \
-    else expand_many_##TYPE(c);                                                                                       \
   }
-EXPAND(f32) EXPAND(f16) EXPAND(bf16) EXPAND(q8_0)
+EXPAND(f32, 128) EXPAND(f16, 64) EXPAND(bf16, 64) EXPAND(q8_0, 34)
+
+static void expand_strip(int type, const struct strip *s) {
+  switch (type) {
+    case F32: expand_strip_f32(s); break;
+    case F16: expand_strip_f16(s); break;
+    case BF16: expand_strip_bf16(s); break;
+    case Q8_0: expand_strip_q8_0(s); break;
+  }
+}
+
+static void expand_many(int type, const struct column *c) {
+  switch (type) {
+    case F32: expand_many_f32(c); break;
+    case F16: expand_many_f16(c); break;
+    case BF16: expand_many_bf16(c); break;
+    case Q8_0: expand_many_q8_0(c); break;
+  }
+}
 
 // dst = y [N, T] in place, src = {y, h [8P, T], pages [P, T], b [N, 8, pages]}. Threads divide the columns. P is at most 32.
 void rankgate_expand(struct tensor *dst, int ith, int nth, void *unused) {
@@ -155,15 +186,23 @@ void rankgate_expand(struct tensor *dst, int ith, int nth, void *unused) {
   const struct tensor *h = dst->src[1], *ids = dst->src[2], *b = dst->src[3];
   int64_t N = dst->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, blocks = N / 32;
   const int32_t *pages = ids->data;
+  struct strip last = {0}; // computed once it is known what comes next
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
     struct column c = {(float *)dst->data + t * N, (const float *)h->data + t * ranks, pages + t * P, b->data, b->nb[1],
                        b->nb[2], N, ranks, end - t, blocks * ith / nth, blocks * (ith + 1) / nth};
-    switch (b->type) {
-      case F32: expand_f32(&c); break;
-      case F16: expand_f16(&c); break;
-      case BF16: expand_bf16(&c); break;
-      case Q8_0: expand_q8_0(&c); break;
+    if (c.rows > 1) {
+      expand_many(b->type, &c);
+      continue;
+    }
+    for (int64_t r = 0; r < ranks; r += QUAD) {
+      int32_t page = c.pages[r / PAGE];
+      if (page == 0 || all_zero(c.h + r, 0, 1)) continue;
+      struct strip s = {c.y, c.h + r, c.b + page * c.page_bytes + r % PAGE * c.row_bytes, 0, c.row_bytes, c.b0, c.b1};
+      last.next = s.b;
+      if (last.b) expand_strip(b->type, &last);
+      last = s;
     }
   }
+  if (last.b) expand_strip(b->type, &last);
 }
