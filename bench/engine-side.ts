@@ -42,6 +42,7 @@ export async function openSide(options: SideOptions): Promise<Side> {
       segmentsMax: options.streamsMax,
       limits: { waitingMax: 64, waitingTokensMax: 65_536, prefillTokensMax: 512 },
       tenantShareMax: 1,
+      speculation: 'off', // what a step costs: a guess that comes true hands out more tokens than one
     },
     systemClock,
     (message) => host.hear(message),
