@@ -2,7 +2,8 @@
 // llama.cpp cannot mix LoRA sets in a batch; it is measured serving them one after another (as llama-server does) and
 // round robin (better first token, every step eight batches of one), and the better throughput is the opponent.
 
-import type { AdapterSpec, AdapterUse, Job, JobResult, SideOptions } from './job.ts';
+import { writeAdapters } from './gguf-lora.ts';
+import type { AdapterUse, GenerateJob, JobResult, SideOptions } from './job.ts';
 import {
   agreement,
   type Entrant,
@@ -18,36 +19,27 @@ import {
 import { takePrompts } from './prompts.ts';
 import { type SideName, SideProcess } from './side-process.ts';
 
-const streams = 8;
-const promptTokens = 64;
-const newTokens = 128;
+export interface AdaptersSizes {
+  /** As many adapters. */
+  readonly streams: number;
+  readonly promptTokens: number;
+  readonly newTokens: number;
+}
+
+const fullAdapters: AdaptersSizes = { streams: 8, promptTokens: 64, newTokens: 128 };
 export const adapterRank = 16;
 
-type Generate = Extract<Job, { kind: 'generate' }>;
-
-const withAdapters: Generate = {
-  kind: 'generate',
-  prompts: takePrompts(streams, promptTokens),
-  newTokens,
-  adapters: Array.from(
-    { length: streams },
-    (_, adapter): AdapterUse => ({ adapter, rank: adapterRank }),
-  ),
-  order: 'one-after-another',
-};
-const withoutAdapters: Generate = {
-  ...withAdapters,
-  adapters: withAdapters.adapters.map(() => null),
-};
-
 /** All streams' tokens over the whole time, prompts included. */
-const throughput = (result: JobResult): number => (1000 * streams * newTokens) / result.totalMs;
+const throughput = ({ ids, totalMs }: JobResult): number => (1000 * ids.flat().length) / totalMs;
 
 export async function benchAdapters(
-  options: Omit<SideOptions, 'weights' | 'adapters' | 'streamsMax' | 'streamTokensMax'>,
-  adapters: readonly AdapterSpec[],
+  // The folder takes the adapters: 10 MB each for the default model.
+  { folder, ...options }: Pick<SideOptions, 'modelPath' | 'threads'> & { readonly folder: string },
   rounds: number,
+  sizes: AdaptersSizes = fullAdapters,
 ): Promise<Report> {
+  const { streams } = sizes;
+  const adapters = writeAdapters(folder, options.modelPath, { count: streams, rank: adapterRank });
   const common = { ...options, adapters, streamsMax: streams, streamTokensMax: 256 };
   const open = (name: SideName, weights: SideOptions['weights']): Promise<SideProcess> =>
     SideProcess.open(name, { ...common, weights });
@@ -56,9 +48,9 @@ export async function benchAdapters(
     sides.set('llamacpp', await open('llamacpp', 'parity'));
     sides.set('parity', await open('rankgate', 'parity'));
     sides.set('faithful', await open('rankgate', 'faithful'));
-    const results = await runRounds(entrantsOf(sides), rounds);
+    const results = await runRounds(entrantsOf(sides, sizes), rounds);
     return {
-      ...summarise(results),
+      ...summariseAdapters(results),
       sides: Object.fromEntries([...sides].map(([name, side]) => [name, side.description])),
     };
   } finally {
@@ -66,7 +58,24 @@ export async function benchAdapters(
   }
 }
 
-function entrantsOf(sides: ReadonlyMap<string, SideProcess>): Entrant[] {
+function entrantsOf(
+  sides: ReadonlyMap<string, SideProcess>,
+  { streams, promptTokens, newTokens }: AdaptersSizes,
+): Entrant[] {
+  const withAdapters: GenerateJob = {
+    kind: 'generate',
+    prompts: takePrompts(streams, promptTokens),
+    newTokens,
+    adapters: Array.from(
+      { length: streams },
+      (_, adapter): AdapterUse => ({ adapter, rank: adapterRank }),
+    ),
+    order: 'one-after-another',
+  };
+  const withoutAdapters: GenerateJob = {
+    ...withAdapters,
+    adapters: withAdapters.adapters.map(() => null),
+  };
   const [llamacpp, parity, faithful] = [...sides.values()] as [
     SideProcess,
     SideProcess,
@@ -87,7 +96,9 @@ function entrantsOf(sides: ReadonlyMap<string, SideProcess>): Entrant[] {
   ];
 }
 
-function summarise(results: ReadonlyMap<string, JobResult[]>): Omit<Report, 'sides'> {
+export function summariseAdapters(
+  results: ReadonlyMap<string, readonly JobResult[]>,
+): Omit<Report, 'sides'> {
   const series: Record<string, Series> = {};
   for (const [name, all] of results) {
     series[name] = seriesOf('tokens/s', all.map(throughput));

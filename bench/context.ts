@@ -28,7 +28,11 @@ export const fullContext: ContextSizes = {
 const cellNumberBytes = 2; // f16, as open-decoder.ts makes them
 
 /** Bytes of keys and values of one token in all layers. */
-export function tokenBytes({ blocks, kvHeads, headSize }: DecoderConfig): number {
+export function tokenBytes({
+  blocks,
+  kvHeads,
+  headSize,
+}: Pick<DecoderConfig, 'blocks' | 'kvHeads' | 'headSize'>): number {
   return blocks * 2 * kvHeads * headSize * cellNumberBytes;
 }
 

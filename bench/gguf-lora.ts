@@ -2,7 +2,10 @@
 // `blk.N.PROJECTION.weight.lora_a` [in, r] and `.lora_b` [r, out] in ggml's order, f16. alpha = r, so the scale is 1.
 
 import { closeSync, openSync, writeSync } from 'node:fs';
-import type { AdapterModule } from './adapter-numbers.ts';
+import { join } from 'node:path';
+import { type AdapterModule, adapterModules } from './adapter-numbers.ts';
+import type { AdapterSpec } from './job.ts';
+import { readConfig } from './rankgate-side.ts';
 
 const alignment = 32;
 const typeF16 = 1; // enum ggml_type
@@ -64,6 +67,21 @@ function entriesOf(module: AdapterModule, rank: number): Entry[] {
     { name: `${name}.lora_a`, shape: [module.in, rank], data: module.a },
     { name: `${name}.lora_b`, shape: [rank, module.out], data: module.b },
   ];
+}
+
+/** Adapters of seeds 1 … count for the model, each in a file of the folder. */
+export function writeAdapters(
+  folder: string,
+  modelPath: string,
+  { count, rank }: { readonly count: number; readonly rank: number },
+): AdapterSpec[] {
+  const config = readConfig(modelPath);
+  return Array.from({ length: count }, (_, index) => {
+    const seed = index + 1;
+    const ggufPath = join(folder, `adapter-${seed}.gguf`);
+    writeGgufLora(ggufPath, rank, adapterModules(config, seed, rank));
+    return { seed, rank, ggufPath };
+  });
 }
 
 export function writeGgufLora(path: string, rank: number, modules: Iterable<AdapterModule>): void {

@@ -1,20 +1,34 @@
 // `bench ranks`: does a row pay for its own rank? Eight rows decode, all at rank 4, all at rank 64, and one at rank 64
 // among seven at rank 4. If cost follows rank, the odd row costs an eighth of the way from all-4 to all-64.
 
-import type { AdapterSpec, Job, JobResult, SideOptions } from './job.ts';
-import { type Entrant, median, type Report, round, runRounds, seriesOf } from './measure.ts';
+import { writeAdapters } from './gguf-lora.ts';
+import type { GenerateJob, JobResult, SideOptions } from './job.ts';
+import {
+  type Entrant,
+  median,
+  type Report,
+  round,
+  runRounds,
+  type Series,
+  seriesOf,
+} from './measure.ts';
 import { takePrompts } from './prompts.ts';
 import { SideProcess } from './side-process.ts';
 
-const streams = 8;
-const small = 4;
-export const largeRank = 64;
+export interface RanksSizes {
+  readonly streams: number;
+  readonly newTokens: number;
+}
 
-function decode(ranks: readonly number[]): Job {
+const fullRanks: RanksSizes = { streams: 8, newTokens: 64 };
+const small = 4;
+const large = 64;
+
+function decode(ranks: readonly number[], newTokens: number): GenerateJob {
   return {
     kind: 'generate',
-    prompts: takePrompts(streams, 16),
-    newTokens: 64,
+    prompts: takePrompts(ranks.length, 16),
+    newTokens,
     adapters: ranks.map((rank, adapter) => ({ adapter, rank })),
     order: 'round-robin',
   };
@@ -24,10 +38,15 @@ function decode(ranks: readonly number[]): Job {
 const stepMs = (result: JobResult): number => median(result.stepMs);
 
 export async function benchRanks(
-  options: Omit<SideOptions, 'adapters' | 'streamsMax' | 'streamTokensMax'>,
-  adapters: readonly AdapterSpec[],
+  // The folder takes the adapters: 39 MB each for the default model.
+  {
+    folder,
+    ...options
+  }: Pick<SideOptions, 'modelPath' | 'threads' | 'weights'> & { readonly folder: string },
   rounds: number,
+  { streams, newTokens }: RanksSizes = fullRanks,
 ): Promise<Report> {
+  const adapters = writeAdapters(folder, options.modelPath, { count: streams, rank: large });
   const side = await SideProcess.open('rankgate', {
     ...options,
     adapters,
@@ -36,41 +55,44 @@ export async function benchRanks(
   });
   try {
     const fill = (rank: number): number[] => Array.from({ length: streams }, () => rank);
+    const all4 = decode(fill(small), newTokens);
     const jobs = {
-      none: { ...decode(fill(small)), adapters: fill(small).map(() => null) },
-      all_4: decode(fill(small)),
-      one_64: decode([largeRank, ...fill(small).slice(1)]),
-      all_64: decode(fill(largeRank)),
+      none: { ...all4, adapters: all4.adapters.map(() => null) },
+      all_4: all4,
+      one_64: decode([large, ...fill(small).slice(1)], newTokens),
+      all_64: decode(fill(large), newTokens),
     };
     const entrants: Entrant[] = Object.entries(jobs).map(([name, job]) => ({ name, side, job }));
     const results = await runRounds(entrants, rounds);
-    const series = Object.fromEntries(
-      [...results].flatMap(([name, all]) => [
-        [name, seriesOf('ms/step', all.map(stepMs))],
-        [
-          `${name}_cpu`,
-          seriesOf(
-            'CPU ms',
-            all.map((result) => result.cpuMs),
-          ),
-        ],
-      ]),
-    );
-    const ratio = (suffix: string): number => {
-      const value = (name: string): number => series[`${name}${suffix}`]!.median;
-      const eighth = (value('all_64') - value('all_4')) / streams;
-      return round((value('one_64') - value('all_4')) / eighth);
-    };
-    return {
-      bench: 'ranks',
-      figures: { row_cost_ratio: ratio(''), row_cost_ratio_cpu: ratio('_cpu') },
-      series,
-      sides: { rankgate: side.description },
-      notes: [
-        'row_cost_ratio: (one_64 − all_4) / ((all_64 − all_4) / 8), medians of the rounds; _cpu: the same from CPU time',
-      ],
-    };
+    return { ...summariseRanks(results, streams), sides: { rankgate: side.description } };
   } finally {
     await side.close();
   }
+}
+
+export function summariseRanks(
+  results: ReadonlyMap<string, readonly JobResult[]>,
+  streams: number,
+): Omit<Report, 'sides'> {
+  const series: Record<string, Series> = {};
+  for (const [name, all] of results) {
+    series[name] = seriesOf('ms/step', all.map(stepMs));
+    series[`${name}_cpu`] = seriesOf(
+      'CPU ms',
+      all.map((result) => result.cpuMs),
+    );
+  }
+  const ratio = (suffix: string): number => {
+    const value = (name: string): number => series[`${name}${suffix}`]!.median;
+    const share = (value('all_64') - value('all_4')) / streams;
+    return round((value('one_64') - value('all_4')) / share);
+  };
+  return {
+    bench: 'ranks',
+    figures: { row_cost_ratio: ratio(''), row_cost_ratio_cpu: ratio('_cpu') },
+    series,
+    notes: [
+      `row_cost_ratio: (one_64 − all_4) / ((all_64 − all_4) / ${streams}), medians of the rounds; _cpu: the same from CPU time`,
+    ],
+  };
 }

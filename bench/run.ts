@@ -7,18 +7,15 @@ import { availableParallelism, loadavg, tmpdir } from 'node:os';
 import { basename, join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { defaultSource, fetchBaseModel } from '../src/model/model-source.ts';
-import { adapterModules } from './adapter-numbers.ts';
-import { adapterRank, benchAdapters } from './adapters.ts';
+import { benchAdapters } from './adapters.ts';
 import { benchColdstart } from './coldstart.ts';
 import { benchDecode } from './decode.ts';
 import { benchFidelity } from './fidelity.ts';
-import { writeGgufLora } from './gguf-lora.ts';
-import type { AdapterSpec, WeightMode } from './job.ts';
+import type { WeightMode } from './job.ts';
 import { benchLoad } from './load.ts';
 import { describePlace, type Report, round } from './measure.ts';
 import { benchMemory } from './memory.ts';
-import { readConfig } from './rankgate-side.ts';
-import { benchRanks, largeRank } from './ranks.ts';
+import { benchRanks } from './ranks.ts';
 import { benchResidency } from './residency.ts';
 import { benchTrainstep } from './trainstep.ts';
 
@@ -35,9 +32,8 @@ const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>>
     installOpponent();
     return benchDecode(settings, settings.rounds);
   },
-  adapters: (settings) =>
-    benchAdapters(settings, makeAdapters(settings, adapterRank), settings.rounds),
-  ranks: (settings) => benchRanks(settings, makeAdapters(settings, largeRank), settings.rounds),
+  adapters: (settings) => benchAdapters(settings, settings.rounds),
+  ranks: (settings) => benchRanks(settings, settings.rounds),
   coldstart: (settings) => {
     installOpponent();
     return benchColdstart(settings);
@@ -56,16 +52,6 @@ function installOpponent(): void {
   if (existsSync(join(import.meta.dirname, 'node_modules/node-llama-cpp'))) return;
   const args = ['ci', '--prefix', import.meta.dirname, '--ignore-scripts', '--omit=optional'];
   execFileSync('npm', args, { stdio: ['ignore', 2, 2] });
-}
-
-function makeAdapters({ modelPath, folder }: Settings, rank: number): AdapterSpec[] {
-  const config = readConfig(modelPath);
-  return Array.from({ length: 8 }, (_, index) => {
-    const seed = index + 1;
-    const ggufPath = join(folder, `adapter-${seed}.gguf`);
-    writeGgufLora(ggufPath, rank, adapterModules(config, seed, rank));
-    return { seed, rank, ggufPath };
-  });
 }
 
 function printTable(report: Report): void {
