@@ -17,7 +17,7 @@ export interface FidelitySizes {
   readonly windowTokens: number;
 }
 
-export const fullFidelity: FidelitySizes = { windows: 8, windowTokens: 512 };
+const fullFidelity: FidelitySizes = { windows: 8, windowTokens: 512 };
 
 export interface FidelitySettings extends Pick<SideOptions, 'modelPath' | 'threads'> {
   /** Takes the f32 model and the reference's logits: 1.4 GB for the default model and text. */

@@ -19,7 +19,7 @@ export interface LoadSizes {
   readonly newTokens: number;
 }
 
-export const fullLoad: LoadSizes = {
+const fullLoad: LoadSizes = {
   streams: 8,
   visitors: 16,
   room: 4,

@@ -5,10 +5,12 @@ import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { benchAdapters } from '../../../bench/adapters.ts';
 import { benchDecode, fullDecode } from '../../../bench/decode.ts';
 import { benchFidelity } from '../../../bench/fidelity.ts';
 import { benchLoad } from '../../../bench/load.ts';
 import type { Report } from '../../../bench/measure.ts';
+import { benchRanks } from '../../../bench/ranks.ts';
 import { benchResidency } from '../../../bench/residency.ts';
 import { baseModelPath } from '../../support/base-model.ts';
 
@@ -44,6 +46,26 @@ describe('benches in tiny sizes', () => {
       ...['prefill_parity_ratio', 'prefill_faithful_ratio', 'prefill_fast_ratio'],
     ]);
     expect(report.figures.decode_ids_equal_parity).toBe(1);
+  });
+
+  it('adapters: both sides apply the same numbers', async () => {
+    const sizes = { streams: 2, promptTokens: 8, newTokens: 4 };
+    const settings = { modelPath, threads: 1, folder: own('adapters') };
+    const report = await benchAdapters(settings, 1, sizes);
+    checkNumbers(report, ['parity_ratio_to_llamacpp', 'ratio_to_no_adapter', 'ttft_p50_ratio']);
+    const { first_logits_distance_parity, first_logits_distance_faithful } = report.figures;
+    // 0.21 and 0.23; above 1.7 where our side was given other seeds, or the streams each other's adapters.
+    expect(first_logits_distance_parity).toBeLessThan(0.5);
+    expect(first_logits_distance_faithful).toBeLessThan(0.5);
+  });
+
+  it('ranks: rows of one step with ranks of their own', async () => {
+    const report = await benchRanks(
+      { modelPath, threads: 1, weights: 'faithful', folder: own('ranks') },
+      1,
+      { streams: 2, newTokens: 24 },
+    );
+    checkNumbers(report, ['row_cost_ratio', 'row_cost_ratio_cpu']);
   });
 
   it('fidelity: every mode against exact', async () => {
