@@ -58,7 +58,7 @@ export interface Residency {
 }
 
 export interface ResidencyOptions {
-  readonly stepper: Pick<Stepper, 'config' | 'pages' | 'writePage'>;
+  readonly stepper: Pick<Stepper, 'config' | 'pages' | 'pageBytes' | 'writePage'>;
   /** SHA-256 of the base model file, hex: an adapter that was checked against another is refused. */
   readonly baseHash: string;
   /** Reads and verifies a packed file (pack.ts, readPacked). */
@@ -91,14 +91,11 @@ class PagedResidency implements Residency {
   /** Insertion order is the order of last use: a touched entry is deleted and set again. */
   readonly #residents: Map<Generation, Resident> = new Map();
   readonly #loading: Map<Generation, Loading> = new Map();
-  readonly #pageBytes: number;
 
   constructor(options: ResidencyOptions) {
     this.#options = options;
     this.pagesMax = options.stepper.pages - 1;
     for (let page = options.stepper.pages - 1; page >= 1; page--) this.#free.push(page);
-    const bytes = moduleBytes(options.stepper);
-    this.#pageBytes = allModules(options.stepper).reduce((sum, module) => sum + bytes(module), 0);
   }
 
   get pagesFree(): number {
@@ -156,7 +153,7 @@ class PagedResidency implements Residency {
     return [...this.#residents.values()].map(({ generation, pages, rankMax, uses }) => ({
       generation,
       rank: rankMax,
-      bytes: pages.length * this.#pageBytes,
+      bytes: pages.length * this.#options.stepper.pageBytes,
       uses,
     }));
   }
@@ -270,7 +267,7 @@ interface Writing {
   readonly kind: 'writing';
   readonly packed: PackedAdapter;
   readonly pages: readonly number[];
-  /** Yields the bytes of each module that it wrote. */
+  /** Yields the bytes of the file that each module's page took. */
   readonly plan: Iterator<number>;
 }
 

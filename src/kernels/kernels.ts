@@ -134,6 +134,9 @@ export interface Kernels extends Disposable {
   /** A pool of adapter pages [pages,8,width] for `shrink` or `expand`, f32, f16, bf16 or q8_0: page 0 is zero, the others
    *  are undefined until they are written. Written and read by whole pages: a backend may lay a pool out otherwise. */
   storePages(use: 'shrink' | 'expand', dtype: DType, shape: PagePoolShape): StoredTensor;
+  /** Page `page` ≥ 1 of a pool from f16 bits [8,width], rounded to the pool's type; null: zeros. q8_0 keeps each number within
+   *  a 254th of the largest magnitude of its 32, where that is at least 1e-4; below, its f16 scale has fewer bits. */
+  writePage(pool: StoredTensor, page: number, halves: Uint16Array | null): void;
   /** Bytes in the type's own layout (GGUF's for quantised types). */
   write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void;
   read(tensor: StoredTensor, out: Uint8Array, byteOffset: number): void;

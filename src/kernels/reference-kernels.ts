@@ -15,6 +15,7 @@ import {
   type StoredTensor,
   type Tensor,
 } from './kernels.ts';
+import { pageBytes, pageRange } from './page-numbers.ts';
 import { EagerOps, ReferenceTensor, stored, type Value } from './reference-ops.ts';
 import { checkInput, type InputData, SymbolicOps } from './symbolic-ops.ts';
 
@@ -32,6 +33,11 @@ export class ReferenceKernels implements Kernels {
     const pool = this.store(dtype, [shape.pages, ranksPerPage, shape.width]);
     checkPool('storePages', pool, shape.width);
     return pool;
+  }
+
+  writePage(pool: StoredTensor, page: number, halves: Uint16Array | null): void {
+    const { at } = pageRange(pool, page, halves);
+    this.write(pool, pageBytes(pool, page, halves), at);
   }
 
   write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void {

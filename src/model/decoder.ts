@@ -4,6 +4,7 @@
 
 import { GatewayError } from '../errors.ts';
 import {
+  dtypeLayout,
   type Kernels,
   type Ops,
   type Program,
@@ -46,6 +47,8 @@ export interface DecoderOptions {
   readonly cellType: 'f16' | 'f32';
   /** Adapter pages, page 0 included. */
   readonly pages: number;
+  /** What their numbers are kept as; f16 where a width is no multiple of q8_0's 32. */
+  readonly pageType: 'f16' | 'q8_0';
   readonly tokensMax: number;
   readonly segmentsMax: number;
 }
@@ -62,6 +65,7 @@ export class Decoder implements Stepper {
   readonly config: DecoderConfig;
   readonly cells: number;
   readonly pages: number;
+  readonly pageBytes: number;
   readonly tokensMax: number;
   readonly segmentsMax: number;
   readonly #kernels: Kernels;
@@ -95,6 +99,8 @@ export class Decoder implements Stepper {
     this.#keys = caches();
     this.#values = caches();
     this.#pools = pages > 1 ? storePools(options) : new Map();
+    const pools = [...this.#pools.values()];
+    this.pageBytes = pools.reduce((sum, { a, b }) => sum + (a.bytes + b.bytes) / pages, 0);
   }
 
   step(segments: readonly Segment[]): StepResult {
@@ -195,23 +201,8 @@ export class Decoder implements Stepper {
     if (pool === undefined || page < 1 || page >= this.pages) {
       throw new GatewayError('SHAPE_MISMATCH', `page ${page} of ${poolKey(module)} does not exist`);
     }
-    this.#writePage(pool.a, page, data?.a);
-    this.#writePage(pool.b, page, data?.b);
-  }
-
-  #writePage(pool: StoredTensor, page: number, data: Uint16Array | undefined): void {
-    const bytes = pool.bytes / this.pages;
-    const source =
-      data === undefined
-        ? new Uint8Array(bytes)
-        : new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
-    if (source.byteLength !== bytes) {
-      throw new GatewayError(
-        'SHAPE_MISMATCH',
-        `a page has ${source.byteLength} bytes, want ${bytes}`,
-      );
-    }
-    this.#kernels.write(pool, source, page * bytes);
+    this.#kernels.writePage(pool.a, page, data?.a ?? null);
+    this.#kernels.writePage(pool.b, page, data?.b ?? null);
   }
 
   [Symbol.dispose](): void {
@@ -225,14 +216,19 @@ function poolKey({ block, projection }: ModuleRef): string {
   return `blk.${block}.${projection}`;
 }
 
-function storePools({ config, kernels, pages }: DecoderOptions): Map<string, PagePool> {
+function storePools(options: DecoderOptions): Map<string, PagePool> {
+  const { config, kernels, pages, pageType } = options;
+  const store = (use: 'shrink' | 'expand', width: number): StoredTensor => {
+    const type = width % dtypeLayout[pageType].block === 0 ? pageType : 'f16';
+    return kernels.storePages(use, type, { pages, width });
+  };
   const pools = new Map<string, PagePool>();
   for (let block = 0; block < config.blocks; block++) {
     for (const projection of projections) {
       const shape = projectionShape(config, projection);
       pools.set(poolKey({ block, projection }), {
-        a: kernels.storePages('shrink', 'f16', { pages, width: shape.in }),
-        b: kernels.storePages('expand', 'f16', { pages, width: shape.out }),
+        a: store('shrink', shape.in),
+        b: store('expand', shape.out),
       });
     }
   }

@@ -89,6 +89,12 @@ async function timesOf(
   });
 }
 
+/** A step reads all of its rows' pages, and is as slow as memory: q8_0 has half the bytes. Rounding them to it moves the
+ *  distributions by less than f16 cells do (docs/benchmarks.md, fidelity). */
+function pageTypeOf(mode: WeightMode, { f32Activations }: Kernels): 'f16' | 'q8_0' {
+  return f32Activations && (mode === 'faithful' || mode === 'fast') ? 'q8_0' : 'f16';
+}
+
 function waysIn(times: WayTimes): Partial<Record<WeightType, LinearWay>> {
   const entries = Object.entries(times).filter(([, ways]) => ways.length > 0);
   return Object.fromEntries(entries.map(([type, ways]) => [type, fastestWay(ways)]));
@@ -118,7 +124,8 @@ export async function openDecoder(options: OpenDecoderOptions): Promise<OpenedDe
     const { cells, pages, tokensMax, segmentsMax } = options;
     // f16 cells: KL 1.5e-6 to f32 cells on the default model, at half the memory.
     const cellType = mode === 'exact' ? 'f32' : 'f16';
-    const memory = { cells, cellType, pages, tokensMax, segmentsMax } as const;
+    const cellsAndPages = { cells, cellType, pages, pageType: pageTypeOf(mode, kernels) } as const;
+    const memory = { ...cellsAndPages, tokensMax, segmentsMax };
     const decoder = new Decoder({ config, weights, kernels, ...memory });
     const choice = explainChoice(times);
     const description = `${kernels.description}, ${mode}${choice && `: ${choice}`}`;

@@ -41,6 +41,8 @@ export interface Stepper extends Disposable {
   readonly config: DecoderConfig;
   readonly cells: number;
   readonly pages: number;
+  /** Memory that a page takes in all modules together. */
+  readonly pageBytes: number;
   /** Most tokens in one step; most segments, and most rows of logits. */
   readonly tokensMax: number;
   readonly segmentsMax: number;
@@ -48,7 +50,7 @@ export interface Stepper extends Disposable {
   step(segments: readonly Segment[]): StepResult;
   /** Copies cells [from, from+count) to [to, to+count) in every layer; the ranges do not overlap. */
   copyCells(from: number, to: number, count: number): void;
-  /** Writes one page of one module; f16 bits. `a` [8, in], `b` [8, out]. null zeroes the module's page. */
+  /** Writes one page of one module, rounded to the type that its pool is kept in; f16 bits. `a` [8, in], `b` [8, out]. null zeroes the module's page. */
   writePage(page: number, module: ModuleRef, data: PageData | null): void;
 }
 

@@ -362,6 +362,27 @@ function store(
   return stored;
 }
 
+/** Bytes of a pool of 4 pages: 1 has numbers of every size that f16 has, 2 had some before it was emptied, 3 is not touched. */
+function writtenPages(
+  kernels: Kernels,
+  use: 'shrink' | 'expand',
+  dtype: 'f32' | 'f16' | 'bf16' | 'q8_0',
+): Uint8Array {
+  const width = 96;
+  const pool = kernels.storePages(use, dtype, { pages: 4, width });
+  const out = new Uint8Array(pool.bytes);
+  kernels.write(pool, out.subarray(out.length / 4).fill(1), out.length / 4);
+  const rng = createRng(5);
+  const numbers = normals(rng, 8 * width).map((x, i) => x * 2 ** (12 - (Math.floor(i / 32) % 40)));
+  const bits = new Uint16Array(8 * width);
+  f32ToF16Bits(Float32Array.from(numbers), bits);
+  kernels.writePage(pool, 1, bits);
+  kernels.writePage(pool, 2, bits);
+  kernels.writePage(pool, 2, null);
+  kernels.read(pool, out, 0);
+  return out;
+}
+
 function nmse(got: Float32Array, wanted: Float32Array): number {
   let [error, power] = [0, 0];
   for (let i = 0; i < wanted.length; i++) {
@@ -408,6 +429,32 @@ export function kernelSuite(
       kernels.write(free, bytes.fill(3), 0);
       kernels.read(free, bytes.fill(0), 0);
       expect(bytes.every((byte) => byte === 3)).toBe(true);
+    });
+
+    const ownQ8 = !skips.some(
+      (skip) => skip.case.includes('q8_0') && skip.case.startsWith('shrink'),
+    );
+    for (const dtype of ['f32', 'f16', 'bf16', ...(ownQ8 ? (['q8_0'] as const) : [])] as const) {
+      for (const use of ['shrink', 'expand'] as const) {
+        it(`writePage rounds a page for ${use} to ${dtype} as the reference does, and no other`, () => {
+          using kernels = create();
+          using reference = new ReferenceKernels();
+          const [got, wanted] = [kernels, reference].map((backend) =>
+            writtenPages(backend, use, dtype),
+          );
+          expect(got).toEqual(wanted);
+        });
+      }
+    }
+
+    it('writePage refuses page 0, a page that is not there, and another width', () => {
+      using kernels = create();
+      const pool = kernels.storePages('shrink', 'f16', { pages: 3, width: 64 });
+      const page = new Uint16Array(8 * 64);
+      for (const index of [0, 3, -1, 1.5]) {
+        expect(() => kernels.writePage(pool, index, page)).toThrow(GatewayError);
+      }
+      expect(() => kernels.writePage(pool, 1, page.subarray(64))).toThrow(GatewayError);
     });
 
     it('a replay with new inputs and other segments gives what a fresh program gives', () => {

@@ -110,8 +110,8 @@ function openTinyOver(kernels: Kernels): Decoder {
   using file = openGguf(tinyPath);
   const config = readDecoderConfig(file);
   const weights = loadWeights(file, config, { kernels, mode: 'exact', cache: null });
-  const sizes = { cells: 600, cellType: 'f32', pages: 20, tokensMax: 64, segmentsMax: 8 } as const;
-  return new Decoder({ config, weights, kernels, ...sizes });
+  const memory = { cells: 600, cellType: 'f32', pages: 20, pageType: 'f16' } as const;
+  return new Decoder({ config, weights, kernels, ...memory, tokensMax: 64, segmentsMax: 8 });
 }
 
 /** Logits of a prefill and of a decode step of rows under different adapters, ranks and none. */

@@ -79,6 +79,7 @@ export class FakeStepper implements Stepper {
   readonly config: DecoderConfig = fakeConfig;
   readonly cells: number;
   readonly pages: number;
+  readonly pageBytes = 1000;
   readonly tokensMax: number;
   readonly segmentsMax: number;
   steps = 0;

@@ -17,6 +17,7 @@ import {
   type Tensor,
   type WeightType,
 } from '../kernels.ts';
+import { pageBytes, pageRange } from '../page-numbers.ts';
 import { Accelerator, DeviceScheduler } from './device-scheduler.ts';
 import { GgmlProgram } from './ggml-program.ts';
 import {
@@ -74,6 +75,7 @@ export class GgmlKernels implements Kernels {
   readonly #scheduler: DeviceScheduler | undefined;
   readonly #host: ProgramHost;
   readonly #tile: NativeKernels['tile'];
+  readonly #roundPage: NativeKernels['roundPage'];
   #disposed = false;
 
   constructor(options: GgmlOptions) {
@@ -94,6 +96,7 @@ export class GgmlKernels implements Kernels {
     const own = options.native === false || accelerator !== undefined ? none : nativeKernels();
     const { addresses: native } = own;
     this.#tile = own.tile;
+    this.#roundPage = own.roundPage;
     const f32Activations = options.f32Activations ?? false;
     this.f32Activations = f32Activations && native.size > 0;
     this.#host = { library, device, scratch, scheduler, place, native, f32Activations };
@@ -161,6 +164,16 @@ export class GgmlKernels implements Kernels {
     if (how.contents === 'zero') buffer.clear();
     this.#buffers.push(buffer);
     return new GgmlTensor({ dtype, shape: [...shape] }, { pointer, buffer }, how);
+  }
+
+  writePage(pool: StoredTensor, page: number, halves: Uint16Array | null): void {
+    const { at } = pageRange(pool, page, halves);
+    if (pool.dtype === 'q8_0' && halves !== null && this.#roundPage !== undefined) {
+      const { address } = ours(pool);
+      this.#roundPage(BigInt(address + at), halves);
+      return;
+    }
+    this.write(pool, pageBytes(pool, page, halves), at);
   }
 
   write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void {

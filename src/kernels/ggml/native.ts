@@ -29,6 +29,8 @@ export interface NativeKernels {
   readonly why: string;
   /** Lays rows [N,K] of a weight out as tiles (native/tiles.c). */
   readonly tile?: (tiles: Pointer, rows: Uint8Array, type: number, sizes: TileSizes) => void;
+  /** Rounds a page of f16 bits to q8_0 at an address (native/pages.c). */
+  readonly roundPage?: (page: bigint, halves: Uint16Array) => void;
   /** Kept: koffi unloads a library that nothing refers to, and its functions with it. */
   readonly library?: LibraryHandle;
 }
@@ -103,9 +105,15 @@ function load(): NativeKernels {
     }
     const sizes = 'int64_t N, int64_t K, int64_t rowBytes';
     const tile = library.func(`void rankgate_tile(void *to, const void *from, int type, ${sizes})`);
+    const roundPage = library.func(
+      'void rankgate_round_page(void *to, const void *from, int64_t blocks)',
+    );
     return {
       addresses,
       why,
+      roundPage: (page, halves) => {
+        roundPage(page, halves, halves.length / 32);
+      },
       tile: (to, from, type, { rows, width, rowBytes }) => {
         tile(to, from, type, rows, width, rowBytes);
       },

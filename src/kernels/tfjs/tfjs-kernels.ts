@@ -15,6 +15,7 @@ import {
   type StoredTensor,
   type Tensor,
 } from '../kernels.ts';
+import { pageBytes, pageRange } from '../page-numbers.ts';
 import { checkInput, type InputData, SymbolicOps } from '../symbolic-ops.ts';
 import type { LoadedTensorFlow, TensorFlow, TfTensor } from './tensorflow.ts';
 import { TfjsOps } from './tfjs-ops.ts';
@@ -54,6 +55,11 @@ export class TfjsKernels implements Kernels {
     const pool = new TfjsTensor(this.#tf, { dtype, shape }, cut);
     this.#tensors.push(pool);
     return pool;
+  }
+
+  writePage(pool: StoredTensor, page: number, halves: Uint16Array | null): void {
+    const { at } = pageRange(pool, page, halves);
+    this.write(pool, pageBytes(pool, page, halves), at);
   }
 
   write(tensor: StoredTensor, bytes: Uint8Array, byteOffset: number): void {

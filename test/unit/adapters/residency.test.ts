@@ -55,6 +55,7 @@ const all: readonly ModuleRef[] = [0, 1].flatMap((block) =>
 class Pages {
   readonly config = config;
   readonly pages: number;
+  readonly pageBytes = 1000;
   readonly held: Map<string, number | null> = new Map();
 
   constructor(pages: number) {

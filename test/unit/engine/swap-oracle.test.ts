@@ -136,6 +136,7 @@ function tampered(
     config: stepper.config,
     cells: stepper.cells,
     pages: stepper.pages,
+    pageBytes: stepper.pageBytes,
     tokensMax: stepper.tokensMax,
     segmentsMax: stepper.segmentsMax,
     step: (segments) => stepper.step(segments.map((one) => change(one, stepper.steps))),
