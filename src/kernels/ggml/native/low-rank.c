@@ -33,6 +33,20 @@ struct quad {
   const uint8_t *next; // what will be read after this; null: nothing
 };
 
+// 32 numbers of a row without their common scale, which is returned: 1 where the type has none.
+#define UNSCALED(TYPE) \
+  static inline float unscaled_##TYPE(const uint8_t *row, int64_t b, vec v[VECS]) { \
+    load_##TYPE(row, b, v); \
+    return 1; \
+  }
+UNSCALED(f32) UNSCALED(f16) UNSCALED(bf16)
+static inline float unscaled_q8_0(const uint8_t *row, int64_t b, vec v[VECS]) {
+  row += b * 34;
+  EACH v[i] = signed_floats(row + 2 + i * LANES);
+  return half(row);
+}
+enum { SCALES_f32 = 0, SCALES_f16 = 0, SCALES_bf16 = 0, SCALES_q8_0 = 1 };
+
 #define DOTS(TYPE, C)                                                                                                 \
   static void dots_##TYPE##_##C(const struct quad *q, int64_t t) {                                                    \
     const size_t share = q->next ? QUAD * q->row_bytes * 32 / q->K : 0;                                               \
@@ -41,12 +55,20 @@ struct quad {
       for (int c = 0; c < C; c++) sums[c][r] = (vec){0};                                                              \
     for (int64_t b = 0; b < q->K / 32; b++) {                                                                         \
       vec v[QUAD][VECS];                                                                                              \
+      float d[QUAD];                                                                                                  \
       for (size_t at = 0; at < share; at += 64) __builtin_prefetch(q->next + b * share + at, 0, 2);                    \
-      for (int r = 0; r < QUAD; r++) load_##TYPE(q->a + r * q->row_bytes, b, v[r]);                                   \
-      for (int c = 0; c < C; c++) EACH {                                                                              \
-          vec x = *(const vec *)(q->x + (t + c) * q->K + b * 32 + i * LANES);                                         \
-          for (int r = 0; r < QUAD; r++) sums[c][r] += v[r][i] * x;                                                   \
+      for (int r = 0; r < QUAD; r++) d[r] = unscaled_##TYPE(q->a + r * q->row_bytes, b, v[r]);                        \
+      for (int c = 0; c < C; c++) {                                                                                   \
+        const vec *x = (const vec *)(q->x + (t + c) * q->K + b * 32);                                                 \
+        for (int r = 0; r < QUAD; r++) {                                                                              \
+          if (SCALES_##TYPE) {                                                                                        \
+            vec sum = v[r][0] * x[0];                                                                                 \
+            for (int i = 1; i < VECS; i++) sum += v[r][i] * x[i];                                                     \
+            sums[c][r] += sum * d[r];                                                                                 \
+          } else                                                                                                      \
+            EACH sums[c][r] += v[r][i] * x[i];                                                                        \
         }                                                                                                             \
+      }                                                                                                               \
     }                                                                                                                 \
     for (int c = 0; c < C; c++) {                                                                                     \
       int64_t at = (t + c) * q->stride;                                                                               \
@@ -71,13 +93,30 @@ static void shrink_quad(const struct quad *q) {
   }
 }
 
-// dst [8P, T, parts], src = {x [K, T], pages [P, T], then a [K, 8, pages] and gate [8, P, T] of every part}. Threads take turns
-// at quads of ranks: they cost the same within a group.
+// Whether any row of the group uses the quad of ranks; `values` are gates or ranks of the group's first row.
+static int in_use(int32_t page, const float *values, int64_t ranks, int64_t rows) {
+  return page != 0 && !all_zero(values, ranks, rows);
+}
+
+// Rows times quads that are in use, over all groups.
+static int64_t work(const int32_t *pages, const float *values, int64_t P, int64_t T) {
+  int64_t sum = 0;
+  for (int64_t t = 0, end; t < T; t = end) {
+    end = group_end(pages, P, T, t);
+    for (int64_t r = 0; r < P * PAGE; r += QUAD)
+      if (in_use(pages[t * P + r / PAGE], values + t * P * PAGE + r, P * PAGE, end - t)) sum += end - t;
+  }
+  return sum;
+}
+
+// dst [8P, T, parts], src = {x [K, T], pages [P, T], then a [K, 8, pages] and gate [8, P, T] of every part}. Each thread takes
+// quads that follow one another in memory, as many as the others: rows times quads.
 void rankgate_shrink(struct tensor *dst, int ith, int nth, void *unused) {
   (void)unused;
   const struct tensor *x = dst->src[0], *ids = dst->src[1];
-  int64_t K = x->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, turn = 0;
+  int64_t K = x->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, total = 0, done = 0;
   const int32_t *pages = ids->data;
+  for (int64_t part = 0; part < dst->ne[2]; part++) total += work(pages, dst->src[3 + 2 * part]->data, P, T);
   struct quad last = {0}; // computed once it is known what comes next
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
@@ -89,14 +128,17 @@ void rankgate_shrink(struct tensor *dst, int ith, int nth, void *unused) {
                          a->nb[1], K, end - t, ranks, (const float *)x->data + t * K,
                          (const float *)gate->data + at, (float *)dst->data + part * T * ranks + at,
                          a->type, 0};
-        if (page == 0 || all_zero(q.gate, ranks, q.rows)) {
+        if (!in_use(page, q.gate, ranks, q.rows)) {
           if (ith != 0) continue;
           for (int64_t row = 0; row < q.rows; row++) memset(q.h + row * ranks, 0, QUAD * sizeof(float));
-        } else if (turn++ % nth == ith) {
+          continue;
+        }
+        if (done >= total * ith / nth && done < total * (ith + 1) / nth) {
           last.next = q.a;
           if (last.a) shrink_quad(&last);
           last = q;
         }
+        done += q.rows;
       }
     }
   }
@@ -133,8 +175,8 @@ struct strip {
       EACH sums[i] = y[i];                                                                                            \
       for (int q = 0; q < QUAD; q++) {                                                                                \
         vec v[VECS];                                                                                                  \
-        load_##TYPE(s->b + q * s->row_bytes, block, v);                                                               \
-        EACH sums[i] += v[i] * s->h[q];                                                                               \
+        const float d = unscaled_##TYPE(s->b + q * s->row_bytes, block, v) * s->h[q];                                 \
+        EACH sums[i] += v[i] * d;                                                                                     \
       }                                                                                                               \
       EACH y[i] = sums[i];                                                                                            \
     }                                                                                                                 \
@@ -180,24 +222,37 @@ static void expand_many(int type, const struct column *c) {
   }
 }
 
-// dst = y [N, T] in place, src = {y, h [8P, T], pages [P, T], b [N, 8, pages]}. Threads divide the columns. P is at most 32.
+static int64_t up_to(int64_t blocks, int64_t done, int64_t cost, int64_t from) {
+  int64_t block = cost > 0 ? blocks * (from - done) / cost : blocks;
+  return block < 0 ? 0 : block > blocks ? blocks : block;
+}
+
+// dst = y [N, T] in place, src = {y, h [8P, T], pages [P, T], b [N, 8, pages]}. Each thread takes as much as the others, rows
+// times quads of ranks: whole rows, whose pages it reads from end to end, and where its share begins and ends some of a
+// row's columns. P is at most 32.
 void rankgate_expand(struct tensor *dst, int ith, int nth, void *unused) {
   (void)unused;
   const struct tensor *h = dst->src[1], *ids = dst->src[2], *b = dst->src[3];
-  int64_t N = dst->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, blocks = N / 32;
+  int64_t N = dst->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, blocks = N / 32, done = 0;
   const int32_t *pages = ids->data;
+  // Shares are cut by columns of groups, so that the sums of two threads never meet.
+  const int64_t total = work(pages, h->data, P, T), from = total * ith / nth, to = total * (ith + 1) / nth;
   struct strip last = {0}; // computed once it is known what comes next
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
-    struct column c = {(float *)dst->data + t * N, (const float *)h->data + t * ranks, pages + t * P, b->data, b->nb[1],
-                       b->nb[2], N, ranks, end - t, blocks * ith / nth, blocks * (ith + 1) / nth};
+    const float *values = (const float *)h->data + t * ranks;
+    const int64_t cost = work(pages + t * P, values, P, end - t);
+    struct column c = {(float *)dst->data + t * N, values, pages + t * P, b->data, b->nb[1], b->nb[2], N, ranks, end - t,
+                       up_to(blocks, done, cost, from), up_to(blocks, done, cost, to)};
+    done += cost;
+    if (c.b0 >= c.b1 || cost == 0) continue;
     if (c.rows > 1) {
       expand_many(b->type, &c);
       continue;
     }
     for (int64_t r = 0; r < ranks; r += QUAD) {
       int32_t page = c.pages[r / PAGE];
-      if (page == 0 || all_zero(c.h + r, 0, 1)) continue;
+      if (!in_use(page, c.h + r, 0, 1)) continue;
       struct strip s = {c.y, c.h + r, c.b + page * c.page_bytes + r % PAGE * c.row_bytes, 0, c.row_bytes, c.b0, c.b1};
       last.next = s.b;
       if (last.b) expand_strip(b->type, &last);
