@@ -8,7 +8,7 @@ import { type DecoderConfig, readDecoderConfig } from '../src/model/decoder-conf
 import { openGguf } from '../src/model/gguf.ts';
 import { openDecoder } from '../src/model/open-decoder.ts';
 import { scrapCells } from '../src/model/step-inputs.ts';
-import type { AdapterRows, Segment, Stepper } from '../src/model/stepper.ts';
+import { type AdapterRows, type Segment, type Stepper, uniformRows } from '../src/model/stepper.ts';
 import type { WeightMode as ServedMode } from '../src/model/weights.ts';
 import { type AdapterModule, adapterModules } from './adapter-numbers.ts';
 import {
@@ -64,7 +64,7 @@ export async function openSide(options: SideOptions): Promise<Side> {
     pages.push(own);
   });
   const rowsOf = (use: AdapterUse | null): AdapterRows | null =>
-    use === null ? null : { pages: pages[use.adapter]!, rank: use.rank, scale: 1 };
+    use === null ? null : uniformRows(pages[use.adapter]!, use.rank);
   const runner = new Runner(stepper, options.streamTokensMax);
   const reader = new BufferReader(options.threads);
   return {

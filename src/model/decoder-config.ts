@@ -18,6 +18,11 @@ export const projections = [
 ] as const;
 export type Projection = (typeof projections)[number];
 
+/** Its place among all M = 7 · blocks modules, wherever a number or a row is given per module. */
+export function moduleIndex(block: number, projection: Projection): number {
+  return block * projections.length + projections.indexOf(projection);
+}
+
 export interface DecoderConfig {
   readonly family: 'llama';
   /** general.name of the file, or the file's label when it has none. */

@@ -27,7 +27,7 @@ import {
   scrapCells,
   writeInputs,
 } from './step-inputs.ts';
-import type { ModuleRef, PageData, Segment, Stepper, StepResult } from './stepper.ts';
+import type { AtomBank, ModuleRef, PageData, Segment, Stepper, StepResult } from './stepper.ts';
 
 export type BlockWeights = Readonly<Record<Projection | 'attn_norm' | 'ffn_norm', StoredTensor>>;
 
@@ -205,6 +205,28 @@ export class Decoder implements Stepper {
     this.#kernels.writePage(pool.b, page, data?.b ?? null);
   }
 
+  setAtomBank(_bank: AtomBank | null): void {
+    throw new GatewayError('UNSUPPORTED', 'decoder: atoms are not served yet');
+  }
+
+  embeddings(ids: Int32Array): Float32Array {
+    const { width } = this.config;
+    const rows = 64;
+    using program = this.#kernels.compile(
+      (ops) => ({ rows: ops.embed(this.#weights.tokenEmbedding, ops.input('ids', 'i32', [rows])) }),
+      { segments: 0 },
+    );
+    const found = new Float32Array(ids.length * width); // [ids, E]
+    for (let from = 0; from < ids.length; from += rows) {
+      const some = new Int32Array(rows);
+      some.set(ids.subarray(from, from + rows));
+      program.write('ids', some);
+      program.run([]);
+      program.read('rows', 0, found.subarray(from * width, (from + rows) * width));
+    }
+    return found;
+  }
+
   [Symbol.dispose](): void {
     for (const program of this.#programs.values()) program[Symbol.dispose]();
     this.#programs.clear();
@@ -266,6 +288,10 @@ class Logits implements StepResult {
     if (!this.#known.has(output)) program.read('logits', output * this.#vocabSize, rows[output]);
     this.#known.add(output);
     return rows[output];
+  }
+
+  atomWeights(_segment: number): Float32Array | null {
+    return null;
   }
 
   argmax(segment: number): number {

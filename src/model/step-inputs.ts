@@ -45,6 +45,9 @@ export function checkBatch(segments: readonly Segment[], limits: StepLimits): Ba
     rows += tokens.length;
     outputs += outputsOf(segment);
     if (adapter === null) continue;
+    if (adapter.gates !== null || adapter.routing !== null || adapter.atoms !== null) {
+      throw new GatewayError('UNSUPPORTED', 'step: gates, routing and atoms are not served yet');
+    }
     const need = pagesOf(segment);
     if (adapter.rank < 1 || need > pagesPerRowMax || adapter.pages.length < need) {
       throw new GatewayError(
@@ -149,6 +152,10 @@ export function writeInputs(
   if (size.pages > 0) {
     program.write('pages', pages);
     program.write('active', active);
+    program.write(
+      'uses',
+      Int32Array.from({ length: size.rows }, (_, row) => row),
+    );
   }
   return outputs;
 }

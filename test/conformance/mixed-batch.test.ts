@@ -1,7 +1,12 @@
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
 import { scrapCells } from '../../src/model/step-inputs.ts';
-import type { AdapterRows, Segment, Stepper } from '../../src/model/stepper.ts';
+import {
+  type AdapterRows,
+  type Segment,
+  type Stepper,
+  uniformRows,
+} from '../../src/model/stepper.ts';
 import { packDirectory, writeAdapter } from '../support/load-adapter.ts';
 import { openTiny } from '../support/open-test-decoder.ts';
 
@@ -149,9 +154,9 @@ describe('mixed batch', () => {
       [{ ...good, position: -1 }],
       [{ ...good, tokens: new Int32Array(0) }],
       [{ ...good, tokens: Int32Array.of(320) }],
-      [{ ...good, adapter: { pages: [1], rank: 9, scale: 1 } }],
-      [{ ...good, adapter: { pages: [20], rank: 8, scale: 1 } }],
-      [{ ...good, adapter: { pages: [], rank: 0, scale: 1 } }],
+      [{ ...good, adapter: uniformRows([1], 9) }],
+      [{ ...good, adapter: uniformRows([20], 8) }],
+      [{ ...good, adapter: uniformRows([], 0) }],
       Array.from({ length: 17 }, () => good),
     ];
     for (const segments of bad) expect(() => owned.step(segments)).toThrow(/step|tokens|pages/);

@@ -4,7 +4,7 @@ import { describe, expect, it } from 'vitest';
 import { generationOf, openPacked } from '../../src/adapters/pack.ts';
 import { packPeft } from '../../src/adapters/pack-peft.ts';
 import { createResidency } from '../../src/adapters/residency.ts';
-import type { Stepper } from '../../src/model/stepper.ts';
+import { type Stepper, uniformRows } from '../../src/model/stepper.ts';
 import { openTiny } from '../support/open-test-decoder.ts';
 
 // PEFT's own logits for every adapter of test/golden/adapters (test/oracle/peft-golden.py): at full rank, and at each
@@ -52,8 +52,7 @@ async function load(stepper: Stepper, name: string) {
 /** Logits of every position, one token a step (reference), or of the last one after a single prefill (ggml). */
 function logitsAt(stepper: Stepper, ids: readonly number[], use: Use): readonly Float32Array[] {
   const { rank, pages } = use;
-  const adapter =
-    rank === 0 ? null : { pages: pages.slice(0, Math.ceil(rank / 8)), rank, scale: 1 };
+  const adapter = rank === 0 ? null : uniformRows(pages.slice(0, Math.ceil(rank / 8)), rank);
   const step = (tokens: readonly number[], position: number): Float32Array => {
     const sequence = { tokens: Int32Array.from(tokens), cellBase: 16, position };
     return Float32Array.from(stepper.step([{ ...sequence, adapter, wantsLogits: true }]).logits(0));

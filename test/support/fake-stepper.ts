@@ -2,7 +2,7 @@
 // its token, of the *contents* of the adapter pages it was computed with, of its rank and of all cells before it. So a
 // wrong page, rank, cell or a stale prefix changes everything that follows, as it would in a model, and a test sees it.
 
-import type { AdapterManifest, Generation } from '../../src/adapters/adapter.ts';
+import { type AdapterManifest, type Generation, noOptions } from '../../src/adapters/adapter.ts';
 import type { PackedAdapter } from '../../src/adapters/pack.ts';
 import type { BaseInfo } from '../../src/engine/messages.ts';
 import { GatewayError } from '../../src/errors.ts';
@@ -13,6 +13,7 @@ import {
 } from '../../src/model/decoder-config.ts';
 import type {
   AdapterRows,
+  AtomBank,
   ModuleRef,
   PageData,
   Segment,
@@ -88,6 +89,7 @@ export class FakeStepper implements Stepper {
   readonly #options: FakeStepperOptions;
   readonly #values: Uint32Array; // [cells]
   readonly #modules: Map<string, number>[]; // per page: module → hash of its contents
+  #bank: AtomBank | null = null;
 
   constructor(options: FakeStepperOptions) {
     this.#options = options;
@@ -109,7 +111,11 @@ export class FakeStepper implements Stepper {
       if (row === undefined) throw new Error(`no logits ${draft} for segment ${index}`);
       return row;
     };
-    return { logits, argmax: (index) => indexOfMax(logits(index)) };
+    return {
+      logits,
+      argmax: (index) => indexOfMax(logits(index)),
+      atomWeights: (index) => this.#atomWeights(segments[index]!),
+    };
   }
 
   #check(segments: readonly Segment[]): void {
@@ -160,10 +166,23 @@ export class FakeStepper implements Stepper {
     return logits;
   }
 
-  #fingerprint({ pages, rank, scale }: AdapterRows): number {
-    if (pages.length !== Math.ceil(rank / 8))
+  /** One block of layers; the first atoms, equally. */
+  #atomWeights({ adapter }: Segment): Float32Array | null {
+    if (adapter === null || adapter.atoms === null) return null;
+    const { topK } = adapter.atoms;
+    return Float32Array.from({ length: this.#bank!.K }, (_, k) => (k < topK ? 1 / topK : 0));
+  }
+
+  #fingerprint({ pages, rank, scale, gates, routing, atoms }: AdapterRows): number {
+    if (gates === null && routing === null && pages.length !== Math.ceil(rank / 8))
       throw new Error(`${pages.length} pages, rank ${rank}`);
     let hash = mix(rank, scale * 1000);
+    if (atoms !== null && atoms.bank !== this.#bank?.id) throw new Error(`bank ${atoms.bank}`);
+    const groups = (routing?.groups ?? []).flatMap((group) => Object.values(group) as number[]);
+    const numbers = [gates, routing?.bias, Float32Array.from(groups), atoms?.keys, atoms?.bias];
+    for (const some of numbers) hash = mix(hash, some == null ? 0 : hashOf(some));
+    hash = mix(hash, atoms?.topK ?? 0);
+    if (atoms !== null) hash = mix(hash, hashOf(this.#bank!.atoms));
     for (const page of pages) {
       const modules = this.#modules[page];
       if (modules === undefined || page === 0) throw new Error(`page ${page}`);
@@ -185,6 +204,18 @@ export class FakeStepper implements Stepper {
     this.#modules[page]!.set(`${module.block}.${module.projection}`, hash);
   }
 
+  setAtomBank(bank: AtomBank | null): void {
+    this.#bank = bank;
+  }
+
+  embeddings(ids: Int32Array): Float32Array {
+    const { width } = this.config;
+    return Float32Array.from(
+      { length: ids.length * width },
+      (_, i) => (mix(ids[Math.floor(i / width)]!, i % width) >>> 8) / 0x1000000 - 0.5,
+    );
+  }
+
   [Symbol.dispose](): void {
     this.isDisposed = true;
   }
@@ -193,6 +224,10 @@ export class FakeStepper implements Stepper {
 const moduleKeys = Array.from({ length: fakeConfig.blocks }, (_, block) =>
   projections.map((projection) => `${block}.${projection}`),
 ).flat();
+
+function hashOf(numbers: Float32Array): number {
+  return new Uint32Array(numbers.slice().buffer).reduce(mix, numbers.length);
+}
 
 function indexOfMax(values: Float32Array): number {
   return values.reduce((best, x, i) => (x > values[best]! ? i : best), 0);
@@ -206,8 +241,11 @@ export function fakeGeneration(n: number): Generation {
 export function fakePacked(generation: Generation, rankMax: number): PackedAdapter {
   const seed = [...generation].reduce((h, character) => mix(h, character.charCodeAt(0)), 7);
   const manifest: AdapterManifest = {
-    format: 'rankgate-adapter/2',
+    format: 'rankgate-adapter/3',
     kind: 'lora',
+    describe: '',
+    levels: null,
+    options: noOptions,
     baseHash: fakeBaseHash,
     rankMax,
     modules: [],

@@ -5,7 +5,7 @@ import type { Generation } from '../../src/adapters/adapter.ts';
 import type { GenerateRequest } from '../../src/engine/messages.ts';
 import { Sampler } from '../../src/engine/sampler.ts';
 import { projections } from '../../src/model/decoder-config.ts';
-import type { AdapterRows } from '../../src/model/stepper.ts';
+import { type AdapterRows, uniformRows } from '../../src/model/stepper.ts';
 import { FakeStepper, fakeBytesOf, fakeConfig, fakePacked } from './fake-stepper.ts';
 
 export interface IdleAnswer {
@@ -82,5 +82,5 @@ function loadAlone(
       }
     }
   }
-  return { pages, rank, scale: 1 };
+  return uniformRows(pages, rank);
 }

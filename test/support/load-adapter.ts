@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import { generationOf, openPacked, type PackedAdapter } from '../../src/adapters/pack.ts';
 import { packPeft } from '../../src/adapters/pack-peft.ts';
 import { type DecoderConfig, projections } from '../../src/model/decoder-config.ts';
-import type { AdapterRows, Stepper } from '../../src/model/stepper.ts';
+import { type AdapterRows, type Stepper, uniformRows } from '../../src/model/stepper.ts';
 
 export function packDirectory(directory: string, config: DecoderConfig): PackedAdapter {
   const { bytes } = packPeft({
@@ -32,5 +32,5 @@ export function writeAdapter(
       }
     }
   }
-  return (rank) => (rank === 0 ? null : { pages, rank, scale: 1 });
+  return (rank) => (rank === 0 ? null : uniformRows(pages, rank));
 }
