@@ -1,21 +1,9 @@
-import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import type { Generation } from '../../src/adapters/adapter.ts';
-import { blobPath } from '../../src/adapters/blobs.ts';
-import { openPacked, type PackedAdapter } from '../../src/adapters/pack.ts';
-import type { Decoder } from '../../src/model/decoder.ts';
-import { openGguf } from '../../src/model/gguf.ts';
-import { scrapCells } from '../../src/model/step-inputs.ts';
-import type { AdapterRows } from '../../src/model/stepper.ts';
-import { tokenBytes as createTokenBytes, readVocabulary } from '../../src/model/tokenizer.ts';
 import { baseModelPath } from '../support/base-model.ts';
-import {
-  type GatewayProcess,
-  readEvents,
-  startGatewayProcess,
-} from '../support/gateway-process.ts';
-import { writeAdapter } from '../support/load-adapter.ts';
+import { type GatewayProcess, startGatewayProcess } from '../support/gateway-process.ts';
+import { type Heard, IdleOracle, readTokens } from '../support/idle-oracle.ts';
 import { smolShape, writePeftAdapter } from '../support/make-peft-adapter.ts';
 import { openBase } from '../support/open-test-decoder.ts';
 import { createRng } from '../support/random.ts';
@@ -36,10 +24,8 @@ const swapMs = 50;
 const ranks = [4, 8, 16];
 
 let gateway: GatewayProcess;
-let oracle: Decoder;
-let tokenBytes: readonly Uint8Array[];
+let oracle: IdleOracle;
 const generations = new Map<string, Generation[]>();
-const rowsOf = new Map<Generation, (rank: number) => AdapterRows | null>();
 
 beforeAll(async () => {
   const modelPath = await baseModelPath();
@@ -47,13 +33,6 @@ beforeAll(async () => {
     modelPath,
     flags: ['--threads', '1', '--adapter-pages', '17'],
   });
-  const opened = await openBase({ mode: 'faithful', pages: 1 + names.length * versions * 2 });
-  oracle = opened.decoder;
-  using file = openGguf(modelPath);
-  const vocabulary = readVocabulary(file.metadata);
-  const bytesOf = createTokenBytes(vocabulary);
-  tokenBytes = vocabulary.tokens.map((_, token) => bytesOf(token)!);
-  let page = 1;
   for (const [i, name] of names.entries()) {
     generations.set(name, []);
     for (let version = 0; version < versions; version++) {
@@ -78,11 +57,11 @@ beforeAll(async () => {
       });
       const { generation } = (await answer.json()) as { generation: Generation };
       generations.get(name)!.push(generation);
-      const packed = readBlob(generation);
-      rowsOf.set(generation, writeAdapter(oracle, packed, page));
-      page += packed.pages;
     }
   }
+  const { decoder } = await openBase({ mode: 'faithful', pages: 1 + names.length * versions * 2 });
+  const blobs = join(gateway.dataDir, 'blobs');
+  oracle = IdleOracle.open(decoder, modelPath, blobs, [...generations.values()].flat());
 }, 300_000);
 
 afterAll(async () => {
@@ -90,20 +69,8 @@ afterAll(async () => {
   await gateway[Symbol.asyncDispose]();
 });
 
-function readBlob(generation: Generation): PackedAdapter {
-  return openPacked(readFileSync(blobPath(join(gateway.dataDir, 'blobs'), generation)), generation);
-}
-
-interface Streamed {
-  readonly generation: Generation;
-  readonly rank: number;
-  readonly prompt: number[];
-  /** The bytes of every token, from the log-probabilities. */
-  readonly tokens: Buffer[];
-}
-
 /** One stream; throws when it is refused, broken or ends without [DONE]. */
-async function stream(name: string, rank: number, prompt: number[]): Promise<Streamed> {
+async function stream(name: string, rank: number, prompt: number[]): Promise<Heard> {
   const response = await gateway.post('/v1/completions', {
     model: name,
     prompt,
@@ -114,61 +81,8 @@ async function stream(name: string, rank: number, prompt: number[]): Promise<Str
     latency: { rank },
   });
   if (response.status !== 200) throw new Error(`${response.status}: ${await response.text()}`);
-  const tokens: Buffer[] = [];
-  let generation = '';
-  for await (const data of readEvents(response)) {
-    if (data === '[DONE]') return { generation: generation as Generation, rank, prompt, tokens };
-    const chunk = JSON.parse(data) as {
-      error?: unknown;
-      rankgate?: { generation: string };
-      choices: Array<{ logprobs?: { tokens: string[] } | null }>;
-    };
-    if (chunk.error !== undefined) throw new Error(data);
-    generation = chunk.rankgate?.generation ?? generation;
-    for (const token of chunk.choices[0]?.logprobs?.tokens ?? [])
-      tokens.push(tokenTextBytes(token));
-  }
-  throw new Error('the stream ended without [DONE]');
-}
-
-/** The legacy shape writes a token that is no whole text as `bytes:\x..`; everything else is the text itself. */
-function tokenTextBytes(text: string): Buffer {
-  if (!text.startsWith('bytes:')) return Buffer.from(text);
-  return Buffer.from(text.slice('bytes:'.length).replaceAll('\\x', ''), 'hex');
-}
-
-/** How far below the best token of an idle, teacher-forced run the stream's worst token is, in nats. */
-function worstGap({ prompt, tokens }: Streamed, adapter: AdapterRows | null): number {
-  let worst = 0;
-  let next = prompt;
-  let position = 0;
-  for (const bytes of tokens) {
-    const segment = {
-      tokens: Int32Array.from(next),
-      cellBase: scrapCells,
-      position,
-      adapter,
-      wantsLogits: true,
-    };
-    const result = oracle.step([segment]);
-    const logits = result.logits(0);
-    const best = logits[result.argmax(0)]!;
-    const chosen = bestOfBytes(logits, bytes);
-    worst = Math.max(worst, best - logits[chosen]!);
-    position += next.length;
-    next = [chosen];
-  }
-  return worst;
-}
-
-/** The likeliest token with these bytes. */
-function bestOfBytes(logits: Float32Array, bytes: Buffer): number {
-  let best = -1;
-  logits.forEach((logit, token) => {
-    if ((best < 0 || logit > logits[best]!) && bytes.equals(tokenBytes[token]!)) best = token;
-  });
-  expect(best, `no token has the bytes ${bytes.toString('hex')}`).toBeGreaterThanOrEqual(0);
-  return best;
+  const heard = (await readTokens(response, 1))!;
+  return { generation: heard.generation, rank, prompt, tokens: heard.tokens[0]! };
 }
 
 describe('hot swap under load', () => {
@@ -191,7 +105,7 @@ describe('hot swap under load', () => {
         await new Promise((resolve) => setTimeout(resolve, Math.max(0, rest)));
       }
     })();
-    const results: Streamed[] = [];
+    const results: Heard[] = [];
     for (let wave = 0; wave < waves; wave++) {
       // A shared start and an own end: prefix reuse within a generation, never across.
       const prompts = Array.from({ length: streams }, (_, i) => [
@@ -211,7 +125,7 @@ describe('hot swap under load', () => {
     const gaps: number[] = [];
     for (const result of results) {
       expect(result.tokens.length).toBe(40);
-      const gap = worstGap(result, rowsOf.get(result.generation)!(result.rank));
+      const gap = oracle.worstGap(result);
       gaps.push(gap);
       expect(gap, `${result.generation} at rank ${result.rank}`).toBeLessThanOrEqual(epsilon);
     }
@@ -219,19 +133,17 @@ describe('hot swap under load', () => {
       `${swaps} swaps; worst gap of ${gaps.length} streams ${Math.max(...gaps).toFixed(4)} nats`,
     );
     // What the bar must catch: another generation of the name, the wrong rank, no adapter at all.
-    const faults: Record<string, (result: Streamed) => AdapterRows | null> = {
-      'another generation': ({ generation, rank }) => {
-        const family = [...generations.values()].find((all) => all.includes(generation))!;
-        return rowsOf.get(family.find((other) => other !== generation)!)!(rank);
+    const faults: Record<string, (heard: Heard) => Partial<Heard>> = {
+      'another generation': ({ generation }) => {
+        const family = [...generations.values()].find((all) => all.includes(generation!))!;
+        return { generation: family.find((other) => other !== generation)! };
       },
-      'another rank': ({ generation, rank }) => rowsOf.get(generation)!(rank === 4 ? 16 : 4),
-      'no adapter': () => null,
+      'another rank': ({ rank }) => ({ rank: rank === 4 ? 16 : 4 }),
+      'no adapter': () => ({ generation: null }),
     };
-    for (const [fault, rows] of Object.entries(faults)) {
-      const caught = Math.max(
-        ...results.slice(0, 6).map((result) => worstGap(result, rows(result))),
-      );
-      expect(caught, fault).toBeGreaterThan(4 * epsilon);
+    for (const [fault, change] of Object.entries(faults)) {
+      const gaps = results.slice(0, 6).map((heard) => oracle.worstGap(heard, change(heard)));
+      expect(Math.max(...gaps), fault).toBeGreaterThan(4 * epsilon);
     }
 
     const listed = (await (await gateway.fetch('/v1/adapters')).json()) as {

@@ -1,0 +1,3 @@
+import { swapOracleSuite } from '../support/swap-oracle-suite.ts';
+
+swapOracleSuite(600);
