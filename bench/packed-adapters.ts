@@ -1,9 +1,10 @@
 // Adapters of seeded numbers as the importer would have stored them: packed files in a blob store. Their ranks are not
 // ordered by size: nothing that is measured depends on it.
 
-import type { Generation } from '../src/adapters/adapter.ts';
+import { type Generation, noOptions } from '../src/adapters/adapter.ts';
 import { createBlobStore } from '../src/adapters/blobs.ts';
 import { createPacker } from '../src/adapters/pack.ts';
+import { servedPair } from '../src/adapters/served.ts';
 import { f16BitsToF32 } from '../src/kernels/half.ts';
 import { type DecoderConfig, projections } from '../src/model/decoder-config.ts';
 import { sha256OfFile } from '../src/model/file-hash.ts';
@@ -39,12 +40,15 @@ function packAdapter({ config, hash }: PackedBase, seed: number, rank: number): 
   for (const module of adapterModules(config, seed, rank)) {
     const { block, projection, out } = module;
     const b = columns(module.b, out, rank); // [r, out]
-    const sigma = new Float64Array(rank).fill(1);
-    packer.add({ block, projection }, { rank, a: Float64Array.from(wide(module.a)), b, sigma });
+    const a = Float64Array.from(wide(module.a)); // [r, in]
+    packer.add(servedPair({ block, projection }, { rank, a, b }));
   }
   return packer.finish({
-    format: 'rankgate-adapter/2',
+    format: 'rankgate-adapter/3',
     kind: 'lora',
+    describe: '',
+    levels: null,
+    options: noOptions,
     baseHash: hash,
     rankMax: rank,
     rankCurve: Array.from({ length: rank }, (_, k) => (k + 1) / rank),

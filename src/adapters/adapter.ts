@@ -23,10 +23,15 @@ export function isGeneration(text: string): text is Generation {
   return generationPattern.test(text);
 }
 
-const namePattern = /^[a-z0-9][a-z0-9._-]{0,63}$/;
-/** Names are registry keys, never paths (faults.md B36). No comma: metrics list names in a CSV (peers.md 5.1). */
+const namePattern = /^(?:([a-z0-9][a-z0-9._-]{0,63})\/)?[a-z0-9][a-z0-9._-]{0,63}$/;
+/** `name`, shared by all, or `tenant/name`. Registry keys, never paths (faults.md B36). No comma: metrics list names in a
+ *  CSV (peers.md 5.1). */
 export function isAdapterName(text: string): boolean {
   return namePattern.test(text) && !text.includes('..');
+}
+/** Whose an adapter is: null for what all share. */
+export function tenantOf(name: string): string | null {
+  return namePattern.exec(name)?.[1] ?? null;
 }
 
 export interface AdaptedModule {
@@ -38,23 +43,82 @@ export interface AdaptedModule {
   readonly out: number;
 }
 
+/** How an adapter came to be, which decides how it is served: design.md section 3. */
+export const adapterKinds = [
+  'lora',
+  'matryoshka',
+  'queryable',
+  'fly',
+  'svfit',
+  'hydra',
+  'flexmore',
+  'mora',
+  'salt',
+  'triangular',
+  'eora',
+] as const;
+export type AdapterKind = (typeof adapterKinds)[number];
+/** Two kinds are no adapters but what adapters of one base share: `basis` for svfit, `bank` for queryable. */
+export type PackedKind = AdapterKind | 'basis' | 'bank';
+
+/** What some kinds need beyond their numbers; null where a kind has no use for it. */
+export interface FamilyOptions {
+  /** The file of shared tensors that this adapter cannot be served without: svfit's basis, queryable's bank. */
+  readonly needs: Generation | null;
+  /** fly: A is made from it and never stored; 16 hex digits. */
+  readonly seed: string | null;
+  /** fly, mora: ranks that stay on for a token. queryable: atoms that are mixed for a token. */
+  readonly topK: number | null;
+  /** mora: τ of the softmax over the ranks that stay. */
+  readonly temperature: number | null;
+  /** queryable: the text of each atom's label. */
+  readonly labels: readonly string[] | null;
+  /** bank: layers that share one routing decision. */
+  readonly blockLayers: number | null;
+}
+
+export const noOptions: FamilyOptions = {
+  needs: null,
+  seed: null,
+  topK: null,
+  temperature: null,
+  labels: null,
+  blockLayers: null,
+};
+
+export interface PeftSource {
+  readonly format: 'peft';
+  readonly rank: number;
+  readonly alpha: number;
+  readonly rslora: boolean;
+  readonly targetModules: readonly string[];
+  /** base_model_name_or_path as the adapter's config had it: opaque text, never fetched. */
+  readonly baseName: string | null;
+}
+
+/** Made by rankgate: squeezed, extracted, compensated, or a family's own files. */
+export interface MadeSource {
+  readonly format: 'rankgate';
+  /** Which of these, in a few words. */
+  readonly by: string;
+  readonly from: readonly Generation[];
+}
+
 export interface AdapterManifest {
-  readonly format: 'rankgate-adapter/2';
-  readonly kind: 'lora';
+  readonly format: 'rankgate-adapter/3';
+  readonly kind: PackedKind;
+  /** What it is, for people. */
+  readonly describe: string;
   /** SHA-256 of the base model file this was checked against. */
   readonly baseHash: string;
-  /** R: the largest rank of any module. */
+  /** R: the largest rank of any module, and the highest level. */
   readonly rankMax: number;
   readonly modules: readonly AdaptedModule[];
-  /** rankCurve[k-1] = share of Σσ² over all modules kept at uniform rank k, k = 1…R; non-decreasing, ends at 1. */
+  /** rankCurve[k-1] = share of Σσ² over all modules kept at level k, k = 1…R; non-decreasing, ends at 1. Empty for a bank. */
   readonly rankCurve: readonly number[];
-  readonly source: {
-    readonly format: 'peft';
-    readonly rank: number;
-    readonly alpha: number;
-    readonly rslora: boolean;
-    readonly targetModules: readonly string[];
-    /** base_model_name_or_path as the adapter's config had it: opaque text, never fetched. */
-    readonly baseName: string | null;
-  };
+  /** null: level k is the first k ranks of every module. Else, per module, the level from which each rank is on,
+   *  non-decreasing: a level's ranks are a prefix in every module, and level R has all. */
+  readonly levels: readonly (readonly number[])[] | null;
+  readonly options: FamilyOptions;
+  readonly source: PeftSource | MadeSource;
 }

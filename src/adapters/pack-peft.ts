@@ -4,11 +4,12 @@ import { GatewayError } from '../errors.ts';
 import { f16Values } from '../kernels/half.ts';
 import { type DecoderConfig, projections } from '../model/decoder-config.ts';
 import { type SafetensorsTensor, writeSafetensors } from '../model/safetensors.ts';
-import { type AdaptedModule, type AdapterManifest, pageRanks } from './adapter.ts';
+import { type AdaptedModule, type AdapterManifest, noOptions, pageRanks } from './adapter.ts';
 import { createPacker, type PackedAdapter } from './pack.ts';
 import { type PeftInput, readPeft } from './peft.ts';
 import { formatTensorName, moduleName, peftRowOrder, targetName } from './peft-names.ts';
 import type { PeftFiles } from './registry.ts';
+import { servedPair } from './served.ts';
 import { rankCurve, squeezeModule } from './squeeze.ts';
 
 export interface PackedPeft {
@@ -24,7 +25,7 @@ export function packPeft(input: PeftInput): PackedPeft {
   const sigmas = adapter.modules.map((module) => {
     try {
       const squeezed = squeezeModule(adapter.read(module));
-      packer.add(module, squeezed);
+      packer.add(servedPair(module, squeezed));
       return squeezed.sigma;
     } catch (error) {
       if (!(error instanceof GatewayError)) throw error;
@@ -34,11 +35,14 @@ export function packPeft(input: PeftInput): PackedPeft {
   const curve = rankCurve(sigmas);
   const isZero = sigmas.every((sigma) => sigma[0] === 0);
   const { manifest, bytes } = packer.finish({
-    format: 'rankgate-adapter/2',
+    format: 'rankgate-adapter/3',
     kind: 'lora',
+    describe: 'low-rank pairs, ranks ordered by singular value',
     baseHash: input.base.hash,
     rankMax: curve.length,
     rankCurve: curve,
+    levels: null,
+    options: noOptions,
     source: adapter.source,
   });
   const zero = isZero ? ['every B·A is zero: the adapter changes nothing'] : [];
@@ -113,7 +117,7 @@ function exportedConfig(
   return {
     peft_type: 'LORA',
     task_type: 'CAUSAL_LM',
-    base_model_name_or_path: source.baseName,
+    base_model_name_or_path: source.format === 'peft' ? source.baseName : null,
     r: rank,
     lora_alpha: rank,
     rank_pattern: pattern,

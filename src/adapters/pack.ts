@@ -10,7 +10,7 @@ import { readSafetensors, type SafetensorsTensor, writeSafetensors } from '../mo
 import type { ModuleRef, PageData } from '../model/stepper.ts';
 import { type AdaptedModule, type AdapterManifest, type Generation, pageRanks } from './adapter.ts';
 import { formatManifest, parseManifest } from './manifest.ts';
-import type { SqueezedModule } from './squeeze.ts';
+import type { ServedModule } from './served.ts';
 
 /** A verified packed file in memory. Its pages are views of the file's bytes: read them, never write. */
 export interface PackedAdapter {
@@ -33,7 +33,7 @@ export function generationOf(bytes: Uint8Array): Generation {
 /** Collects modules one by one, so that their f64 factors need not all be in memory at once. */
 export interface Packer {
   /** Throws INVALID_ADAPTER when a value is beyond the range of f16. */
-  add(module: ModuleRef, squeezed: SqueezedModule): void;
+  add(module: ServedModule): void;
   finish(manifest: Omit<AdapterManifest, 'modules'>): {
     manifest: AdapterManifest;
     bytes: Uint8Array;
@@ -44,12 +44,10 @@ export function createPacker(): Packer {
   const modules: AdaptedModule[] = [];
   const tensors = new Map<string, SafetensorsTensor>();
   return {
-    add(ref, squeezed) {
-      const { rank } = squeezed;
-      const sizes = { in: squeezed.a.length / rank, out: squeezed.b.length / rank };
-      const module = { ...ref, rank, ...sizes };
-      modules.push(module);
-      for (const [name, tensor] of pagesOf(module, squeezed)) tensors.set(name, tensor);
+    add(served) {
+      const { block, projection, rank, in: width, out } = served;
+      modules.push({ block, projection, rank, in: width, out });
+      for (const [name, tensor] of pagesOf(served)) tensors.set(name, tensor);
     },
     finish(rest) {
       const manifest = { ...rest, modules };
@@ -63,8 +61,9 @@ function tensorName({ block, projection }: ModuleRef, side: 'a' | 'b'): string {
   return `blk.${block}.${projection}.${side}`;
 }
 
-function pagesOf(module: AdaptedModule, { a, b }: SqueezedModule): [string, SafetensorsTensor][] {
-  const { rank, in: width, out } = module;
+function pagesOf(module: ServedModule): [string, SafetensorsTensor][] {
+  const { rank, in: width, out, a, b } = module;
+  if (a === null || b === null) throw new GatewayError('INTERNAL', 'a module without A or B');
   const pages = Math.ceil(rank / pageRanks);
   const pagesA = new Float32Array(pages * pageRanks * width); // [pages, 8, in]
   const pagesB = new Float32Array(pages * pageRanks * out); // [pages, 8, out]

@@ -5,7 +5,12 @@ import { realpath } from 'node:fs/promises';
 import { isAbsolute, resolve, sep } from 'node:path';
 import type { Context } from 'hono';
 import { z } from 'zod';
-import { type Generation, isAdapterName, isGeneration } from '../adapters/adapter.ts';
+import {
+  type AdapterManifest,
+  type Generation,
+  isAdapterName,
+  isGeneration,
+} from '../adapters/adapter.ts';
 import type { AdapterRecord } from '../adapters/registry.ts';
 import { type ErrorCode, GatewayError } from '../errors.ts';
 import type { ServerDeps } from './deps.ts';
@@ -210,13 +215,12 @@ function describeAdapter(record: AdapterRecord, { registry, engine }: ServerDeps
       resident === undefined
         ? { tier: 'disk' }
         : { tier: 'slot', rank: resident.rank, bytes: resident.bytes, uses: resident.uses },
-    source: {
-      format: manifest.source.format,
-      rank: manifest.source.rank,
-      alpha: manifest.source.alpha,
-      rslora: manifest.source.rslora,
-      target_modules: manifest.source.targetModules,
-      base_name: manifest.source.baseName,
-    },
+    source: sourceView(manifest.source),
   };
+}
+
+function sourceView(source: AdapterManifest['source']): object {
+  if (source.format === 'rankgate') return source;
+  const { format, rank, alpha, rslora, targetModules, baseName } = source;
+  return { format, rank, alpha, rslora, target_modules: targetModules, base_name: baseName };
 }

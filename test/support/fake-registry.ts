@@ -1,4 +1,4 @@
-import type { AdapterManifest, Generation } from '../../src/adapters/adapter.ts';
+import { type AdapterManifest, type Generation, noOptions } from '../../src/adapters/adapter.ts';
 import type {
   AdapterRecord,
   ImportedAdapter,
@@ -7,6 +7,7 @@ import type {
   Lease,
   PeftFiles,
   Registry,
+  StoredGeneration,
 } from '../../src/adapters/registry.ts';
 import { GatewayError } from '../../src/errors.ts';
 
@@ -17,8 +18,11 @@ export function fakeGeneration(digits: string): Generation {
 
 export function fakeManifest(rankMax: number): AdapterManifest {
   return {
-    format: 'rankgate-adapter/2',
+    format: 'rankgate-adapter/3',
     kind: 'lora',
+    describe: '',
+    levels: null,
+    options: noOptions,
     baseHash: 'b'.repeat(64),
     rankMax,
     modules: [{ block: 0, projection: 'attn_q', rank: rankMax, in: 64, out: 64 }],
@@ -39,6 +43,8 @@ export class FakeRegistry implements Registry {
   readonly #names = new Map<string, { generation: Generation; previous: Generation[] }>();
   readonly #stored = new Map<Generation, { manifest: AdapterManifest; bytes: number }>();
   readonly #leases = new Map<Generation, number>();
+  readonly #aliases = new Map<string, string>();
+  readonly #pinned = new Set<string>();
   isClosed = false;
 
   list(): readonly AdapterRecord[] {
@@ -47,11 +53,13 @@ export class FakeRegistry implements Registry {
   }
 
   find(name: string): AdapterRecord | null {
-    return this.#names.has(name) ? this.#record(name) : null;
+    const own = this.#aliases.get(name) ?? name;
+    return this.#names.has(own) ? this.#record(own) : null;
   }
 
   lease(reference: string): Lease {
-    const [name = '', fixed] = reference.split('@');
+    const [asked = '', fixed] = reference.split('@');
+    const name = this.#aliases.get(asked) ?? asked;
     const entry = this.#names.get(name);
     const generation = (fixed ?? entry?.generation) as Generation | undefined;
     const known = generation === undefined ? undefined : this.#stored.get(generation);
@@ -71,12 +79,41 @@ export class FakeRegistry implements Registry {
     return this.#leases.get(generation) ?? 0;
   }
 
+  stored(generation: Generation): StoredGeneration | null {
+    return this.#stored.get(generation) ?? null;
+  }
+
+  isNamed(generation: Generation): boolean {
+    return [...this.#names.values()].some((entry) => entry.generation === generation);
+  }
+
+  alias(name: string, target: string): AdapterRecord {
+    this.#entry(target, null);
+    this.#aliases.set(name, target);
+    return this.#record(target);
+  }
+
+  pin(name: string): AdapterRecord {
+    this.#entry(name, null);
+    this.#pinned.add(name);
+    return this.#record(name);
+  }
+
+  unpin(name: string): AdapterRecord {
+    this.#pinned.delete(name);
+    return this.#record(name);
+  }
+
+  pinned(): readonly Generation[] {
+    return [...this.#pinned].map((name) => this.#names.get(name)!.generation);
+  }
+
   get leasesOpen(): number {
     return [...this.#leases.values()].reduce((sum, count) => sum + count, 0);
   }
 
   create(name: string, generation: Generation): AdapterRecord {
-    if (this.#names.has(name)) throw new GatewayError('ADAPTER_EXISTS', 'the name is taken');
+    if (this.find(name) !== null) throw new GatewayError('ADAPTER_EXISTS', 'the name is taken');
     this.#checkStored(generation);
     this.#names.set(name, { generation, previous: [] });
     return this.#record(name);
@@ -99,6 +136,7 @@ export class FakeRegistry implements Registry {
   }
 
   remove(name: string, expected: Generation | null): void {
+    if (this.#aliases.delete(name)) return;
     this.#entry(name, expected);
     this.#names.delete(name);
   }
@@ -129,7 +167,17 @@ export class FakeRegistry implements Registry {
   #record(name: string): AdapterRecord {
     const { generation, previous } = this.#names.get(name)!;
     const { manifest, bytes } = this.#stored.get(generation)!;
-    return { name, generation, manifest, previous: [...previous], updatedS: 1_700_000_000, bytes };
+    const aliases = [...this.#aliases].filter(([, target]) => target === name);
+    return {
+      name,
+      generation,
+      manifest,
+      bytes,
+      previous: [...previous],
+      updatedS: 1_700_000_000,
+      aliases: aliases.map(([alias]) => alias),
+      isPinned: this.#pinned.has(name),
+    };
   }
 
   #count(generation: Generation, change: number): void {

@@ -3,10 +3,11 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Worker } from 'node:worker_threads';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import type { Generation } from '../../../src/adapters/adapter.ts';
+import { type Generation, noOptions } from '../../../src/adapters/adapter.ts';
 import { blobPath, createBlobStore } from '../../../src/adapters/blobs.ts';
 import { createPacker, readPacked } from '../../../src/adapters/pack.ts';
 import { createPackReader } from '../../../src/adapters/pack-reader.ts';
+import { servedPair } from '../../../src/adapters/served.ts';
 
 const rank = 10; // two pages, the second one not full
 const [width, out] = [6, 4];
@@ -16,10 +17,13 @@ function pack(seed: number): Uint8Array {
   const packer = createPacker();
   const a = Float64Array.from({ length: rank * width }, (_, i) => seed + i);
   const b = Float64Array.from({ length: rank * out }, (_, i) => seed - i);
-  packer.add(ref, { rank, a, b, sigma: new Float64Array(rank).fill(1) });
+  packer.add(servedPair(ref, { rank, a, b }));
   return packer.finish({
-    format: 'rankgate-adapter/2',
+    format: 'rankgate-adapter/3',
     kind: 'lora',
+    describe: '',
+    levels: null,
+    options: noOptions,
     baseHash: '0'.repeat(64),
     rankMax: rank,
     rankCurve: Array.from({ length: rank }, (_, k) => (k + 1) / rank),

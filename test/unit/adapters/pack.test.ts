@@ -13,6 +13,7 @@ import {
 } from '../../../src/adapters/pack.ts';
 import { packPeft, unpackPeft } from '../../../src/adapters/pack-peft.ts';
 import { readPeft } from '../../../src/adapters/peft.ts';
+import { servedPair } from '../../../src/adapters/served.ts';
 import { f16Values, f32ToF16Bits } from '../../../src/kernels/half.ts';
 import { readSafetensors, toFloat32, writeSafetensors } from '../../../src/model/safetensors.ts';
 import { goldenAdapters, goldenConfig, goldenWeights, tinyBase } from '../../support/tiny-base.ts';
@@ -154,14 +155,10 @@ describe('roundToOdd', () => {
 
   it('refuses to pack what would round to infinity, and keeps 65504', () => {
     const module = { block: 0, projection: 'attn_q' } as const;
-    const squeezed = (value: number) => ({
-      rank: 1,
-      a: Float64Array.of(value),
-      b: Float64Array.of(1),
-      sigma: Float64Array.of(1),
-    });
-    expect(() => createPacker().add(module, squeezed(65_519.99))).not.toThrow();
-    expect(() => createPacker().add(module, squeezed(-65_520))).toThrow('beyond ±65504');
+    const served = (value: number) =>
+      servedPair(module, { rank: 1, a: Float64Array.of(value), b: Float64Array.of(1) });
+    expect(() => createPacker().add(served(65_519.99))).not.toThrow();
+    expect(() => createPacker().add(served(-65_520))).toThrow('beyond ±65504');
   });
 });
 
