@@ -9,6 +9,7 @@ export type ErrorCode =
   | 'MODEL_NOT_FOUND' // the model field names no base and no adapter
   | 'ADAPTER_NOT_FOUND'
   | 'ADAPTER_EXISTS'
+  | 'ADAPTER_IN_USE' // aliases follow the name, or it is pinned
   | 'GENERATION_MISMATCH' // compare-and-swap lost: the name points at another generation
   | 'INVALID_ADAPTER' // a hostile, broken or unsupported adapter file
   | 'ADAPTER_CORRUPT' // bytes on disk no longer match their hash

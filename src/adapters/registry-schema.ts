@@ -1,9 +1,10 @@
-// Opens the registry's database: settings, lock, tables. The version is in the file; a newer program's file is refused.
+// The registry's database: settings, lock, tables, transactions. The version is in the file; another program's is refused.
 
 import Database from 'libsql';
 import { GatewayError } from '../errors.ts';
 
-const schemaVersion = 1;
+/** 1 held manifests of format 2, whose packed files this build does not read. */
+const schemaVersion = 2;
 
 const tables = `
   CREATE TABLE schema (version INTEGER NOT NULL) STRICT;
@@ -11,14 +12,22 @@ const tables = `
   CREATE TABLE generations (
     generation TEXT PRIMARY KEY,
     manifest TEXT NOT NULL,
-    bytes INTEGER NOT NULL
+    bytes INTEGER NOT NULL,
+    needs TEXT REFERENCES generations (generation) -- the file of shared tensors that it is served with
   ) STRICT;
+  CREATE INDEX generations_by_needs ON generations (needs);
   CREATE TABLE names (
     name TEXT PRIMARY KEY,
     generation TEXT NOT NULL REFERENCES generations (generation),
-    updated_s INTEGER NOT NULL
+    updated_s INTEGER NOT NULL,
+    is_pinned INTEGER NOT NULL DEFAULT 0
   ) STRICT;
   CREATE INDEX names_by_generation ON names (generation);
+  CREATE TABLE aliases (
+    name TEXT PRIMARY KEY, -- never one of names: the code holds that
+    target TEXT NOT NULL REFERENCES names (name)
+  ) STRICT;
+  CREATE INDEX aliases_by_target ON aliases (target, name);
   CREATE TABLE previous (
     step INTEGER PRIMARY KEY AUTOINCREMENT, -- the larger, the later
     name TEXT NOT NULL REFERENCES names (name) ON DELETE CASCADE,
@@ -28,12 +37,52 @@ const tables = `
   CREATE INDEX previous_by_generation ON previous (generation);
 `;
 
-export interface RegistryDatabase {
-  readonly db: Database.Database;
-  close(): void;
+export class RegistryDatabase {
+  readonly #lock: Database.Database;
+  readonly #db: Database.Database;
+  readonly #statements: Map<string, Database.Statement> = new Map();
+
+  constructor(lock: Database.Database, db: Database.Database) {
+    this.#lock = lock;
+    this.#db = db;
+  }
+
+  get isOpen(): boolean {
+    return this.#db.open;
+  }
+
+  sql(text: string): Database.Statement {
+    const known = this.#statements.get(text);
+    if (known !== undefined) return known;
+    const statement = this.#db.prepare(text);
+    this.#statements.set(text, statement);
+    return statement;
+  }
+
+  /** One transaction; an error of SQLite comes out as DISK_FULL or INTERNAL. */
+  atomically<T>(work: () => T): T {
+    try {
+      // Not libsql's transaction(): SQLite has rolled back by itself when the disk is full, and the error of rolling back
+      // once more would take that error's place.
+      this.#db.exec('BEGIN IMMEDIATE');
+      const result = work();
+      this.#db.exec('COMMIT');
+      return result;
+    } catch (error) {
+      if (this.#db.inTransaction) this.#db.exec('ROLLBACK');
+      if (error instanceof GatewayError) throw error;
+      const isFull = (error as { readonly code?: string }).code?.startsWith('SQLITE_FULL') ?? false;
+      const code = isFull ? 'DISK_FULL' : 'INTERNAL';
+      throw new GatewayError(code, 'the registry could not be written', { cause: error });
+    }
+  }
+
+  close(): void {
+    closeAll(this.#lock, this.#db);
+  }
 }
 
-/** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for a schema from the future. A database that
+/** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for another schema. A database that
  *  would grow beyond `bytesMax` fails as on a full disk. */
 export function openDatabase(path: string, bytesMax: number): RegistryDatabase {
   const opened: Database.Database[] = [];
@@ -62,7 +111,7 @@ export function openDatabase(path: string, bytesMax: number): RegistryDatabase {
     db.exec('BEGIN IMMEDIATE');
     migrate(db);
     db.exec('COMMIT');
-    return { db, close: () => closeAll(lock, db) };
+    return new RegistryDatabase(lock, db);
   } catch (error) {
     for (const database of opened) {
       if (database.inTransaction) database.exec('ROLLBACK'); // close() alone may leave it locked.
@@ -92,7 +141,7 @@ function migrate(db: Database.Database): void {
   }
   const { version } = db.prepare('SELECT version FROM schema').get() as { version: number };
   if (version === schemaVersion) return;
-  const message = `the registry has schema ${version}, this build knows ${schemaVersion}`;
+  const message = `the registry has schema ${version}, this build reads ${schemaVersion} only`;
   throw new GatewayError('UNSUPPORTED', message);
 }
 

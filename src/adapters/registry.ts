@@ -13,6 +13,10 @@ export interface AdapterRecord {
   readonly updatedS: number;
   /** Bytes of the packed file. */
   readonly bytes: number;
+  /** Names that follow this one, sorted. */
+  readonly aliases: readonly string[];
+  /** What the name points at stays in memory once loaded, and the name stays until it is unpinned. */
+  readonly isPinned: boolean;
 }
 
 /** The right to use one generation. Its blob is not deleted while a lease is open. `release` is idempotent. */
@@ -23,6 +27,7 @@ export interface Lease extends Disposable {
   release(): void;
 }
 
+/** A name may be an alias wherever it is read. What changes a name takes the name itself: INVALID_REQUEST for an alias. */
 export interface Registry {
   list(): readonly AdapterRecord[];
   /** null when the name is unknown. */
@@ -30,17 +35,35 @@ export interface Registry {
   /** Leases what `name` points at now, or the fixed generation of `name@sha256:…`. Throws ADAPTER_NOT_FOUND. */
   lease(reference: string): Lease;
   leases(generation: Generation): number;
+  /** What is known of a stored generation, named or not. */
+  stored(generation: Generation): StoredGeneration | null;
+  /** Does a name point at it now? */
+  isNamed(generation: Generation): boolean;
   /** Points a new name at a stored generation. Throws ADAPTER_EXISTS. */
   create(name: string, generation: Generation): AdapterRecord;
   /** Atomic compare-and-swap; `expected` null accepts any. Throws ADAPTER_NOT_FOUND or GENERATION_MISMATCH. */
   swap(name: string, generation: Generation, expected: Generation | null): AdapterRecord;
   /** Back to the previous generation. Throws ADAPTER_NOT_FOUND, or GENERATION_MISMATCH when there is none. */
   rollback(name: string): AdapterRecord;
-  /** Removes the name. Running sequences keep their generation; the blob goes at its last lease. */
+  /** A second name that follows `target`, or an existing alias that follows it from now on. Both are of one tenant;
+   *  an alias of an alias is refused, so there are no cycles. Throws ADAPTER_EXISTS for the name of an adapter. */
+  alias(name: string, target: string): AdapterRecord;
+  pin(name: string): AdapterRecord;
+  unpin(name: string): AdapterRecord;
+  /** Generations that pinned names point at, each once. */
+  pinned(): readonly Generation[];
+  /** Removes the name, or the alias alone. Running sequences keep their generation; the blob goes at its last lease.
+   *  ADAPTER_IN_USE while aliases follow the name or it is pinned. */
   remove(name: string, expected: Generation | null): void;
-  /** A packed file that is in the blob store becomes known. Idempotent. */
+  /** A packed file that is in the blob store becomes known. Idempotent. Throws ADAPTER_NOT_FOUND when it or the file that
+   *  it needs is not there. */
   store(generation: Generation, manifest: AdapterManifest, bytes: number): void;
   close(): void;
+}
+
+export interface StoredGeneration {
+  readonly manifest: AdapterManifest;
+  readonly bytes: number;
 }
 
 /** Turns an outside file into a stored generation, off the main thread: validate, rank-order, pack, store. */

@@ -50,6 +50,7 @@ const rules: Readonly<Record<ErrorCode, Rule>> = {
   MODEL_NOT_FOUND: { status: 404 },
   ADAPTER_NOT_FOUND: { status: 404 },
   ADAPTER_EXISTS: { status: 409, retry: false },
+  ADAPTER_IN_USE: { status: 409, retry: false },
   GENERATION_MISMATCH: { status: 409, retry: false },
   INVALID_ADAPTER: { status: 422 },
   ADAPTER_CORRUPT: {

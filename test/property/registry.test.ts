@@ -3,7 +3,12 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import type { Generation } from '../../src/adapters/adapter.ts';
+import {
+  type AdapterManifest,
+  type Generation,
+  noOptions,
+  tenantOf,
+} from '../../src/adapters/adapter.ts';
 import type { BlobStore } from '../../src/adapters/blobs.ts';
 import type { Lease, Registry } from '../../src/adapters/registry.ts';
 import { openSqlRegistry } from '../../src/adapters/sql-registry.ts';
@@ -11,7 +16,18 @@ import { GatewayError } from '../../src/errors.ts';
 import { fakeGeneration, fakeManifest } from '../support/fake-registry.ts';
 
 const generations: readonly Generation[] = ['a', 'b', 'c', 'd', 'e'].map(fakeGeneration);
-const names = ['x', 'y', 'z'] as const;
+/** The last two are served with the first. */
+const needsOf = (generation: Generation): Generation | null =>
+  generations.indexOf(generation) >= 3 ? generations[0]! : null;
+const manifestOf = (generation: Generation): AdapterManifest => {
+  const needs = needsOf(generation);
+  const plain = fakeManifest(8);
+  return needs === null ? plain : { ...plain, kind: 'svfit', options: { ...noOptions, needs } };
+};
+const names = ['x', 'y', 'a/z'] as const;
+const aliasNames = ['x', 'p', 'a/q'] as const;
+
+const previousMax = 2; // Of five generations: the bound is met often.
 
 /** Blobs as a set. */
 function memoryBlobs() {
@@ -37,6 +53,20 @@ class Model {
   readonly entries: Map<string, Entry> = new Map();
   readonly stored: Set<Generation> = new Set();
   readonly leases: { readonly generation: Generation; open: boolean }[] = [];
+  readonly aliases: Map<string, string> = new Map();
+  readonly pinned: Set<string> = new Set();
+
+  own(name: string): string {
+    return this.aliases.get(name) ?? name;
+  }
+
+  aliasesOf(name: string): string[] {
+    return [...this.aliases].flatMap(([alias, target]) => (target === name ? [alias] : [])).sort();
+  }
+
+  isNeeded(generation: Generation): boolean {
+    return [...this.stored].some((one) => needsOf(one) === generation);
+  }
 
   isNamed(generation: Generation): boolean {
     return [...this.entries.values()].some(
@@ -51,7 +81,10 @@ class Model {
   /** Called for generations that just lost a name or a lease. */
   drop(lost: readonly Generation[]): void {
     for (const generation of lost) {
-      if (!this.isNamed(generation) && this.count(generation) === 0) this.stored.delete(generation);
+      if (this.isNamed(generation) || this.count(generation) > 0) continue;
+      if (this.isNeeded(generation) || !this.stored.delete(generation)) continue;
+      const needs = needsOf(generation);
+      if (needs !== null) this.drop([needs]);
     }
   }
 }
@@ -66,12 +99,14 @@ type Command =
       readonly expected: Generation | null;
     }
   | { readonly kind: 'rollback'; readonly name: string }
+  | { readonly kind: 'alias'; readonly name: string; readonly target: string }
+  | { readonly kind: 'pin' | 'unpin'; readonly name: string }
   | { readonly kind: 'remove'; readonly name: string; readonly expected: Generation | null }
   | { readonly kind: 'lease'; readonly name: string; readonly fixed: Generation | null }
   | { readonly kind: 'release'; readonly index: number }
   | { readonly kind: 'reopen' };
 
-const name = fc.constantFrom(...names);
+const name = fc.constantFrom(...names, ...aliasNames);
 const generation = fc.constantFrom(...generations);
 const maybe = fc.option(generation, { freq: 3 });
 const command: fc.Arbitrary<Command> = fc.oneof(
@@ -83,8 +118,16 @@ const command: fc.Arbitrary<Command> = fc.oneof(
   },
   { weight: 3, arbitrary: fc.record({ kind: fc.constant('rollback' as const), name }) },
   {
-    weight: 1,
+    weight: 2,
     arbitrary: fc.record({ kind: fc.constant('remove' as const), name, expected: maybe }),
+  },
+  {
+    weight: 3,
+    arbitrary: fc.record({ kind: fc.constant('alias' as const), name, target: name }),
+  },
+  {
+    weight: 1,
+    arbitrary: fc.record({ kind: fc.constantFrom('pin' as const, 'unpin' as const), name }),
   },
   { weight: 4, arbitrary: fc.record({ kind: fc.constant('lease' as const), name, fixed: maybe }) },
   {
@@ -112,20 +155,26 @@ class Run {
   registry: Registry;
 
   constructor(path: string) {
-    this.#open = () => openSqlRegistry({ path, blobs: this.blobs.store, nowS: () => 1_000.7 });
+    this.#open = () =>
+      openSqlRegistry({ path, blobs: this.blobs.store, nowS: () => 1_000.7, previousMax });
     this.registry = this.#open();
   }
 
   apply(step: Command): void {
     const { model, registry } = this;
     switch (step.kind) {
-      case 'store':
+      case 'store': {
+        const needs = needsOf(step.generation);
         this.blobs.held.add(step.generation);
-        registry.store(step.generation, fakeManifest(8), 123);
-        model.stored.add(step.generation);
+        const wanted = needs === null || model.stored.has(needs) ? 'done' : 'ADAPTER_NOT_FOUND';
+        const manifest = manifestOf(step.generation);
+        this.expectOutcome(() => registry.store(step.generation, manifest, 123), wanted);
+        if (wanted === 'done') model.stored.add(step.generation);
+        else this.blobs.held.delete(step.generation);
         return;
+      }
       case 'create': {
-        const isFree = !model.entries.has(step.name);
+        const isFree = !model.entries.has(model.own(step.name));
         const isStored = model.stored.has(step.generation);
         const wanted = isFree ? (isStored ? 'done' : 'ADAPTER_NOT_FOUND') : 'ADAPTER_EXISTS';
         this.expectOutcome(() => registry.create(step.name, step.generation), wanted);
@@ -139,13 +188,19 @@ class Run {
       case 'rollback':
         this.rollback(step.name);
         return;
-      case 'remove': {
-        const wanted = this.expected(step.name, step.expected);
-        this.expectOutcome(() => registry.remove(step.name, step.expected), wanted);
-        const entry = model.entries.get(step.name);
-        if (wanted !== 'done' || entry === undefined) return;
-        model.entries.delete(step.name);
-        model.drop([entry.generation, ...entry.previous]);
+      case 'remove':
+        this.remove(step);
+        return;
+      case 'alias':
+        this.alias(step.name, step.target);
+        return;
+      case 'pin':
+      case 'unpin': {
+        const wanted = this.expected(step.name, null);
+        this.expectOutcome(() => registry[step.kind](step.name), wanted);
+        if (wanted !== 'done') return;
+        if (step.kind === 'pin') model.pinned.add(step.name);
+        else model.pinned.delete(step.name);
         return;
       }
       case 'lease':
@@ -160,10 +215,41 @@ class Run {
     }
   }
 
+  /** Of a call that changes a name, which an alias is not. */
   expected(name: string, expected: Generation | null): string {
-    const entry = this.model.entries.get(name);
+    const read = this.expectedRead(name, expected);
+    return read === 'done' && this.model.aliases.has(name) ? 'INVALID_REQUEST' : read;
+  }
+
+  expectedRead(name: string, expected: Generation | null): string {
+    const entry = this.model.entries.get(this.model.own(name));
     if (entry === undefined) return 'ADAPTER_NOT_FOUND';
     return expected === null || expected === entry.generation ? 'done' : 'GENERATION_MISMATCH';
+  }
+
+  remove({ name, expected }: Command & { kind: 'remove' }): void {
+    const { model } = this;
+    const read = this.expectedRead(name, expected);
+    const isUsed = model.pinned.has(name) || model.aliasesOf(name).length > 0;
+    const isAlias = model.aliases.has(name);
+    const wanted = read === 'done' && !isAlias && isUsed ? 'ADAPTER_IN_USE' : read;
+    this.expectOutcome(() => this.registry.remove(name, expected), wanted);
+    const entry = model.entries.get(name);
+    if (wanted !== 'done') return;
+    if (isAlias) model.aliases.delete(name);
+    if (isAlias || entry === undefined) return;
+    model.entries.delete(name);
+    model.drop([entry.generation, ...entry.previous]);
+  }
+
+  alias(name: string, target: string): void {
+    const { model } = this;
+    const read = this.expected(target, null);
+    let wanted = read;
+    if (read === 'done' && tenantOf(name) !== tenantOf(target)) wanted = 'INVALID_REQUEST';
+    else if (read === 'done' && model.entries.has(name)) wanted = 'ADAPTER_EXISTS';
+    this.expectOutcome(() => this.registry.alias(name, target), wanted);
+    if (wanted === 'done') model.aliases.set(name, target);
   }
 
   expectOutcome(act: () => unknown, wanted: string): void {
@@ -181,15 +267,16 @@ class Run {
     const { generation: now } = entry;
     entry.previous = [now, ...entry.previous.filter((g) => g !== now && g !== step.generation)];
     entry.generation = step.generation;
-    this.model.drop(entry.previous.splice(8));
+    this.model.drop(entry.previous.splice(previousMax));
   }
 
   rollback(name: string): void {
     const entry = this.model.entries.get(name);
     const [before] = entry?.previous ?? [];
-    const none = entry === undefined ? 'ADAPTER_NOT_FOUND' : 'GENERATION_MISMATCH';
-    this.expectOutcome(() => this.registry.rollback(name), before === undefined ? none : 'done');
-    if (entry === undefined || before === undefined) return;
+    const may = this.expected(name, null);
+    const wanted = may === 'done' && before === undefined ? 'GENERATION_MISMATCH' : may;
+    this.expectOutcome(() => this.registry.rollback(name), wanted);
+    if (wanted !== 'done' || entry === undefined || before === undefined) return;
     const left = entry.generation;
     entry.previous.shift();
     entry.generation = before;
@@ -197,7 +284,7 @@ class Run {
   }
 
   lease(name: string, fixed: Generation | null): void {
-    const entry = this.model.entries.get(name);
+    const entry = this.model.entries.get(this.model.own(name));
     const generation = fixed ?? entry?.generation;
     const isTheirs =
       entry !== undefined && [entry.generation, ...entry.previous].some((g) => g === generation);
@@ -234,13 +321,20 @@ class Run {
 
   check(): void {
     const { model, registry } = this;
-    const wanted = [...model.entries].sort(([a], [b]) => (a < b ? -1 : 1));
+    const wanted = [...model.entries]
+      .sort(([a], [b]) => (a < b ? -1 : 1))
+      .map(([name, entry]) => [
+        name,
+        entry,
+        { aliases: model.aliasesOf(name), isPinned: model.pinned.has(name) },
+      ]);
     expect(
       registry
         .list()
         .map((record) => [
           record.name,
           { generation: record.generation, previous: record.previous },
+          { aliases: record.aliases, isPinned: record.isPinned },
         ]),
     ).toEqual(wanted);
     expect(this.blobs.held).toEqual(model.stored);
@@ -251,9 +345,11 @@ class Run {
         expect(this.blobs.held.has(generation)).toBe(true);
       }
     }
-    for (const name of names) {
+    const pinned = [...model.pinned].map((name) => model.entries.get(name)!.generation);
+    expect(new Set(registry.pinned())).toEqual(new Set(pinned));
+    for (const name of [...names, ...aliasNames]) {
       const record = registry.find(name);
-      expect(record?.generation).toBe(model.entries.get(name)?.generation);
+      expect(record?.generation).toBe(model.entries.get(model.own(name))?.generation);
       if (record !== null) expect(record).toMatchObject({ bytes: 123, updatedS: 1_000 });
     }
   }

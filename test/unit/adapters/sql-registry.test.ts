@@ -1,10 +1,10 @@
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import Database from 'libsql';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import type { Generation } from '../../../src/adapters/adapter.ts';
+import { type Generation, noOptions } from '../../../src/adapters/adapter.ts';
 import { createBlobStore } from '../../../src/adapters/blobs.ts';
 import type { Registry } from '../../../src/adapters/registry.ts';
 import { openSqlRegistry, type SqlRegistryOptions } from '../../../src/adapters/sql-registry.ts';
@@ -41,11 +41,17 @@ async function stored(count: number): Promise<Generation[]> {
 }
 
 describe('the registry over SQLite', () => {
-  it('keeps eight generations before the present one, and the blobs of no others', async () => {
-    const made = await stored(12);
-    registry.create('a', made[0]!);
-    for (const generation of made.slice(1)) registry.swap('a', generation, null);
-    expect(registry.find('a')?.previous).toEqual(made.slice(3, 11).reverse());
+  it('keeps sixteen generations before the present one, and the blobs of no others', async () => {
+    const [first] = await stored(1);
+    registry.create('a', first!);
+    const made = [first!];
+    for (let i = 1; i < 20; i++) {
+      const generation = await blobs().put(Uint8Array.of(i));
+      registry.store(generation, fakeManifest(8), 1);
+      registry.swap('a', generation, null);
+      made.push(generation);
+    }
+    expect(registry.find('a')?.previous).toEqual(made.slice(3, 19).reverse());
     expect(made.map((generation) => blobs().has(generation))).toEqual(made.map((_, i) => i >= 3));
   });
 
@@ -83,15 +89,26 @@ describe('the registry over SQLite', () => {
     expect(made.filter((generation) => blobs().has(generation))).toEqual(made.slice(4));
   });
 
-  it.each(['', 'A', 'a/b', '..', 'a..b', '-a', 'a\0', 'é', 'a'.repeat(65)])(
-    'takes no name %j',
-    async (name) => {
-      const [first] = await stored(1);
-      expect(() => registry.create(name, first!)).toThrow(
-        expect.objectContaining({ code: 'INVALID_REQUEST' }),
-      );
-    },
-  );
+  it.each([
+    '',
+    'A',
+    'a/',
+    '/a',
+    'a/b/c',
+    'a/..',
+    'a//b',
+    '..',
+    'a..b',
+    '-a',
+    'a\0',
+    'é',
+    'a'.repeat(65),
+  ])('takes no name %j', async (name) => {
+    const [first] = await stored(1);
+    expect(() => registry.create(name, first!)).toThrow(
+      expect.objectContaining({ code: 'INVALID_REQUEST' }),
+    );
+  });
 
   it('refuses names beyond its limit', async () => {
     registry.close();
@@ -170,10 +187,10 @@ describe('the registry over SQLite', () => {
     registry = open();
   });
 
-  it('refuses a schema that is newer', () => {
+  it.each([1, 3])('refuses schema %i, which it cannot read', (version) => {
     registry.close();
     const db = new Database(join(directory, 'registry.db'));
-    db.exec('UPDATE schema SET version = 2');
+    db.exec(`UPDATE schema SET version = ${version}`);
     db.close();
     expect(() => open()).toThrow(expect.objectContaining({ code: 'UNSUPPORTED' }));
   });
@@ -187,26 +204,198 @@ describe('the registry over SQLite', () => {
     expect(blobs().has(first!)).toBe(true);
   });
 
-  it('has what it acknowledged after kill -9', () => {
+  it('writes ahead and syncs every commit', () => {
     registry.close();
-    const script = `
-      import { createBlobStore } from './src/adapters/blobs.ts';
-      import { openSqlRegistry } from './src/adapters/sql-registry.ts';
-      import { fakeManifest } from './test/support/fake-registry.ts';
-      const blobs = createBlobStore(${JSON.stringify(join(directory, 'blobs'))});
-      const path = ${JSON.stringify(join(directory, 'registry.db'))};
-      const registry = openSqlRegistry({ path, blobs, nowS: () => 7 });
-      const generation = await blobs.put(Uint8Array.of(1, 2, 3));
-      registry.store(generation, fakeManifest(4), 3);
-      registry.create('survivor', generation);
-      process.kill(process.pid, 'SIGKILL');
-    `;
-    const args = ['--import', 'tsx', '--input-type=module', '-e', script];
-    const { signal } = spawnSync(process.execPath, args);
-    expect(signal).toBe('SIGKILL');
+    const seen: string[] = [];
+    const { pragma } = Database.prototype;
+    const spied = function (this: Database.Database, text: string): unknown {
+      const answer = pragma.call(this, text);
+      // What the connection says of itself after the last setting.
+      if (text.startsWith('max_page_count')) {
+        const read = (name: string) => this.prepare(`PRAGMA ${name}`).raw().get() as unknown[];
+        seen.push(
+          ...['journal_mode', 'synchronous', 'foreign_keys'].map((name) => String(read(name)[0])),
+        );
+      }
+      return answer;
+    };
+    Database.prototype.pragma = spied as typeof pragma;
+    try {
+      registry = open();
+    } finally {
+      Database.prototype.pragma = pragma;
+    }
+    expect(seen).toEqual(['wal', '2', '1']); // 2 is FULL
+  });
+
+  it('follows a name by its aliases, and takes changes by the name itself', async () => {
+    const [first, second] = await stored(2);
+    registry.create('a', first!);
+    expect(registry.alias('b', 'a')).toMatchObject({ name: 'a', aliases: ['b'] });
+    registry.swap('a', second!, first!);
+    expect(registry.find('b')).toEqual(registry.find('a'));
+    {
+      using lease = registry.lease('b');
+      expect(lease).toMatchObject({ name: 'a', generation: second });
+      using old = registry.lease(`b@${first}`);
+      expect(old.generation).toBe(first);
+    }
+    const invalid = expect.objectContaining({ code: 'INVALID_REQUEST' });
+    expect(() => registry.swap('b', first!, null)).toThrow(invalid);
+    expect(() => registry.rollback('b')).toThrow(invalid);
+    expect(() => registry.pin('b')).toThrow(invalid);
+    // No alias of an alias, not even of itself: there are no cycles.
+    expect(() => registry.alias('c', 'b')).toThrow(invalid);
+    expect(() => registry.alias('b', 'b')).toThrow(invalid);
+    const exists = expect.objectContaining({ code: 'ADAPTER_EXISTS' });
+    expect(() => registry.alias('a', 'a')).toThrow(exists);
+    expect(() => registry.create('b', first!)).toThrow(exists);
+    const used = expect.objectContaining({ code: 'ADAPTER_IN_USE' });
+    expect(() => registry.remove('a', null)).toThrow(used);
+    expect(() => registry.remove('b', first!)).toThrow(
+      expect.objectContaining({ code: 'GENERATION_MISMATCH' }),
+    );
+    registry.remove('b', second!);
+    expect([registry.find('b'), registry.find('a')?.aliases]).toEqual([null, []]);
+    registry.remove('a', null);
+  });
+
+  it('has no alias across tenants', async () => {
+    const [first] = await stored(1);
+    registry.create('acme/a', first!);
+    registry.create('shared', first!);
+    const invalid = expect.objectContaining({ code: 'INVALID_REQUEST' });
+    for (const [name, target] of [
+      ['b', 'acme/a'],
+      ['other/b', 'acme/a'],
+      ['acme/b', 'shared'],
+    ] as const) {
+      expect(() => registry.alias(name, target)).toThrow(invalid);
+    }
+    expect(registry.alias('acme/b', 'acme/a').aliases).toEqual(['acme/b']);
+  });
+
+  it('keeps a pinned name, and its pins across a new start', async () => {
+    const [first, second] = await stored(2);
+    registry.create('a', first!);
+    expect(registry.pin('a').isPinned).toBe(true);
+    registry.swap('a', second!, null);
+    registry.close();
     registry = open();
-    const record = registry.find('survivor');
-    expect(record).toMatchObject({ updatedS: 7, bytes: 3, manifest: { rankMax: 4 } });
-    expect(blobs().has(record!.generation)).toBe(true);
+    expect(registry.pinned()).toEqual([second]);
+    expect(() => registry.remove('a', null)).toThrow(
+      expect.objectContaining({ code: 'ADAPTER_IN_USE' }),
+    );
+    registry.unpin('a');
+    expect(registry.pinned()).toEqual([]);
+    registry.remove('a', null);
+    expect([first, second].map((one) => blobs().has(one!))).toEqual([false, false]);
+  });
+
+  it('keeps what a generation needs as long as that, and names it never', async () => {
+    const [basis] = await stored(1);
+    const kind = { kind: 'svfit' as const, options: { ...noOptions, needs: basis! } };
+    const tenants: Generation[] = [];
+    for (const name of ['a', 'b']) {
+      const generation = await blobs().put(new TextEncoder().encode(name));
+      registry.store(generation, { ...fakeManifest(8), ...kind }, 1);
+      registry.create(name, generation);
+      tenants.push(generation);
+    }
+    await stored(30); // More than are kept unnamed.
+    registry.remove('a', null);
+    registry.close();
+    registry = open();
+    expect(blobs().has(basis!)).toBe(true);
+    const lease = registry.lease('b');
+    registry.remove('b', null);
+    expect(blobs().has(basis!)).toBe(true);
+    lease.release();
+    expect([basis!, ...tenants].map((one) => blobs().has(one))).toEqual([false, false, false]);
+    const other = await blobs().put(Uint8Array.of(99));
+    expect(() => registry.store(other, { ...fakeManifest(8), ...kind }, 1)).toThrow(
+      expect.objectContaining({ code: 'ADAPTER_NOT_FOUND' }),
+    );
+  });
+
+  it('names no basis', async () => {
+    const generation = await blobs().put(Uint8Array.of(7));
+    registry.store(generation, { ...fakeManifest(8), kind: 'basis' }, 1);
+    const invalid = expect.objectContaining({ code: 'INVALID_REQUEST', param: 'generation' });
+    expect(() => registry.create('a', generation)).toThrow(invalid);
+  });
+
+  describe('after kill -9', () => {
+    /** Runs `act` in a process that kills itself; what it printed. */
+    function die(act: string): string {
+      registry.close();
+      const script = `
+        import Database from 'libsql';
+        import { createBlobStore } from './src/adapters/blobs.ts';
+        import { openSqlRegistry } from './src/adapters/sql-registry.ts';
+        import { fakeManifest } from './test/support/fake-registry.ts';
+        const die = () => process.kill(process.pid, 'SIGKILL');
+        const blobs = createBlobStore(${JSON.stringify(join(directory, 'blobs'))});
+        const path = ${JSON.stringify(join(directory, 'registry.db'))};
+        const registry = openSqlRegistry({ path, blobs, nowS: () => 7 });
+        const generation = await blobs.put(Uint8Array.of(1, 2, 3));
+        ${act}
+        die();
+      `;
+      const args = ['--import', 'tsx', '--input-type=module', '-e', script];
+      const { signal } = spawnSync(process.execPath, args);
+      registry = open();
+      return String(signal);
+    }
+    const blobFiles = () => readdirSync(join(directory, 'blobs'));
+    const store = 'registry.store(generation, fakeManifest(4), 3);';
+
+    it('it has what it acknowledged', () => {
+      const acts = `${store} registry.create('survivor', generation); registry.pin('survivor');
+        registry.alias('second', 'survivor');`;
+      expect(die(acts)).toBe('SIGKILL');
+      const record = registry.find('second');
+      expect(record).toMatchObject({ name: 'survivor', updatedS: 7, bytes: 3, isPinned: true });
+      expect(record).toMatchObject({ manifest: { rankMax: 4 } });
+      expect(blobs().has(record!.generation)).toBe(true);
+    });
+
+    /** The commit of the n-th transaction never comes. */
+    const dieAtCommit = (n: number): string => `
+      const { exec } = Database.prototype;
+      let commits = 0;
+      Database.prototype.exec = function (text) {
+        if (text === 'COMMIT' && ++commits === ${n}) die();
+        return exec.call(this, text);
+      };`;
+    it.each([
+      ['between the blob and its registration', ''],
+      ['in the middle of the registration', `${dieAtCommit(1)} ${store}`],
+      ['between the registration and the name', store],
+      [
+        'in the middle of the naming',
+        `${dieAtCommit(2)} ${store} registry.create('half', generation);`,
+      ],
+    ])('%s, no name points at nothing and no file is left over', (_, acts) => {
+      expect(die(acts)).toBe('SIGKILL');
+      expect(registry.list()).toEqual([]);
+      expect(blobFiles()).toEqual([]);
+    });
+
+    it('in the middle of a swap, the name is at what it was, or at what it was to be', async () => {
+      const [first] = await stored(1);
+      registry.create('a', first!);
+      const swap = `${store} registry.swap('a', generation, null);`;
+      for (const [acts, isSwapped] of [
+        [`${dieAtCommit(2)} ${swap}`, false],
+        [swap, true],
+      ] as const) {
+        expect(die(acts)).toBe('SIGKILL');
+        const { generation, previous } = registry.find('a')!;
+        expect(generation !== first).toBe(isSwapped);
+        for (const one of [generation, ...previous]) expect(blobs().has(one)).toBe(true);
+        expect(blobFiles()).toHaveLength(1 + previous.length);
+      }
+    });
   });
 });
