@@ -36,15 +36,17 @@ async function kernelCosts(native: boolean): Promise<readonly [number, number]> 
   const shape = [costWidth, costWidth];
   const w = kernels.storeWeight?.('q4_1', shape, way) ?? kernels.store('q4_1', shape);
   kernels.write(w, new Uint8Array(w.bytes), 0);
-  const cost = (build: (ops: Ops, x: Tensor, pages: Tensor, gate: Tensor) => Tensor): number => {
-    const inputs = (ops: Ops): [Tensor, Tensor, Tensor] => [
+  const cost = (build: (ops: Ops, inputs: [Tensor, Tensor, Tensor, Tensor]) => Tensor): number => {
+    const inputs = (ops: Ops): [Tensor, Tensor, Tensor, Tensor] => [
       ops.input('x', 'f32', [costRows, costWidth]),
       ops.input('pages', 'i32', [costRows, 2]),
-      ops.input('gate', 'f32', [costRows, 2, 8]),
+      ops.input('gate', 'f32', [1, 16]),
+      ops.input('uses', 'i32', [costRows]),
     ];
-    using program = kernels.compile((ops) => ({ y: build(ops, ...inputs(ops)) }), { segments: 0 });
+    using program = kernels.compile((ops) => ({ y: build(ops, inputs(ops)) }), { segments: 0 });
     program.write('x', new Float32Array(costRows * costWidth));
-    program.write('gate', new Float32Array(costRows * 16).fill(1));
+    program.write('gate', new Float32Array(16).fill(1));
+    program.write('uses', new Int32Array(costRows));
     program.write(
       'pages',
       Int32Array.from({ length: 2 * costRows }, (_, i) => 1 + i),
@@ -56,9 +58,9 @@ async function kernelCosts(native: boolean): Promise<readonly [number, number]> 
     return (user + system) / 1000 / costRuns;
   };
   return [
-    cost((ops, x) => ops.linear(x, w)),
-    cost((ops, x, pages, gate) => {
-      const [h] = ops.shrink(x, pages, [{ a, gate }]);
+    cost((ops, [x]) => ops.linear(x, w)),
+    cost((ops, [x, pages, gate, uses]) => {
+      const [h] = ops.shrink(x, pages, [{ a, gate }], uses);
       return ops.expand(ops.add(x, x), h!, pages, b);
     }),
   ];

@@ -210,6 +210,11 @@ export class Tape implements ForwardOps {
     ]);
   }
 
+  slice(x: Tensor, index: number): Tensor {
+    this.#refuse('slice', x);
+    return this.#ops.slice(x, index);
+  }
+
   writeCells(cache: Tensor, x: Tensor, cells: Tensor): void {
     this.#refuse('writeCells', cache, x);
     this.#ops.writeCells(cache, x, cells);
@@ -230,15 +235,15 @@ export class Tape implements ForwardOps {
     });
   }
 
-  /** x [T,K], pages [T,P]; per part a [pages,8,K], gate [T,P,8], h [T,8P]. */
-  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Tensor[] {
-    const hs = this.#ops.shrink(x, pages, parts);
+  /** x [T,K], pages [T,P], uses [T]; per part a [pages,8,K], gate [G,8P], h [T,8P]. */
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[], uses: Tensor): Tensor[] {
+    const hs = this.#ops.shrink(x, pages, parts, uses);
     if (!this.#needs(x, ...parts.flatMap(({ a, gate }) => [a, gate]))) return hs;
     this.#note(hs, (dys, into) => {
       // A part that nothing depends on takes no share of the gradient.
       const used = parts.filter((_, i) => dys[i] !== undefined);
       const dHs = dys.filter((dy) => dy !== undefined);
-      const gradients = this.#ops.training.shrinkBack(dHs, x, pages, used);
+      const gradients = this.#ops.training.shrinkBack(dHs, x, { pages, uses }, used);
       this.#add(into, x, () => gradients.x);
       used.forEach(({ a, gate }, i) => {
         this.#add(into, a, () => gradients.parts[i]!.a);

@@ -170,22 +170,39 @@ export function checkPool(op: string, pool: Tensor, width: number): void {
     `a pool [pages,8,${width}] of f32, f16, bf16 or q8_0 wanted, got ${show(pool)}`);
 }
 
-export function checkShrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): number[] {
+export function checkSlice(x: Tensor, index: number): number[] {
+  require(x.shape.length >= 2 &&
+    !('bytes' in x) &&
+    Number.isSafeInteger(index) &&
+    index >= 0 &&
+    index < x.shape[0]!, 'slice', () =>
+    `an input or a result [M,…] and an index below M wanted, got ${show(x)} and ${index}`);
+  return x.shape.slice(1);
+}
+
+export function checkShrink(
+  x: Tensor,
+  pages: Tensor,
+  parts: readonly ShrinkPart[],
+  uses: Tensor,
+): number[] {
   const [rows, count] = pages.shape;
   require(x.shape.length === 2 &&
     x.dtype === 'f32' &&
     pages.shape.length === 2 &&
     pages.dtype === 'i32' &&
     x.shape[0] === rows &&
+    uses.dtype === 'i32' &&
+    uses.shape.join() === String(rows) &&
     parts.length >= 1 &&
     parts.length <= shrinkPartsMax, 'shrink', () =>
-    `x [T,K], pages [T,P] i32 and 1 to ${shrinkPartsMax} parts wanted, got ${show(x)}, ${show(pages)}, ${parts.length}`);
+    `x [T,K], pages [T,P] and uses [T] i32 and 1 to ${shrinkPartsMax} parts wanted, got ${[x, pages, uses].map(show).join(', ')}, ${parts.length}`);
   for (const { a, gate } of parts) {
     checkPool('shrink', a, x.shape[1]!);
     require(a.shape[0] === parts[0]!.a.shape[0] &&
       gate.dtype === 'f32' &&
-      gate.shape.join() === [rows, count, ranksPerPage].join(), 'shrink', () =>
-      `gates [${rows},${count},8] and pools of equal pages wanted, got ${show(gate)}, ${show(a)}`);
+      gate.shape.join() === [parts[0]!.gate.shape[0], count! * ranksPerPage].join(), 'shrink', () =>
+      `gates [G,${count! * ranksPerPage}] and pools of equal pages wanted, got ${show(gate)}, ${show(a)}`);
   }
   return [rows!, count! * ranksPerPage];
 }

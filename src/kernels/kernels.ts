@@ -58,7 +58,7 @@ export interface RopeOptions {
 export interface ShrinkPart {
   /** Pool [pages,8,K]. */
   readonly a: Tensor;
-  /** [T,P,8] f32: scale of every rank of every row, 0 for ranks that the row does not use. */
+  /** [G,8P] f32: scale of every rank of every use, 0 for ranks that it does not use. */
   readonly gate: Tensor;
 }
 
@@ -82,15 +82,18 @@ export interface Ops {
   rope(x: Tensor, positions: Tensor, options: RopeOptions): Tensor;
   /** Same numbers, another shape. */
   reshape(x: Tensor, shape: readonly number[]): Tensor;
+  /** `x[index]` of an input or a computed x [M,…], which a backend may let lie where it is. */
+  slice(x: Tensor, index: number): Tensor;
   /** `cache[cells[i]] = x[i]`: x [T,C] f32, cells [T] i64, cache [cells,C] f16 or f32, stored. Ordered before every later op. */
   writeCells(cache: Tensor, x: Tensor, cells: Tensor): void;
   /** Grouped-query attention of q [T,H,D] over the run of cells of each row's segment: `y[T,H·D]`. k, v stored
    *  [cells,Hkv·D]. The segments are given at each run; rows in no segment are undefined. Scale 1/sqrt(D). */
   attend(q: Tensor, k: Tensor, v: Tensor): Tensor;
-  /** Into the bottleneck, per part: `h[t,8p+r] = gate[t,p,r] · (a[pages[t,p],r] · x[t])`, 0 for page 0. x [T,K] f32, pages
-   *  an input [T,P] i32, h [T,8P]. Parts share x, so projections of one input are one call. A row costs what its own pages
-   *  cost when rows are ordered by falling page count and unused pages are 0; the result does not depend on the order. */
-  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Tensor[];
+  /** Into the bottleneck, per part: `h[t,8p+r] = gate[uses[t],8p+r] · (a[pages[t,p],r] · x[t])`, 0 for page 0. x [T,K] f32,
+   *  pages [T,P] and uses [T] inputs of i32, h [T,8P]: rows that use their pages alike share a row of the gate. Parts share x,
+   *  so projections of one input are one call. A row costs what its own pages cost when rows are ordered by falling page
+   *  count and unused pages are 0; the result does not depend on the order. */
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[], uses: Tensor): Tensor[];
   /** A mix of shared rank-by-rank maps (algorithms.md section 6): `y[t] = weights[t,0]·h[t] + Σ_j weights[t,1+j]·(atoms[j]·h[t])`;
    *  h [T,R] f32, atoms stored [J,R,R] f32, weights [T,1+J] f32: a row with weights (1, 0, …) keeps its h. */
   mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Tensor;

@@ -155,6 +155,16 @@ export class EagerOps implements Ops {
     return { ...(x as Value), shape } as Value;
   }
 
+  slice(x: Tensor, index: number): Tensor {
+    const shape = x.shape.slice(1);
+    const [from, size] = [(x as Value).values, elementCount(shape)];
+    return {
+      dtype: x.dtype,
+      shape,
+      values: from.subarray(index * size, (index + 1) * size),
+    } as Value;
+  }
+
   writeCells(cache: Tensor, x: Tensor, cells: Tensor): void {
     const { raw, dtype } = stored(cache);
     const width = x.shape[1]!;
@@ -201,7 +211,7 @@ export class EagerOps implements Ops {
     return y;
   }
 
-  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Tensor[] {
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[], uses: Tensor): Tensor[] {
     const [rows, count] = pages.shape as [number, number];
     const inner = x.shape[1]!;
     const ids = (pages as Value).values;
@@ -212,10 +222,11 @@ export class EagerOps implements Ops {
         const page = ids[Math.floor(i / ranksPerPage)]!;
         if (page === 0) continue;
         const row = Math.floor(i / (count * ranksPerPage));
+        const use = (uses as Value).values[row]! * count * ranksPerPage;
         const from = (page * ranksPerPage + (i % ranksPerPage)) * inner;
         let sum = 0;
         for (let k = 0; k < inner; k++) sum += weights[from + k]! * values(x)[row * inner + k]!;
-        h.values[i] = values(gate)[i]! * sum;
+        h.values[i] = values(gate)[use + (i % (count * ranksPerPage))]! * sum;
       }
       return h;
     });

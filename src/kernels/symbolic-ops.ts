@@ -101,6 +101,10 @@ export class SymbolicOps implements Ops {
     return this.#result(x.dtype, check.checkReshape(x, shape));
   }
 
+  slice(x: Tensor, index: number): Tensor {
+    return this.#result(x.dtype, check.checkSlice(x, index));
+  }
+
   writeCells(cache: Tensor, x: Tensor, cells: Tensor): void {
     check.checkWriteCells(cache, x, cells);
     this.#limit(cells, cache.shape[0]!);
@@ -113,11 +117,12 @@ export class SymbolicOps implements Ops {
     return this.#result('f32', check.checkAttend(q, k, v), 6 + 6 * this.#segments);
   }
 
-  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Tensor[] {
-    const shape = check.checkShrink(x, pages, parts);
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[], uses: Tensor): Tensor[] {
+    const shape = check.checkShrink(x, pages, parts, uses);
     this.#limit(pages, parts[0]!.a.shape[0]!);
+    this.#limit(uses, parts[0]!.gate.shape[0]!);
     // Per tier of pages (at most log2 P + 2): three views and the h of the tier, scaled, moved into place.
-    const tensors = 2 + 8 * (Math.log2(pages.shape[1]!) + 2);
+    const tensors = 3 + 8 * (Math.log2(pages.shape[1]!) + 2);
     return parts.map(() => this.#result('f32', shape, tensors));
   }
 

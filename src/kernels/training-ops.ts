@@ -37,16 +37,23 @@ export interface TrainingOps {
   crossEntropy(logits: Tensor, targets: Tensor, weights: Tensor): Tensor;
   /** With respect to the logits; `dy` [1]. */
   crossEntropyBack(dy: Tensor, logits: Tensor, targets: Tensor, weights: Tensor): Tensor;
-  /** `dHs[i]` belongs to `parts[i]`. Page 0 has no gradient. Costs as much as the whole pool: train with small pools. */
+  /** `dHs[i]` belongs to `parts[i]`. Page 0 has no gradient; a use's gates have the sum of its rows'. Costs as much as the
+   *  whole pool: train with small pools. */
   shrinkBack(
     dHs: readonly Tensor[],
     x: Tensor,
-    pages: Tensor,
+    rows: LowRankRows,
     parts: readonly ShrinkPart[],
   ): ShrinkGradients;
   mixRanksBack(dy: Tensor, h: Tensor, atoms: Tensor, weights: Tensor): MixGradients;
   /** y's own gradient is `dy`. */
   expandBack(dy: Tensor, h: Tensor, pages: Tensor, b: Tensor): ExpandGradients;
+}
+
+/** What tells the rows' adapters: pages [T,P] and uses [T], inputs of i32. */
+export interface LowRankRows {
+  readonly pages: Tensor;
+  readonly uses: Tensor;
 }
 
 type AttendSelfArguments = readonly [q: Tensor, k: Tensor, v: Tensor, mask: Tensor];
@@ -184,14 +191,15 @@ export class SymbolicTraining implements TrainingOps {
   shrinkBack(
     dHs: readonly Tensor[],
     x: Tensor,
-    pages: Tensor,
+    { pages, uses }: LowRankRows,
     parts: readonly ShrinkPart[],
   ): ShrinkGradients {
-    const shape = checkShrink(x, pages, parts);
+    const shape = checkShrink(x, pages, parts, uses);
     if (dHs.length !== parts.length) throw mismatch('shrinkBack', 'one gradient per part wanted');
     for (const dH of dHs) want('shrinkBack dH', dH, shape);
     for (const { a } of parts) want('shrinkBack a', a, a.shape); // f32
     this.#host.limit(pages, parts[0]!.a.shape[0]!);
+    this.#host.limit(uses, parts[0]!.gate.shape[0]!);
     return {
       x: this.#result(x.shape),
       parts: parts.map(({ a, gate }) => ({

@@ -4,6 +4,7 @@ import { elementCount } from './check.ts';
 import { type RopeOptions, ranksPerPage, type ShrinkPart, type Tensor } from './kernels.ts';
 import type {
   ExpandGradients,
+  LowRankRows,
   MixGradients,
   ShrinkGradients,
   TrainingOps,
@@ -250,20 +251,22 @@ export class ReferenceTraining implements TrainingOps {
   shrinkBack(
     dHs: readonly Tensor[],
     x: Tensor,
-    pages: Tensor,
+    { pages, uses }: LowRankRows,
     parts: readonly ShrinkPart[],
   ): ShrinkGradients {
     const dx = zeros(x.shape);
-    const width = x.shape[1]!;
+    const [width, ranks] = [x.shape[1]!, pages.shape[1]! * ranksPerPage];
     const gradients = parts.map(({ a, gate }, part) => {
       const [dA, dGate] = [zeros(a.shape), zeros(gate.shape)];
       eachRank(pages, (i, row, at) => {
         const dH = numbers(dHs[part]!)[i]!;
+        const use = numbers(uses)[row]! * ranks + (i % ranks);
+        const scale = numbers(gate)[use]!;
         for (let k = 0; k < width; k++) {
           const [p, weight] = [numbers(x)[row * width + k]!, numbers(a)[at * width + k]!];
-          dGate.values[i]! += dH * weight * p;
-          dA.values[at * width + k]! += dH * numbers(gate)[i]! * p;
-          dx.values[row * width + k]! += dH * numbers(gate)[i]! * weight;
+          dGate.values[use]! += dH * weight * p;
+          dA.values[at * width + k]! += dH * scale * p;
+          dx.values[row * width + k]! += dH * scale * weight;
         }
       });
       return { a: dA, gate: dGate };

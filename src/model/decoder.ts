@@ -177,11 +177,12 @@ export class Decoder implements Stepper {
       return (block, x, names) => names.map((name) => ops.linear(x, weight(block, name)));
     }
     const pages = ops.input('pages', 'i32', [rows, pagesPerRow]);
-    const active = ops.input('active', 'f32', [rows, pagesPerRow, ranksPerPage]);
+    const active = ops.input('active', 'f32', [rows, pagesPerRow * ranksPerPage]);
+    const uses = ops.input('uses', 'i32', [rows]);
     return (block, x, names) => {
       const pools = names.map((name) => this.#pools.get(poolKey({ block, projection: name }))!);
       const parts = pools.map(({ a }) => ({ a, gate: active }));
-      const hidden = ops.shrink(x, pages, parts); // each [T, 8P]
+      const hidden = ops.shrink(x, pages, parts, uses); // each [T, 8P]
       return names.map((name, i) => {
         const y = ops.linear(x, weight(block, name)); // [T, out]
         return ops.expand(y, hidden[i]!, pages, pools[i]!.b);

@@ -169,7 +169,7 @@ function lowRankCase(
   used: readonly number[],
   { dtype, outer, groups }: LowRankShape = { dtype: 'f16', outer: 80, groups: false },
 ): KernelCase {
-  const [inner, pool] = [64, 12];
+  const [inner, pool, uses] = [64, 12, 3];
   const [rows, count] = [used.length, 2 ** Math.ceil(Math.log2(Math.max(1, ...used)))];
   return {
     name: `shrink, mixRanks and expand, ${dtype} to ${outer}, ${groups ? 'groups' : 'rows'} of ${used.join(', ')} pages`,
@@ -195,8 +195,8 @@ function lowRankCase(
           y: normals(rng, rows * outer),
           one: new Float32Array(rows * outer).fill(1),
           pages,
-          active: Float32Array.from({ length: rows * count * 8 }, () => rng.below(3) / 2),
-          gate: Float32Array.from({ length: rows * count * 8 }, () => rng.below(4) - 1),
+          uses: ints(rng, rows, uses),
+          gates: Float32Array.from({ length: 2 * uses * count * 8 }, () => rng.below(4) - 1),
           shares: Float32Array.from({ length: rows * 4 }, () => rng.below(3) / 2),
         },
       };
@@ -204,15 +204,13 @@ function lowRankCase(
     build: (ops, { a, b, other, atoms }) => {
       const [x, y] = [ops.input('x', 'f32', [rows, inner]), ops.input('y', 'f32', [rows, outer])];
       const pages = ops.input('pages', 'i32', [rows, count]);
-      const active = ops.input('active', 'f32', [rows, count, 8]);
-      const gate = ops.input('gate', 'f32', [rows, count, 8]);
+      const gates = ops.input('gates', 'f32', [2, uses, count * 8]);
       const shares = ops.input('shares', 'f32', [rows, 4]);
       // expand consumes its y, and an input must outlive the run.
       const own = ops.mul(y, ops.input('one', 'f32', [rows, outer]));
-      const [h, g] = ops.shrink(x, pages, [
-        { a: a!, gate: active },
-        { a: other!, gate },
-      ]) as [Tensor, Tensor];
+      const parts = [a!, other!].map((pages, i) => ({ a: pages, gate: ops.slice(gates, i) }));
+      const uses_ = ops.input('uses', 'i32', [rows]);
+      const [h, g] = ops.shrink(x, pages, parts, uses_) as [Tensor, Tensor];
       const mixed = ops.mixRanks(g, atoms!, shares);
       return { y: ops.expand(ops.expand(own, h, pages, b!), mixed, pages, b!), h, mixed };
     },

@@ -43,8 +43,9 @@ function buildStep(
   ops.writeCells(stored.k!, ops.reshape(turned, [rows, width]), cell);
   ops.writeCells(stored.v!, x, cell);
   const seen = ops.attend(turned, stored.k!, stored.v!);
-  const gate = ops.input('gate', 'f32', [rows, 2, 8]);
-  const [h] = ops.shrink(seen, page, [{ a: stored.a!, gate }]);
+  const gate = ops.slice(ops.input('gate', 'f32', [2, rows, 16]), 1);
+  const uses = ops.input('uses', 'i32', [rows]);
+  const [h] = ops.shrink(seen, page, [{ a: stored.a!, gate }], uses);
   const y = ops.expand(ops.linear(seen, stored.w!), h!, page, stored.b!);
   return { y: ops.add(y, ops.linear(ops.rmsNorm(x, stored.norm!, 1e-5), stored.w!)) };
 }

@@ -101,7 +101,7 @@ function compile(
         if (kind === 'input') at[name] = ops.input(name, 'f32', shape);
       for (const [name, shape] of shapes) {
         // Pages are [rows, slots]; everything else that counts is a list.
-        const slots = name === 'pages' ? test.leaves.gate?.shape[1] : undefined;
+        const slots = name === 'pages' ? test.leaves.gate!.shape[1]! / 8 : undefined;
         at[name] = ops.input(name, 'i32', slots === undefined ? shape : [shape[0]! / slots, slots]);
       }
       return outputs(ops, at);

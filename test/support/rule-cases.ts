@@ -150,18 +150,21 @@ function attention(rng: Rng): Differentiable[] {
   ];
 }
 
-/** Rows of different ranks: pages that differ, repeat and are 0, gates that are 0 beyond a row's rank. */
+/** Rows of different ranks: pages that differ, repeat and are 0, gates that are 0 beyond a use's rank, which rows share. */
 function lowRank(rng: Rng): Differentiable[] {
   const [rows, slots, inner, outer] = [1 + size(rng, 5), size(rng, 3), size(rng, 6), size(rng, 6)];
   const pool = 2 + rng.below(4);
+  const count = size(rng, rows); // of uses
   const gate = (): Leaf => {
-    const made = leaf(rng, [rows, slots, 8]);
-    for (let row = 0; row < rows; row++) {
-      const rank = row === 0 ? slots * 8 : rng.below(slots * 8 + 1);
-      made.values.fill(0, row * slots * 8 + rank, (row + 1) * slots * 8);
+    const made = leaf(rng, [count, slots * 8]);
+    for (let use = 0; use < count; use++) {
+      const rank = use === 0 ? slots * 8 : rng.below(slots * 8 + 1);
+      made.values.fill(0, use * slots * 8 + rank, (use + 1) * slots * 8);
     }
     return made;
   };
+  const uses = below(rng, rows, count);
+  uses[0] = 0;
   const pages = below(rng, rows * slots, pool);
   pages[0] = pool - 1; // something to learn in every case
   const a = (): Leaf => leaf(rng, [pool, 8, inner], 'shrink pool');
@@ -171,12 +174,14 @@ function lowRank(rng: Rng): Differentiable[] {
     {
       name: 'shrink, two parts',
       leaves: { x, a1: a(), a2: a(), gate: gate(), gate2: gate() },
-      indices: { pages },
-      build: (ops, at) =>
-        ops.shrink(at.x!, at.pages!, [
+      indices: { pages, uses },
+      build: (ops, at) => {
+        const parts = [
           { a: at.a1!, gate: at.gate! },
           { a: at.a2!, gate: at.gate2! },
-        ]),
+        ];
+        return ops.shrink(at.x!, at.pages!, parts, at.uses!);
+      },
     },
     {
       name: 'expand',
@@ -201,9 +206,10 @@ function lowRank(rng: Rng): Differentiable[] {
         atoms: leaf(rng, [2, slots * 8, slots * 8], 'stored'),
         weights: leaf(rng, [rows, 3]),
       },
-      indices: { pages },
+      indices: { pages, uses },
       build: (ops, at) => {
-        const [h] = ops.shrink(at.x!, at.pages!, [{ a: at.a!, gate: at.gate! }]);
+        const parts = [{ a: at.a!, gate: at.gate! }];
+        const [h] = ops.shrink(at.x!, at.pages!, parts, at.uses!);
         const mixed = ops.mixRanks(h!, at.atoms!, at.weights!);
         return [ops.expand(ops.linear(at.x!, at.w!), mixed, at.pages!, at.b!)];
       },

@@ -256,6 +256,15 @@ export class Recorder implements Ops {
     return this.#node(this.#op('ggml_reshape_4d', pointerOf(x), ...toNe(shape)), shape, x.dtype);
   }
 
+  slice(x: Tensor, index: number): Node {
+    const [, ...shape] = x.shape;
+    const [inner, outer, top] = toNe(shape);
+    const rowBytes = byteLength(x.dtype, [inner]);
+    const strides = [rowBytes, rowBytes * outer, rowBytes * outer * top * index];
+    const pointer = this.#op('ggml_view_3d', pointerOf(x), inner, outer, top, ...strides);
+    return this.#node(pointer, shape, x.dtype);
+  }
+
   writeCells(cache: Tensor, x: Tensor, cells: Tensor): void {
     const pointer = this.#op('ggml_set_rows', ours(cache).pointer, pointerOf(x), pointerOf(cells));
     this.#host.scheduler?.accelerator.mustRun(pointer, `write ${cache.dtype} cells`);
@@ -362,13 +371,15 @@ export class Recorder implements Ops {
     return this.#op('ggml_view_3d', cache.pointer, headSize, 1, kvHeads, cellBytes, headBytes, 0);
   }
 
-  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Node[] {
-    if (this.#host.scheduler !== undefined) return shrinkWhole(this.#self, { x, pages }, parts);
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[], uses: Tensor): Node[] {
+    if (this.#host.scheduler !== undefined) {
+      return shrinkWhole(this.#self, { x, pages, uses }, parts);
+    }
     const own = this.#host.native.get('rankgate_shrink');
     const [rows, count] = pages.shape as [number, number];
     if (own !== undefined && x.shape[1]! % nativeWidth === 0) {
       const shape = [parts.length, rows, count * ranksPerPage];
-      const sources = [x, pages, ...parts.flatMap(({ a, gate }) => [a, gate])];
+      const sources = [x, pages, uses, ...parts.flatMap(({ a, gate }) => [a, gate])];
       const all = this.#custom(own, shape, sources);
       this.#node(all, shape);
       return parts.map((_, i) => {
@@ -380,9 +391,9 @@ export class Recorder implements Ops {
     this.#tellsTiers(pages);
     return parts.map(({ a, gate }) => {
       const shape = [rows, count * ranksPerPage];
-      const zero = this.#op('ggml_reshape_4d', pointerOf(gate), ...toNe(shape));
-      const h = this.#node(this.#op('ggml_fill', zero, 0), shape);
-      for (const tier of this.#tiers(pages)) this.#shrinkTier(h, tier, { x, pages, a, gate });
+      const scale = this.#node(this.#op('ggml_get_rows', pointerOf(gate), pointerOf(uses)), shape);
+      const h = this.#node(this.#op('ggml_fill', scale.pointer, 0), shape);
+      for (const tier of this.#tiers(pages)) this.#shrinkTier(h, tier, { x, pages, a, gate: scale });
       return h;
     });
   }

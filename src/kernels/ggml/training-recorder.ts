@@ -6,6 +6,7 @@
 import { type RopeOptions, ranksPerPage, type ShrinkPart, type Tensor } from '../kernels.ts';
 import type {
   ExpandGradients,
+  LowRankRows,
   MixGradients,
   ShrinkGradients,
   TrainingOps,
@@ -297,22 +298,23 @@ export class TrainingRecorder implements TrainingOps {
   shrinkBack(
     dHs: readonly Tensor[],
     x: Tensor,
-    pages: Tensor,
+    { pages, uses }: LowRankRows,
     parts: readonly ShrinkPart[],
   ): ShrinkGradients {
     let dx: Pointer | undefined;
     const gradients = parts.map(({ a, gate }, i) => {
       const dH = pointerOf(dHs[i]!);
-      const flatGate = this.#reshape(pointerOf(gate), dHs[i]!.shape);
-      const byPage = this.#byPage(this.#op('ggml_mul', dH, flatGate), pages, a.shape[0]!);
+      const scale = this.#op('ggml_get_rows', pointerOf(gate), pointerOf(uses)); // [T, 8P]
+      const byPage = this.#byPage(this.#op('ggml_mul', dH, scale), pages, a.shape[0]!);
       const share = this.#product('linear_t', byPage, this.#flat(a), x.shape); // [T, K]
       dx = dx === undefined ? share : this.#op('ggml_add', dx, share);
       const flat = [a.shape[0]! * ranksPerPage, a.shape[2]!];
       const dA = this.#product('outer', byPage, pointerOf(x), flat);
-      const dGate = this.#op('ggml_mul', this.#ofPages(x, a, pages), dH);
+      const perRow = this.#op('ggml_mul', this.#ofPages(x, a, pages), dH); // [T, 8P]
+      const dGate = [perRow, pointerOf(uses), this.#like(gate.shape)];
       return {
         a: this.#later(this.#reshape(dA, a.shape), a.shape),
-        gate: this.#later(this.#reshape(dGate, gate.shape), gate.shape),
+        gate: this.#later(this.#op('ggml_get_rows_back', ...dGate), gate.shape),
       };
     });
     return { x: this.#later(dx!, x.shape), parts: gradients };

@@ -9,15 +9,21 @@ type GraphHost = Pick<RecorderHost, 'op' | 'node'>;
 
 export function shrinkWhole(
   { op, node }: GraphHost,
-  { x, pages }: { readonly x: Tensor; readonly pages: Tensor },
+  { x, pages, uses }: { readonly x: Tensor; readonly pages: Tensor; readonly uses: Tensor },
   parts: readonly ShrinkPart[],
 ): Node[] {
   const [rows, inner] = x.shape as [number, number];
-  const ranks = pages.shape[1]! * ranksPerPage;
+  const count = pages.shape[1]!;
+  const ranks = count * ranksPerPage;
   const input = op('ggml_reshape_4d', pointerOf(x), inner, 1, rows, 1); // [T, 1, K]
   return parts.map(({ a, gate }) => {
     const product = op('ggml_mul_mat_id', pointerOf(a), input, pointerOf(pages)); // [T, P, 8]
-    const gated = op('ggml_mul', product, pointerOf(gate));
+    const scale = op('ggml_get_rows', pointerOf(gate), pointerOf(uses)); // [T, 8P]
+    const gated = op(
+      'ggml_mul',
+      product,
+      op('ggml_reshape_4d', scale, ranksPerPage, count, rows, 1),
+    );
     return node(op('ggml_reshape_4d', gated, ranks, rows, 1, 1), [rows, ranks]);
   });
 }

@@ -1,15 +1,8 @@
 // The ops over TensorFlow.js, computed as they are called, inside the program's `tidy`. Sizes: T rows, H heads and Hkv key
 // heads of D channels, P pages of a row, U distinct pages of a step, K in, N out.
 
-import { checkSegments, mismatch } from '../check.ts';
-import {
-  type AttentionSegment,
-  type Ops,
-  type RopeOptions,
-  ranksPerPage,
-  type ShrinkPart,
-  type Tensor,
-} from '../kernels.ts';
+import { checkSegments, elementCount, mismatch } from '../check.ts';
+import type { AttentionSegment, Ops, RopeOptions, ShrinkPart, Tensor } from '../kernels.ts';
 import type { TensorFlow, TfTensor } from './tensorflow.ts';
 import { numbersOf, type RunInputs, stored, TfjsRun, tensorOf, type Value } from './tfjs-run.ts';
 import type { TfjsTensor } from './tfjs-tensor.ts';
@@ -84,6 +77,16 @@ export class TfjsOps implements Ops {
   reshape(x: Tensor, shape: readonly number[]): Tensor {
     const tensor = this.#tf.reshape(tensorOf(x), shape);
     const value: Value = { dtype: x.dtype, shape, tensor, data: (x as Value).data ?? null };
+    return value;
+  }
+
+  slice(x: Tensor, index: number): Tensor {
+    const tf = this.#tf;
+    const [, ...shape] = x.shape;
+    const own = tf.slice(tensorOf(x), [index, ...shape.map(() => 0)], [1, ...shape]);
+    const size = elementCount(shape);
+    const data = (x as Value).data?.subarray(index * size, (index + 1) * size) ?? null;
+    const value: Value = { dtype: x.dtype, shape, tensor: tf.reshape(own, shape), data };
     return value;
   }
 
@@ -182,14 +185,12 @@ export class TfjsOps implements Ops {
   }
 
   /** Every row through every page of the step, one product; then each row takes the ranks of its own pages. */
-  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[]): Tensor[] {
+  shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[], uses: Tensor): Tensor[] {
     const tf = this.#tf;
     const run = this.#run;
     const plan = run.pagePlan(pages);
     return parts.map(({ a, gate }) => {
-      const scale = run.once(gate, 'flat', () =>
-        tf.reshape(tensorOf(gate), [plan.rows, plan.count * ranksPerPage]),
-      );
+      const scale = tf.gather(tensorOf(gate), tensorOf(uses)); // [T, 8P]
       const all = tf.matMul(tensorOf(x), run.pagesOf(a, plan), false, true); // [T, 8U]
       return run.value(tf.mul(run.own(all, plan), scale));
     });

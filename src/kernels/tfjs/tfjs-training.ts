@@ -4,6 +4,7 @@
 import type { RopeOptions, ShrinkPart, Tensor } from '../kernels.ts';
 import type {
   ExpandGradients,
+  LowRankRows,
   MixGradients,
   ShrinkGradients,
   TrainingOps,
@@ -173,7 +174,7 @@ export class TfjsTraining implements TrainingOps {
   shrinkBack(
     dHs: readonly Tensor[],
     x: Tensor,
-    pages: Tensor,
+    { pages, uses }: LowRankRows,
     parts: readonly ShrinkPart[],
   ): ShrinkGradients {
     const tf = this.#tf;
@@ -183,13 +184,14 @@ export class TfjsTraining implements TrainingOps {
     let dX: TfTensor | null = null;
     const gradients = parts.map(({ a, gate }, i) => {
       const dH = tensorOf(dHs[i]!); // [T, 8P]
-      const scale = tf.reshape(tensorOf(gate), dH.shape);
+      const scale = tf.gather(tensorOf(gate), tensorOf(uses)); // [T, 8P]
       const all = run.pagesOf(a, plan); // [8U, K]
       const dAll = run.spread(tf.mul(dH, scale), plan); // [T, 8U]
       const part = tf.matMul(dAll, all); // [T, K]
       dX = dX === null ? part : tf.add(dX, part);
       const ungated = run.own(tf.matMul(from, all, false, true), plan); // [T, 8P]
-      const dGate = tf.reshape(tf.mul(dH, ungated), gate.shape);
+      const at = tf.reshape(tensorOf(uses), [x.shape[0]!, 1]);
+      const dGate = tf.scatterND(at, tf.mul(dH, ungated), gate.shape);
       const dA = run.pool(tf.matMul(dAll, from, true), plan, a.shape);
       return { a: run.value(dA), gate: run.value(dGate) };
     });

@@ -1,6 +1,6 @@
 // The low-rank delta of rows with different adapters and ranks, run inside ggml's threads as custom ops. Neighbouring rows with
 // the same pages are one group: a group of one row streams its pages once, a larger one multiplies matrices. A rank whose
-// gates (or values) are all zero in a group is not read. Pages come from memory once a step, in pieces too short for the machine's
+// gates (or values) are all zero in a group is not read. A row's gates are those of its use. Pages come from memory once a step, in pieces too short for the machine's
 // own prefetcher: while one piece is used, the next is fetched into the second cache. The caller has checked shapes and indices; widths are multiples
 // of 32.
 
@@ -16,10 +16,13 @@ static int64_t group_end(const int32_t *pages, int64_t P, int64_t T, int64_t t) 
   return end;
 }
 
-static int all_zero(const float *values, int64_t stride, int64_t rows) {
-  for (int64_t t = 0; t < rows; t++)
+// `uses` says which of the rows of `values` a row has; without, it has its own.
+static int all_zero(const float *values, const int32_t *uses, int64_t stride, int64_t rows) {
+  for (int64_t t = 0; t < rows; t++) {
+    if (uses && t > 0 && uses[t] == uses[t - 1]) continue;
     for (int r = 0; r < QUAD; r++)
-      if (values[t * stride + r] != 0) return 0;
+      if (values[(uses ? uses[t] : t) * stride + r] != 0) return 0;
+  }
   return 1;
 }
 
@@ -27,7 +30,8 @@ struct quad {
   const uint8_t *a; // QUAD rows of the pool
   size_t row_bytes;
   int64_t K, rows, stride; // of h and gate, in numbers
-  const float *x, *gate;
+  const float *x, *gate;   // of use 0
+  const int32_t *uses;     // of the group's rows
   float *h;
   int type;
   const uint8_t *next; // what will be read after this; null: nothing
@@ -72,7 +76,7 @@ enum { SCALES_f32 = 0, SCALES_f16 = 0, SCALES_bf16 = 0, SCALES_q8_0 = 1 };
     }                                                                                                                 \
     for (int c = 0; c < C; c++) {                                                                                     \
       int64_t at = (t + c) * q->stride;                                                                               \
-      *(four *)(q->h + at) = *(const four *)(q->gate + at) * sums4(sums[c]);                                          \
+      *(four *)(q->h + at) = *(const four *)(q->gate + q->uses[t + c] * q->stride) * sums4(sums[c]);                  \
     }                                                                                                                 \
   }
 #define SHRINK(TYPE)                                                                                                  \
@@ -93,42 +97,43 @@ static void shrink_quad(const struct quad *q) {
   }
 }
 
-// Whether any row of the group uses the quad of ranks; `values` are gates or ranks of the group's first row.
-static int in_use(int32_t page, const float *values, int64_t ranks, int64_t rows) {
-  return page != 0 && !all_zero(values, ranks, rows);
+// Whether any row of the group uses the quad of ranks; `values` are the gates, or the ranks of the group's first row.
+static int in_use(int32_t page, const float *values, const int32_t *uses, int64_t ranks, int64_t rows) {
+  return page != 0 && !all_zero(values, uses, ranks, rows);
 }
 
 // Rows times quads that are in use, over all groups.
-static int64_t work(const int32_t *pages, const float *values, int64_t P, int64_t T) {
+static int64_t work(const int32_t *pages, const float *values, const int32_t *uses, int64_t P, int64_t T) {
   int64_t sum = 0;
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
+    const float *first = values + (uses ? 0 : t * P * PAGE);
     for (int64_t r = 0; r < P * PAGE; r += QUAD)
-      if (in_use(pages[t * P + r / PAGE], values + t * P * PAGE + r, P * PAGE, end - t)) sum += end - t;
+      if (in_use(pages[t * P + r / PAGE], first + r, uses ? uses + t : 0, P * PAGE, end - t)) sum += end - t;
   }
   return sum;
 }
 
-// dst [8P, T, parts], src = {x [K, T], pages [P, T], then a [K, 8, pages] and gate [8, P, T] of every part}. Each thread takes
-// quads that follow one another in memory, as many as the others: rows times quads.
+// dst [8P, T, parts], src = {x [K, T], pages [P, T], uses [T], then a [K, 8, pages] and gate [8P, G] of every part}. Each thread
+// takes quads that follow one another in memory, as many as the others: rows times quads.
 void rankgate_shrink(struct tensor *dst, int ith, int nth, void *unused) {
   (void)unused;
   const struct tensor *x = dst->src[0], *ids = dst->src[1];
   int64_t K = x->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, total = 0, done = 0;
-  const int32_t *pages = ids->data;
-  for (int64_t part = 0; part < dst->ne[2]; part++) total += work(pages, dst->src[3 + 2 * part]->data, P, T);
+  const int32_t *pages = ids->data, *uses = dst->src[2]->data;
+  for (int64_t part = 0; part < dst->ne[2]; part++) total += work(pages, dst->src[4 + 2 * part]->data, uses, P, T);
   struct quad last = {0}; // computed once it is known what comes next
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
     for (int64_t part = 0; part < dst->ne[2]; part++) {
-      const struct tensor *a = dst->src[2 + 2 * part], *gate = dst->src[3 + 2 * part];
+      const struct tensor *a = dst->src[3 + 2 * part], *gate = dst->src[4 + 2 * part];
       for (int64_t r = 0; r < ranks; r += QUAD) {
         int64_t page = pages[t * P + r / PAGE], at = t * ranks + r;
         struct quad q = {(const uint8_t *)a->data + page * a->nb[2] + r % PAGE * a->nb[1],
                          a->nb[1], K, end - t, ranks, (const float *)x->data + t * K,
-                         (const float *)gate->data + at, (float *)dst->data + part * T * ranks + at,
+                         (const float *)gate->data + r, uses + t, (float *)dst->data + part * T * ranks + at,
                          a->type, 0};
-        if (!in_use(page, q.gate, ranks, q.rows)) {
+        if (!in_use(page, q.gate, q.uses, ranks, q.rows)) {
           if (ith != 0) continue;
           for (int64_t row = 0; row < q.rows; row++) memset(q.h + row * ranks, 0, QUAD * sizeof(float));
           continue;
@@ -187,7 +192,7 @@ struct strip {
       int64_t at[PAGE * 32], used = 0;                                                                                \
       for (int64_t r = 0; r < c->ranks; r += QUAD) {                                                                  \
         int32_t page = c->pages[r / PAGE];                                                                            \
-        if (page == 0 || all_zero(c->h + r, c->ranks, c->rows)) continue;                                             \
+        if (page == 0 || all_zero(c->h + r, 0, c->ranks, c->rows)) continue;                                          \
         const uint8_t *b = c->b + page * c->page_bytes + r % PAGE * c->row_bytes;                                     \
         for (int q = 0; q < QUAD; q++, used++) {                                                                      \
           load_##TYPE(b + q * c->row_bytes, block, turned[used]);                                                     \
@@ -236,12 +241,12 @@ void rankgate_expand(struct tensor *dst, int ith, int nth, void *unused) {
   int64_t N = dst->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, blocks = N / 32, done = 0;
   const int32_t *pages = ids->data;
   // Shares are cut by columns of groups, so that the sums of two threads never meet.
-  const int64_t total = work(pages, h->data, P, T), from = total * ith / nth, to = total * (ith + 1) / nth;
+  const int64_t total = work(pages, h->data, 0, P, T), from = total * ith / nth, to = total * (ith + 1) / nth;
   struct strip last = {0}; // computed once it is known what comes next
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
     const float *values = (const float *)h->data + t * ranks;
-    const int64_t cost = work(pages + t * P, values, P, end - t);
+    const int64_t cost = work(pages + t * P, values, 0, P, end - t);
     struct column c = {(float *)dst->data + t * N, values, pages + t * P, b->data, b->nb[1], b->nb[2], N, ranks, end - t,
                        up_to(blocks, done, cost, from), up_to(blocks, done, cost, to)};
     done += cost;
@@ -252,7 +257,7 @@ void rankgate_expand(struct tensor *dst, int ith, int nth, void *unused) {
     }
     for (int64_t r = 0; r < ranks; r += QUAD) {
       int32_t page = c.pages[r / PAGE];
-      if (!in_use(page, c.h + r, 0, 1)) continue;
+      if (!in_use(page, c.h + r, 0, 0, 1)) continue;
       struct strip s = {c.y, c.h + r, c.b + page * c.page_bytes + r % PAGE * c.row_bytes, 0, c.row_bytes, c.b0, c.b1};
       last.next = s.b;
       if (last.b) expand_strip(b->type, &last);
