@@ -6,7 +6,7 @@ import { arch, cpus, freemem, platform, totalmem } from 'node:os';
 import { join } from 'node:path';
 import type { Config } from './config.ts';
 import { createKernels } from './kernels/create-kernels.ts';
-import type { Ops, Tensor } from './kernels/kernels.ts';
+import type { Ops, StoredTensor, Tensor } from './kernels/kernels.ts';
 import { defaultSource } from './model/model-source.ts';
 import { usableCores } from './usable-cores.ts';
 
@@ -27,11 +27,11 @@ const [costRows, costWidth, costRuns] = [8, 1024, 20];
 async function kernelCosts(native: boolean): Promise<readonly [number, number]> {
   using kernels = await createKernels('ggml', { threads: 1, native });
   const way = native ? 'int16' : 'library';
-  const pool = { pages: 1 + 2 * costRows, width: costWidth };
-  const [a, b] = [
-    kernels.storePages('shrink', 'bf16', pool),
-    kernels.storePages('expand', 'bf16', pool),
-  ];
+  const pool = { dtype: 'bf16', width: costWidth } as const;
+  const [a, b] = kernels.storePages(1 + 2 * costRows, [
+    { use: 'shrink', ...pool },
+    { use: 'expand', ...pool },
+  ]) as [StoredTensor, StoredTensor];
   for (const pages of [a, b]) kernels.write(pages, new Uint8Array(pages.bytes), 0);
   const shape = [costWidth, costWidth];
   const w = kernels.storeWeight?.('q4_1', shape, way) ?? kernels.store('q4_1', shape);

@@ -134,9 +134,10 @@ export interface Kernels extends Disposable {
   /** Room for a weight [N,K] of `linear` and `embed` that is multiplied in a certain way: written once as a whole, in the
    *  type's own layout, and never read. Null where the way is not to be had for this type and shape. */
   storeWeight?(dtype: WeightType, shape: readonly number[], way: LinearWay): StoredTensor | null;
-  /** A pool of adapter pages [pages,8,width] for `shrink` or `expand`, f32, f16, bf16 or q8_0: page 0 is zero, the others
-   *  are undefined until they are written. Written and read by whole pages: a backend may lay a pool out otherwise. */
-  storePages(use: 'shrink' | 'expand', dtype: DType, shape: PagePoolShape): StoredTensor;
+  /** Pools of adapter pages, [pages,8,width] each: page 0 is zero, the others are undefined and cost no memory until they are
+   *  written. What a step reads of an adapter, a page of every pool, may lie together. Written and read by whole pages, and
+   *  not for copyWithin: a backend may lay them out as it likes. */
+  storePages(pages: number, pools: readonly PagePool[]): StoredTensor[];
   /** Page `page` ≥ 1 of a pool from f16 bits [8,width], rounded to the pool's type; null: zeros. q8_0 keeps each number within
    *  a 254th of the largest magnitude of its 32, where that is at least 1e-4; below, its f16 scale has fewer bits. */
   writePage(pool: StoredTensor, page: number, halves: Uint16Array | null): void;
@@ -157,8 +158,10 @@ export interface Kernels extends Disposable {
 export const linearWays = ['library', 'f32', 'int16', 'int8'] as const;
 export type LinearWay = (typeof linearWays)[number];
 
-export interface PagePoolShape {
-  readonly pages: number;
+export interface PagePool {
+  readonly use: 'shrink' | 'expand';
+  /** f32, f16, bf16 or q8_0. */
+  readonly dtype: DType;
   readonly width: number;
 }
 

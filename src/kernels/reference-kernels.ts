@@ -8,7 +8,7 @@ import {
   type DType,
   type Kernels,
   type Ops,
-  type PagePoolShape,
+  type PagePool,
   type Program,
   type ProgramShape,
   ranksPerPage,
@@ -29,10 +29,12 @@ export class ReferenceKernels implements Kernels {
     return new ReferenceTensor(dtype, [...shape]);
   }
 
-  storePages(_use: 'shrink' | 'expand', dtype: DType, shape: PagePoolShape): StoredTensor {
-    const pool = this.store(dtype, [shape.pages, ranksPerPage, shape.width]);
-    checkPool('storePages', pool, shape.width);
-    return pool;
+  storePages(pages: number, pools: readonly PagePool[]): StoredTensor[] {
+    return pools.map(({ dtype, width }) => {
+      const pool = this.store(dtype, [pages, ranksPerPage, width]);
+      checkPool('storePages', pool, width);
+      return pool;
+    });
   }
 
   writePage(pool: StoredTensor, page: number, halves: Uint16Array | null): void {

@@ -7,6 +7,7 @@ import {
   dtypeLayout,
   type Kernels,
   type Ops,
+  type PagePool,
   type Program,
   ranksPerPage,
   type StoredTensor,
@@ -56,7 +57,7 @@ export interface DecoderOptions {
 /** Programs kept: decode shapes 1…32 rows, prefill shapes, with and without adapters. A record costs about 5 ms. */
 const programsMax = 48;
 
-interface PagePool {
+interface ModulePools {
   readonly a: StoredTensor; // [pages, 8, in]
   readonly b: StoredTensor; // [pages, 8, out]
 }
@@ -72,7 +73,7 @@ export class Decoder implements Stepper {
   readonly #weights: DecoderWeights;
   readonly #keys: readonly StoredTensor[]; // per block [cells, Hkv·D]
   readonly #values: readonly StoredTensor[];
-  readonly #pools: ReadonlyMap<string, PagePool>;
+  readonly #pools: ReadonlyMap<string, ModulePools>;
   readonly #programs: Map<string, Program> = new Map();
   readonly #rows: Float32Array[] = []; // [V] each, of the last step's logits
 
@@ -239,23 +240,25 @@ function poolKey({ block, projection }: ModuleRef): string {
   return `blk.${block}.${projection}`;
 }
 
-function storePools(options: DecoderOptions): Map<string, PagePool> {
+function storePools(options: DecoderOptions): Map<string, ModulePools> {
   const { config, kernels, pages, pageType } = options;
-  const store = (use: 'shrink' | 'expand', width: number): StoredTensor => {
-    const type = width % dtypeLayout[pageType].block === 0 ? pageType : 'f16';
-    return kernels.storePages(use, type, { pages, width });
+  const pool = (use: PagePool['use'], width: number): PagePool => {
+    const dtype = width % dtypeLayout[pageType].block === 0 ? pageType : 'f16';
+    return { use, dtype, width };
   };
-  const pools = new Map<string, PagePool>();
-  for (let block = 0; block < config.blocks; block++) {
-    for (const projection of projections) {
+  const modules = Array.from({ length: config.blocks }, (_, block) =>
+    projections.map((projection) => ({ block, projection })),
+  ).flat();
+  const stored = kernels.storePages(
+    pages,
+    modules.flatMap(({ projection }) => {
       const shape = projectionShape(config, projection);
-      pools.set(poolKey({ block, projection }), {
-        a: store('shrink', shape.in),
-        b: store('expand', shape.out),
-      });
-    }
-  }
-  return pools;
+      return [pool('shrink', shape.in), pool('expand', shape.out)];
+    }),
+  );
+  return new Map(
+    modules.map((module, i) => [poolKey(module), { a: stored[2 * i]!, b: stored[2 * i + 1]! }]),
+  );
 }
 
 interface StepOutputs {

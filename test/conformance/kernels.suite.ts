@@ -348,13 +348,21 @@ function store(
   after: () => void = () => undefined,
 ): Record<string, StoredTensor> {
   const stored: Record<string, StoredTensor> = {};
+  const pools = Object.entries(fixture.pools ?? {}).map(([name, use]) => {
+    const { dtype, shape } = fixture.stored[name]!;
+    return { name, pages: shape[0]!, pool: { use, dtype, width: shape[2]! } };
+  });
+  const together =
+    pools[0] &&
+    kernels.storePages(
+      pools[0].pages,
+      pools.map(({ pool }) => pool),
+    );
   for (const [name, { dtype, shape, bytes }] of Object.entries(fixture.stored)) {
-    const use = fixture.pools?.[name];
-    stored[name] =
-      use === undefined
-        ? kernels.store(dtype, shape)
-        : kernels.storePages(use, dtype, { pages: shape[0]!, width: shape[2]! });
-    kernels.write(stored[name], bytes, 0);
+    const index = pools.findIndex((pool) => pool.name === name);
+    const tensor = together?.[index] ?? kernels.store(dtype, shape);
+    stored[name] = tensor;
+    kernels.write(tensor, bytes, 0);
     after();
   }
   return stored;
@@ -367,7 +375,11 @@ function writtenPages(
   dtype: 'f32' | 'f16' | 'bf16' | 'q8_0',
 ): Uint8Array {
   const width = 96;
-  const pool = kernels.storePages(use, dtype, { pages: 4, width });
+  // Between two others, for a backend that lets their pages lie together.
+  const others = { use: 'shrink', dtype: 'f32', width: 32 } as const;
+  const pools = kernels.storePages(4, [others, { use, dtype, width }, others]);
+  const [before, pool, after] = pools as [StoredTensor, StoredTensor, StoredTensor];
+  for (const other of [before, after]) kernels.write(other, new Uint8Array(other.bytes).fill(9), 0);
   const out = new Uint8Array(pool.bytes);
   kernels.write(pool, out.subarray(out.length / 4).fill(1), out.length / 4);
   const rng = createRng(5);
@@ -377,6 +389,11 @@ function writtenPages(
   kernels.writePage(pool, 1, bits);
   kernels.writePage(pool, 2, bits);
   kernels.writePage(pool, 2, null);
+  for (const other of [before, after]) {
+    const kept = new Uint8Array(other.bytes);
+    kernels.read(other, kept, 0);
+    expect(kept.every((byte) => byte === 9)).toBe(true);
+  }
   kernels.read(pool, out, 0);
   return out;
 }
@@ -447,7 +464,9 @@ export function kernelSuite(
 
     it('writePage refuses page 0, a page that is not there, and another width', () => {
       using kernels = create();
-      const pool = kernels.storePages('shrink', 'f16', { pages: 3, width: 64 });
+      const [pool] = kernels.storePages(3, [{ use: 'shrink', dtype: 'f16', width: 64 }]) as [
+        StoredTensor,
+      ];
       const page = new Uint16Array(8 * 64);
       for (const index of [0, 3, -1, 1.5]) {
         expect(() => kernels.writePage(pool, index, page)).toThrow(GatewayError);

@@ -57,15 +57,19 @@ function storeAll(kernels: Kernels): Record<string, StoredTensor> {
     kernels.write(tensor, new Uint8Array(numbers.buffer), from);
     return tensor;
   };
-  const pool = { pages, width };
+  const pool = { dtype: 'f32', width } as const;
+  const [a, b] = kernels.storePages(pages, [
+    { use: 'shrink', ...pool },
+    { use: 'expand', ...pool },
+  ]) as [StoredTensor, StoredTensor];
   const pageBytes = 8 * width * 4;
   return {
     w: write(kernels.store('f32', [width, width])),
     norm: write(kernels.store('f32', [width])),
     k: kernels.store('f16', [cells, width], 'undefined'),
     v: kernels.store('f16', [cells, width], 'undefined'),
-    a: write(kernels.storePages('shrink', 'f32', pool), pageBytes),
-    b: write(kernels.storePages('expand', 'f32', pool), pageBytes),
+    a: write(a, pageBytes),
+    b: write(b, pageBytes),
   };
 }
 

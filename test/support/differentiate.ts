@@ -33,13 +33,11 @@ const outputWeights = (index: number, count: number): Float32Array =>
 
 function store(kernels: Kernels, { kind, shape, values }: Leaf): Tensor {
   const [pages, , width] = shape;
+  const use = kind === 'shrink pool' ? 'shrink' : kind === 'expand pool' ? 'expand' : undefined;
   const tensor =
-    kind === 'shrink pool' || kind === 'expand pool'
-      ? kernels.storePages(kind === 'shrink pool' ? 'shrink' : 'expand', 'f32', {
-          pages: pages!,
-          width: width!,
-        })
-      : kernels.store('f32', shape);
+    use === undefined
+      ? kernels.store('f32', shape)
+      : kernels.storePages(pages!, [{ use, dtype: 'f32', width: width! }])[0]!;
   kernels.write(tensor, new Uint8Array(values.slice().buffer), 0);
   return tensor;
 }

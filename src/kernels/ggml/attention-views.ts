@@ -138,7 +138,7 @@ export class MaskMemory implements Disposable {
       1,
       1,
     );
-    this.#buffer = new TensorBuffer(library, device, tensor);
+    this.#buffer = TensorBuffer.of(library, device, tensor);
     this.#words = new Uint16Array(koffi.view(this.#buffer.address, count * 2));
   }
 

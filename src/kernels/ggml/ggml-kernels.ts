@@ -1,7 +1,7 @@
-// Kernels over ggml. Stored tensors have a buffer each; programs share one scratch buffer (see GgmlProgram).
+// Kernels over ggml. Stored tensors have a buffer each, pools of adapter pages one together; programs share one scratch buffer (see GgmlProgram).
 
 import { GatewayError } from '../../errors.ts';
-import { checkPool, checkRange, checkShape, mismatch } from '../check.ts';
+import { byteLength, checkPool, checkRange, checkShape, mismatch } from '../check.ts';
 import {
   type ByteMove,
   type DType,
@@ -9,7 +9,7 @@ import {
   type Kernels,
   type LinearWay,
   type Ops,
-  type PagePoolShape,
+  type PagePool,
   type Program,
   type ProgramShape,
   ranksPerPage,
@@ -26,8 +26,20 @@ import {
   ggmlType,
   listDevices,
   loadLibrary,
+  type Pointer,
+  tensorLayout,
 } from './library.ts';
-import { Arena, Device, GgmlTensor, isTiled, ours, Scratch, TensorBuffer, toNe } from './memory.ts';
+import {
+  Arena,
+  Device,
+  GgmlTensor,
+  hugePageBytes,
+  isTiled,
+  ours,
+  Scratch,
+  TensorBuffer,
+  toNe,
+} from './memory.ts';
 import { type NativeKernels, nativeKernels } from './native.ts';
 import { nativeWidth, type ProgramHost } from './recorder.ts';
 import { type DeviceChoice, type DeviceWish, selectDevice } from './select-device.ts';
@@ -76,6 +88,7 @@ export class GgmlKernels implements Kernels {
   readonly #host: ProgramHost;
   readonly #tile: NativeKernels['tile'];
   readonly #roundPage: NativeKernels['roundPage'];
+  #tensors = 0;
   #disposed = false;
 
   constructor(options: GgmlOptions) {
@@ -125,19 +138,63 @@ export class GgmlKernels implements Kernels {
     return this.#store(dtype, shape, { contents: 'undefined', way, type });
   }
 
-  storePages(use: 'shrink' | 'expand', dtype: DType, shape: PagePoolShape): StoredTensor {
-    const pool = [shape.pages, ranksPerPage, shape.width];
-    checkShape('storePages', dtype, pool);
-    checkPool('storePages', { dtype, shape: pool }, shape.width);
-    // ggml's products contract the innermost axis: out of the bottleneck that is the ranks.
-    const fits = shape.width % nativeWidth === 0;
-    const transposedPages = use === 'expand' && !(this.#host.native.size > 0 && fits);
-    if (transposedPages && dtype === 'q8_0') {
-      throw new GatewayError('UNSUPPORTED', 'ggml: q8_0 pages need the native kernels');
+  storePages(pages: number, pools: readonly PagePool[]): StoredTensor[] {
+    for (const { use, dtype, width } of pools) {
+      const shape = [pages, ranksPerPage, width];
+      checkShape('storePages', dtype, shape);
+      checkPool('storePages', { dtype, shape }, width);
+      if (dtype === 'q8_0' && this.#isTransposed(use, width)) {
+        throw new GatewayError('UNSUPPORTED', 'ggml: q8_0 pages need the native kernels');
+      }
     }
-    const stored = this.#store(dtype, pool, { contents: 'undefined', transposedPages });
-    this.write(stored, new Uint8Array(stored.bytes / shape.pages), 0);
-    return stored;
+    const groups = this.#scheduler === undefined ? [pools] : pools.map((pool) => [pool]);
+    return groups.flatMap((group) => this.#storeTogether(pages, group));
+  }
+
+  /** ggml's products contract the innermost axis: out of the bottleneck that is the ranks. */
+  #isTransposed(use: PagePool['use'], width: number): boolean {
+    return use === 'expand' && (this.#host.native.size === 0 || width % nativeWidth !== 0);
+  }
+
+  /** Page by page, each with the page of every pool: an adapter's pages are a few runs of memory, whatever the model's size. */
+  #storeTogether(pages: number, pools: readonly PagePool[]): GgmlTensor[] {
+    const sizes = pools.map(({ dtype, width }) => byteLength(dtype, [ranksPerPage, width]));
+    const pageStride = sizes.reduce((sum, bytes) => sum + bytes, 0);
+    const placed = pools.map((pool, i) => {
+      const transposedPages = this.#isTransposed(pool.use, pool.width);
+      const shape = [pages, ranksPerPage, pool.width];
+      const pointer = this.#tensor(pool.dtype, shape, transposedPages);
+      const word = this.#arena.locate(pointer);
+      this.#arena.patch(word, tensorLayout.nb + 16, pageStride);
+      this.#arena.patch(word, tensorLayout.nb + 24, pageStride * pages);
+      const at = sizes.slice(0, i).reduce((sum, bytes) => sum + bytes, 0);
+      return { dtype: pool.dtype, shape, transposedPages, pointer, at };
+    });
+    const { pointer: last, at: lastAt } = placed.at(-1)!;
+    const bytes = lastAt + TensorBuffer.bytesFor(this.#library, this.#host.place, last);
+    const huge = this.#scheduler === undefined && bytes >= hugePageBytes;
+    const buffer = new TensorBuffer(this.#library, this.#host.place, bytes, huge);
+    this.#buffers.push(buffer);
+    return placed.map(({ dtype, shape, transposedPages, pointer, at }, i) => {
+      buffer.adopt(pointer, at);
+      const how = { transposedPages, pageStride };
+      const pool = new GgmlTensor({ dtype, shape }, { pointer, buffer, at }, how);
+      this.write(pool, new Uint8Array(sizes[i]!), 0);
+      return pool;
+    });
+  }
+
+  #tensor(
+    dtype: DType,
+    shape: readonly number[],
+    transposedPages = false,
+    type = ggmlType[dtype],
+  ): Pointer {
+    if (++this.#tensors > storedTensorsMax) {
+      throw new GatewayError('ENGINE_FAILED', `ggml: more than ${storedTensorsMax} stored tensors`);
+    }
+    const sizes = transposedPages ? [shape[0]!, shape[2]!, shape[1]!] : shape;
+    return this.#library.pointer('ggml_new_tensor_4d', this.#arena.context, type, ...toNe(sizes));
   }
 
   #store(
@@ -145,22 +202,13 @@ export class GgmlKernels implements Kernels {
     shape: readonly number[],
     how: {
       readonly contents: 'zero' | 'undefined';
-      readonly transposedPages?: boolean;
       readonly way?: LinearWay;
       /** ggml's, where it is not that of `dtype`. */
       readonly type?: number;
     },
   ): GgmlTensor {
-    if (this.#buffers.length >= storedTensorsMax) {
-      throw new GatewayError('ENGINE_FAILED', `ggml: more than ${storedTensorsMax} stored tensors`);
-    }
-    const pointer = this.#library.pointer(
-      'ggml_new_tensor_4d',
-      this.#arena.context,
-      how.type ?? ggmlType[dtype],
-      ...toNe(how.transposedPages ? [shape[0]!, shape[2]!, shape[1]!] : shape),
-    );
-    const buffer = new TensorBuffer(this.#library, this.#host.place, pointer);
+    const pointer = this.#tensor(dtype, shape, false, how.type);
+    const buffer = TensorBuffer.of(this.#library, this.#host.place, pointer);
     if (how.contents === 'zero') buffer.clear();
     this.#buffers.push(buffer);
     return new GgmlTensor({ dtype, shape: [...shape] }, { pointer, buffer }, how);
@@ -169,8 +217,8 @@ export class GgmlKernels implements Kernels {
   writePage(pool: StoredTensor, page: number, halves: Uint16Array | null): void {
     const { at } = pageRange(pool, page, halves);
     if (pool.dtype === 'q8_0' && halves !== null && this.#roundPage !== undefined) {
-      const { address } = ours(pool);
-      this.#roundPage(BigInt(address + at), halves);
+      const { address, pageStride } = ours(pool);
+      this.#roundPage(BigInt(address + page * pageStride!), halves);
       return;
     }
     this.write(pool, pageBytes(pool, page, halves), at);
@@ -184,13 +232,10 @@ export class GgmlKernels implements Kernels {
       return;
     }
     const source = target.transposedPages ? transposePages(target, bytes, byteOffset, true) : bytes;
-    this.#library.call(
-      'ggml_backend_tensor_set',
-      target.pointer,
-      source,
-      byteOffset,
-      bytes.byteLength,
-    );
+    for (const { from, to, at } of runsOf(target, byteOffset, bytes.byteLength)) {
+      const run = source.subarray(from, to);
+      this.#library.call('ggml_backend_tensor_set', target.pointer, run, at, to - from);
+    }
   }
 
   #writeTiles({ pointer, dtype, shape, bytes: wanted }: GgmlTensor, bytes: Uint8Array): void {
@@ -204,8 +249,10 @@ export class GgmlKernels implements Kernels {
     checkRange('read', tensor.bytes, byteOffset, out.byteLength);
     const source = ours(tensor);
     if (isTiled(source)) throw new GatewayError('UNSUPPORTED', 'ggml: tiles are not read back');
-    const { byteLength } = out;
-    this.#library.call('ggml_backend_tensor_get', source.pointer, out, byteOffset, byteLength);
+    for (const { from, to, at } of runsOf(source, byteOffset, out.byteLength)) {
+      const run = out.subarray(from, to);
+      this.#library.call('ggml_backend_tensor_get', source.pointer, run, at, to - from);
+    }
     if (source.transposedPages) out.set(transposePages(source, out, byteOffset, false));
   }
 
@@ -216,7 +263,8 @@ export class GgmlKernels implements Kernels {
   copyWithin(tensor: StoredTensor, { from, to, bytes }: ByteMove): void {
     checkRange('copyWithin', tensor.bytes, from, bytes);
     checkRange('copyWithin', tensor.bytes, to, bytes);
-    const { pointer, address, buffer } = ours(tensor);
+    const { pointer, address, buffer, pageStride } = ours(tensor);
+    if (pageStride !== undefined) throw mismatch('copyWithin', 'pages are written anew');
     if (buffer.isHost) {
       // Setting from its own address is one memcpy.
       this.#library.call('ggml_backend_tensor_set', pointer, BigInt(address + from), to, bytes);
@@ -253,6 +301,21 @@ export class GgmlKernels implements Kernels {
     this.#scheduler?.[Symbol.dispose]();
     this.#scheduler?.accelerator[Symbol.dispose]();
     this.#device[Symbol.dispose]();
+  }
+}
+
+/** Bytes [from, to) of what is written or read, and where in the tensor they lie: pages of a pool lie apart. */
+function* runsOf(
+  { shape, bytes, pageStride }: GgmlTensor,
+  start: number,
+  count: number,
+): Generator<{ readonly from: number; readonly to: number; readonly at: number }> {
+  const whole = pageStride === undefined ? bytes : bytes / shape[0]!;
+  for (let from = 0; from < count; ) {
+    const [page, inside] = [Math.floor((start + from) / whole), (start + from) % whole];
+    const to = Math.min(count, from + whole - inside);
+    yield { from, to, at: page * (pageStride ?? 0) + inside };
+    from = to;
   }
 }
 

@@ -9,6 +9,8 @@ import type { GgmlLibrary, Pointer } from './library.ts';
 
 const deviceTypeCpu = 0; // enum ggml_backend_dev_type
 const usageWeights = 1; // enum ggml_backend_buffer_usage
+export const hugePageBytes: number = 2 ** 21;
+const adviceHuge = 14; // MADV_HUGEPAGE
 
 /** A CPU device with its own persistent thread pool: ggml otherwise makes and joins threads at every graph. */
 export class Device implements Disposable {
@@ -136,7 +138,14 @@ export interface MemoryPlace {
   readonly bufferType: Pointer;
 }
 
-/** Data of one tensor, undefined at first. Owns its buffer. */
+/** Asks for pages of 2 MB: what is read once a step is read at the pace of the address look-ups of small ones. A system that
+ *  has none goes on with those. */
+function adviseHuge(address: Pointer, bytes: number): void {
+  if (process.platform !== 'linux') return;
+  koffi.load(null).func('madvise', 'int', ['void *', 'size_t', 'int'])(address, bytes, adviceHuge);
+}
+
+/** Memory for tensors, undefined at first and free until it is written. */
 export class TensorBuffer implements Disposable {
   readonly address: Pointer;
   /** In the CPU's memory: `address` may be read and written. */
@@ -144,21 +153,36 @@ export class TensorBuffer implements Disposable {
   readonly #library: GgmlLibrary;
   readonly #buffer: Pointer;
 
-  constructor(library: GgmlLibrary, { bufferType }: MemoryPlace, tensor: Pointer) {
+  /** `huge` is for the CPU's memory: a write then takes up to 2 MB more than it needs. */
+  constructor(library: GgmlLibrary, { bufferType }: MemoryPlace, bytes: number, huge = false) {
     this.#library = library;
-    const bytes = library.number('ggml_backend_buft_get_alloc_size', bufferType, tensor);
-    this.#buffer = library.pointer('ggml_backend_buft_alloc_buffer', bufferType, bytes);
+    const slack = huge ? 2 * hugePageBytes : 0; // to begin and to end with a whole page
+    this.#buffer = library.pointer('ggml_backend_buft_alloc_buffer', bufferType, bytes + slack);
     library.call('ggml_backend_buffer_set_usage', this.#buffer, usageWeights);
-    this.address = library.pointer('ggml_backend_buffer_get_base', this.#buffer);
+    const base = library.pointer('ggml_backend_buffer_get_base', this.#buffer);
+    const align = BigInt(huge ? hugePageBytes : 1);
+    this.address = ((base + align - 1n) / align) * align;
     this.isHost = library.number('ggml_backend_buffer_is_host', this.#buffer) === 1;
-    this.adopt(tensor);
+    if (huge) adviseHuge(this.address, bytes + hugePageBytes);
+  }
+
+  static bytesFor(library: GgmlLibrary, { bufferType }: MemoryPlace, tensor: Pointer): number {
+    return library.number('ggml_backend_buft_get_alloc_size', bufferType, tensor);
+  }
+
+  /** A buffer for one tensor, which lies in it. */
+  static of(library: GgmlLibrary, place: MemoryPlace, tensor: Pointer): TensorBuffer {
+    const bytes = TensorBuffer.bytesFor(library, place, tensor);
+    const buffer = new TensorBuffer(library, place, bytes);
+    buffer.adopt(tensor);
+    return buffer;
   }
 
   clear(): void {
     this.#library.call('ggml_backend_buffer_clear', this.#buffer, 0);
   }
 
-  /** Makes another tensor lie in this buffer, which stays the owner. */
+  /** Makes a tensor lie in this buffer, which stays the owner. */
   adopt(tensor: Pointer, byteOffset = 0): void {
     const at = this.address + BigInt(byteOffset);
     if (this.#library.number('ggml_backend_tensor_alloc', this.#buffer, tensor, at) !== 0) {
@@ -181,22 +205,25 @@ export class GgmlTensor implements StoredTensor {
   readonly address: number;
   /** A pool whose pages [8, width] lie here as [width, 8]: rows for ggml's products. */
   readonly transposedPages: boolean;
+  /** Of a pool: bytes from one page to the next, with the other pools' pages in between. */
+  readonly pageStride: number | undefined;
   /** How linears multiply it, where it was stored for one way. */
   readonly way: LinearWay | undefined;
 
   constructor(
     shape: Tensor,
-    place: { readonly pointer: Pointer; readonly buffer: TensorBuffer },
-    { transposedPages = false, way }: { transposedPages?: boolean; way?: LinearWay | undefined },
+    place: { readonly pointer: Pointer; readonly buffer: TensorBuffer; readonly at?: number },
+    how: { transposedPages?: boolean; pageStride?: number; way?: LinearWay | undefined },
   ) {
     this.dtype = shape.dtype;
     this.shape = shape.shape;
     this.bytes = byteLength(shape.dtype, shape.shape);
     this.pointer = place.pointer;
     this.buffer = place.buffer;
-    this.address = Number(place.buffer.address);
-    this.transposedPages = transposedPages;
-    this.way = way;
+    this.address = Number(place.buffer.address) + (place.at ?? 0);
+    this.transposedPages = how.transposedPages ?? false;
+    this.pageStride = how.pageStride;
+    this.way = how.way;
   }
 }
 

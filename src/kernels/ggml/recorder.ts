@@ -173,7 +173,7 @@ export class Recorder implements Ops {
   /** A tensor with memory of its own, outside the scratch that programs share. */
   #placed(dtype: DType, shape: readonly number[]): Placed {
     const pointer = this.#tensor(dtype, shape);
-    const buffer = new TensorBuffer(this.#host.library, this.#host.place, pointer);
+    const buffer = TensorBuffer.of(this.#host.library, this.#host.place, pointer);
     buffer.clear(); // padding rows are computed too: no leftover NaN slows them or shows in a debugger
     this.buffers.push(buffer);
     return { pointer, buffer };

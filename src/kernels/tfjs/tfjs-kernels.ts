@@ -8,7 +8,7 @@ import {
   type DType,
   type Kernels,
   type Ops,
-  type PagePoolShape,
+  type PagePool,
   type Program,
   type ProgramShape,
   ranksPerPage,
@@ -43,18 +43,16 @@ export class TfjsKernels implements Kernels {
     return tensor;
   }
 
-  storePages(
-    _use: 'shrink' | 'expand',
-    dtype: DType,
-    { pages, width }: PagePoolShape,
-  ): StoredTensor {
-    const shape = [pages, ranksPerPage, width];
-    checkShape('storePages', dtype, shape);
-    checkPool('storePages', { dtype, shape }, width);
-    const cut = { tail: [width], partRows: ranksPerPage };
-    const pool = new TfjsTensor(this.#tf, { dtype, shape }, cut);
-    this.#tensors.push(pool);
-    return pool;
+  storePages(pages: number, pools: readonly PagePool[]): StoredTensor[] {
+    return pools.map(({ dtype, width }) => {
+      const shape = [pages, ranksPerPage, width];
+      checkShape('storePages', dtype, shape);
+      checkPool('storePages', { dtype, shape }, width);
+      const cut = { tail: [width], partRows: ranksPerPage };
+      const pool = new TfjsTensor(this.#tf, { dtype, shape }, cut);
+      this.#tensors.push(pool);
+      return pool;
+    });
   }
 
   writePage(pool: StoredTensor, page: number, halves: Uint16Array | null): void {
