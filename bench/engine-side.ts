@@ -112,7 +112,10 @@ class Host {
       sampling: { ...greedy, logitBias: loop.base.endTokens.map((token) => [token, -1e6]) },
       stop: [],
       topLogprobs: null,
-      adapter: { generation: generations[adapter]!, rank },
+      adapter: {
+        parts: [{ generation: generations[adapter]!, rank, weight: 1 }],
+        ...{ merge: 'linear', density: 1, flyTopK: null, prior: null, system: null },
+      },
       tenant: 'bench',
     };
     setImmediate(() => loop.submit(request));

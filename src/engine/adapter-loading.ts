@@ -1,7 +1,7 @@
 // Brings the generations that sequences wait for into adapter memory: one at a time, a bounded number of bytes a tick, so
-// that a load never stops the streams that run (sglang#8162). A finished load keeps a use of its pages until the sequence
-// it was made for has its own, else the next load could evict them first and two waiting sequences would load against
-// each other for ever.
+// that a load never stops the streams that run (sglang#8162). Works for one sequence's set at a time and keeps a use of
+// what it has of it until the sequence has its own: else the next load could evict the last one and two waiting sequences
+// would load against each other for ever. Nobody else holds pages while waiting for more, so no two wait for each other.
 
 import type { Generation } from '../adapters/adapter.ts';
 import type { AdapterLoad, LoadProgress, Residency, ResidentUse } from '../adapters/residency.ts';
@@ -10,15 +10,11 @@ import { asGatewayError, GatewayError } from '../errors.ts';
 export interface LoadListener {
   /** A file has been read: a tick of the loop would move the load on. */
   readonly wake: () => void;
-  /** Whether a sequence waits for the generation. */
-  readonly isAwaited: (generation: Generation) => boolean;
-  readonly onFailed: (generation: Generation, error: GatewayError) => void;
+  /** Whether a sequence waits for just this set. */
+  readonly isAwaited: (generations: readonly Generation[]) => boolean;
+  /** Nobody who wants all of these can have them. */
+  readonly onFailed: (generations: readonly Generation[], error: GatewayError) => void;
 }
-
-type Phase =
-  | { readonly kind: 'idle' }
-  | { readonly kind: 'loading'; readonly load: AdapterLoad; progress: LoadProgress }
-  | { readonly kind: 'held'; readonly use: ResidentUse };
 
 /** Bytes written between two steps: 3 ms (measured 0.25 ms per MB), and rank 16 of the default model (9.8 MB) at once, so
  *  that its load takes one step: the one during which it is read. */
@@ -27,7 +23,11 @@ const bytesPerTick = 12 * 1024 * 1024;
 export class AdapterLoader {
   readonly #residency: Residency;
   readonly #listener: LoadListener;
-  #phase: Phase = { kind: 'idle' };
+  /** Empty: nothing is wanted. */
+  #set: readonly Generation[] = [];
+  #uses: ResidentUse[] = [];
+  #load: AdapterLoad | null = null;
+  #progress: LoadProgress = 'done';
 
   constructor(residency: Residency, listener: LoadListener) {
     this.#residency = residency;
@@ -37,44 +37,77 @@ export class AdapterLoader {
   /** Where the load under way stands. `reading`: it will wake the loop itself; `more`: another tick moves it on;
    *  `no-room`: only sequences that end do. */
   get progress(): LoadProgress | null {
-    return this.#phase.kind === 'loading' ? this.#phase.progress : null;
+    return this.#load === null ? null : this.#progress;
   }
 
-  /** Starts a load unless one is under way. Admission asks again each tick, most urgent first. */
-  want(generation: Generation): void {
-    if (this.#phase.kind !== 'idle') return;
-    const load = this.#residency.beginLoad(generation, this.#listener.wake);
-    this.#phase = { kind: 'loading', load, progress: 'reading' };
+  /** Starts on a set unless one is under way. Admission asks again each tick, most urgent first. */
+  want(generations: readonly Generation[]): void {
+    if (this.#set.length > 0) return;
+    this.#set = generations;
     this.advance();
   }
 
   /** A tick's share of the work, before its admission. */
   advance(): void {
-    const phase = this.#phase;
-    if (phase.kind !== 'loading') return;
-    const { generation } = phase.load;
     try {
-      phase.progress = phase.load.advance(bytesPerTick);
-      if (phase.progress !== 'done') return;
-      const use = this.#residency.acquire(generation);
-      if (use === null) throw new GatewayError('INTERNAL', 'a loaded adapter is not resident');
-      this.#phase = { kind: 'held', use };
+      if (this.#load !== null) {
+        this.#progress = this.#load.advance(bytesPerTick);
+        if (this.#progress !== 'done') return;
+        this.#hold(this.#load.generation);
+      }
+      this.#load = this.#next();
+      // Not advanced at once: this tick has had its bytes. A file that is in memory already would wake nobody.
+      this.#progress = 'more';
     } catch (error) {
-      this.#phase = { kind: 'idle' };
-      this.#listener.onFailed(generation, asGatewayError(error));
+      const failed = this.#load === null ? this.#set : [this.#load.generation];
+      this.#load = null;
+      this.#release();
+      this.#listener.onFailed(failed, asGatewayError(error));
     }
   }
 
   /** Frees what no sequence waits for any more: after admission, and when one is cancelled. Whether it did: the next load
    *  can start. */
   letGo(): boolean {
-    const phase = this.#phase;
-    if (phase.kind === 'idle') return false;
-    const { generation } = phase.kind === 'held' ? phase.use : phase.load;
-    if (this.#listener.isAwaited(generation)) return false;
-    if (phase.kind === 'held') phase.use.release();
-    else phase.load.abandon();
-    this.#phase = { kind: 'idle' };
+    if (this.#set.length === 0 || this.#listener.isAwaited(this.#set)) return false;
+    this.#release();
     return true;
   }
+
+  /** No sequence runs, so nobody will make room. */
+  refuse(): void {
+    const set = this.#set;
+    this.#release();
+    const message = `the engine has no room for ${set.length} adapters together`;
+    this.#listener.onFailed(set, new GatewayError('UNSUPPORTED', message));
+  }
+
+  /** Takes what is resident of the set, up to the first that is not: its load. */
+  #next(): AdapterLoad | null {
+    for (const generation of this.#set.slice(this.#uses.length)) {
+      const use = this.#residency.acquire(generation);
+      if (use === null) return this.#residency.beginLoad(generation, this.#listener.wake);
+      this.#uses.push(use);
+    }
+    return null;
+  }
+
+  #hold(generation: Generation): void {
+    const use = this.#residency.acquire(generation);
+    if (use === null) throw new GatewayError('INTERNAL', 'a loaded adapter is not resident');
+    this.#uses.push(use);
+  }
+
+  #release(): void {
+    this.#load?.abandon();
+    for (const use of this.#uses) use.release();
+    this.#load = null;
+    this.#uses = [];
+    this.#set = [];
+  }
+}
+
+/** Of two sets in the order of Sequence.generations. */
+export function isSame(a: readonly Generation[], b: readonly Generation[]): boolean {
+  return a.length === b.length && a.every((generation, i) => generation === b[i]);
 }

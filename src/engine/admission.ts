@@ -2,15 +2,16 @@
 // them in hand could keep the other from the one before it in line, for ever. Order is scheduler.ts's; whoever does not
 // fit is passed over, but only so often: then everybody behind it waits until it fits.
 
+import { type Generation, pageRanks } from '../adapters/adapter.ts';
 import type { Residency, ResidentUse } from '../adapters/residency.ts';
-import { GatewayError } from '../errors.ts';
-import type { Stepper } from '../model/stepper.ts';
+import { asGatewayError, GatewayError } from '../errors.ts';
+import { type AdapterRows, type Stepper, uniformRows } from '../model/stepper.ts';
 import type { AdapterLoader } from './adapter-loading.ts';
 import { blockCells, blocksFor, reservedBlocks } from './kv-pool.ts';
-import type { BaseInfo, GenerateRequest } from './messages.ts';
+import { type AdapterUse, type BaseInfo, type GenerateRequest, weightMax } from './messages.ts';
 import type { CellAdmission, PrefixCache } from './prefix-cache.ts';
 import { planAdmission } from './scheduler.ts';
-import type { Sequence } from './sequence.ts';
+import { allParts, type Sequence } from './sequence.ts';
 
 interface AdmissionOptions {
   readonly base: BaseInfo;
@@ -41,7 +42,7 @@ export class Admission {
   /** Throws what no waiting would change. */
   check(request: GenerateRequest): void {
     const { base, stepper } = this.#options;
-    const { tokens, tokensMax, adapter } = request;
+    const { tokens, tokensMax } = request;
     if (tokens.length < 1 || tokensMax < 1) {
       throw new GatewayError('INVALID_REQUEST', 'a request needs a prompt and room for an answer');
     }
@@ -58,8 +59,9 @@ export class Admission {
     if (tokens.some((token) => token < 0 || token >= vocabSize)) {
       throw new GatewayError('INVALID_REQUEST', `a prompt token is not in 0…${vocabSize - 1}`);
     }
-    if (adapter !== null && (!Number.isSafeInteger(adapter.rank) || adapter.rank < 0)) {
-      throw new GatewayError('INVALID_REQUEST', `rank ${adapter.rank} is not a whole number ≥ 0`);
+    for (const { rank, weight } of request.adapter === null ? [] : allParts(request.adapter)) {
+      if (Number.isSafeInteger(rank) && rank >= 0 && Math.abs(weight) <= weightMax) continue;
+      throw new GatewayError('INVALID_REQUEST', `an adapter at rank ${rank}, weight ${weight}`);
     }
   }
 
@@ -93,29 +95,39 @@ export class Admission {
   }
 
   #tryOne(sequence: Sequence): GatewayError | null | 'no-cells' | 'no-adapter' {
-    const { residency, loader } = this.#options;
-    const { generation, rank } = sequence;
-    let adapter: ResidentUse | null = null;
-    if (generation !== null) {
-      adapter = residency.acquire(generation);
-      if (adapter === null) {
-        loader.want(generation);
-        return 'no-adapter';
-      }
-      if (rank > adapter.rankMax) {
-        const message = `rank ${rank} of an adapter that has ${adapter.rankMax}`;
-        adapter.release();
-        return new GatewayError('INVALID_REQUEST', message);
-      }
+    const adapters = this.#acquireAll(sequence.generations);
+    if (adapters === null) {
+      this.#options.loader.want(sequence.generations);
+      return 'no-adapter';
     }
-    const cells = this.#takeCells(sequence);
-    if (cells === null) {
-      adapter?.release();
-      return 'no-cells';
+    try {
+      const rows = rowsOf(sequence.use, adapters);
+      const cells = this.#takeCells(sequence);
+      if (cells !== null) {
+        sequence.holdings = { cells, adapters, rows };
+        sequence.position = cells.cachedTokens;
+        return null;
+      }
+    } catch (error) {
+      releaseAll(adapters);
+      return asGatewayError(error);
     }
-    sequence.holdings = { cells, adapter };
-    sequence.position = cells.cachedTokens;
-    return null;
+    releaseAll(adapters);
+    return 'no-cells';
+  }
+
+  /** All or none. */
+  #acquireAll(generations: readonly Generation[]): ResidentUse[] | null {
+    const uses: ResidentUse[] = [];
+    for (const generation of generations) {
+      const use = this.#options.residency.acquire(generation);
+      if (use === null) {
+        releaseAll(uses);
+        return null;
+      }
+      uses.push(use);
+    }
+    return uses;
   }
 
   #takeCells(sequence: Sequence): CellAdmission | null {
@@ -123,9 +135,7 @@ export class Admission {
     const cells = cache.admit(
       {
         baseHash: base.hash,
-        generation: sequence.generation,
-        rank: sequence.rank,
-        scale: 1,
+        use: sequence.use,
         tenant: sequence.tenant,
       },
       sequence.tokens.subarray(0, sequence.count),
@@ -137,4 +147,23 @@ export class Admission {
     }
     return cells;
   }
+}
+
+function releaseAll(uses: readonly ResidentUse[]): void {
+  for (const use of uses) use.release();
+}
+
+/** `uses`: of every generation in `use`. */
+function rowsOf(use: AdapterUse | null, uses: readonly ResidentUse[]): AdapterRows | null {
+  if (use === null) return null;
+  const [part, ...others] = allParts(use);
+  const resident = uses.find(({ generation }) => generation === part?.generation);
+  if (part === undefined || resident === undefined || others.length > 0 || part.weight !== 1) {
+    throw new GatewayError('UNSUPPORTED', 'blends of adapters are not served');
+  }
+  if (part.rank > resident.rankMax) {
+    const message = `rank ${part.rank} of an adapter that has ${resident.rankMax}`;
+    throw new GatewayError('INVALID_REQUEST', message);
+  }
+  return uniformRows(resident.pages.slice(0, Math.ceil(part.rank / pageRanks)), part.rank);
 }

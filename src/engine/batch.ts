@@ -1,7 +1,6 @@
 // Both ends of a step: what goes into the stepper as segments, and what comes of it as figures for the latency model and
 // as the token that a reader is told of.
 
-import { pageRanks } from '../adapters/adapter.ts';
 import type { Segment } from '../model/stepper.ts';
 import type { GeneratedToken, StepWork } from './messages.ts';
 import type { TokenLogprobs } from './sampler.ts';
@@ -14,15 +13,14 @@ export interface Chosen {
 
 /** The next `count` tokens of a sequence that holds its cells, and `drafts` guesses that stand behind them. */
 export function chooseSegment(sequence: Sequence, count: number, drafts: number): Chosen {
-  const { position, holdings, rank } = sequence;
+  const { position, holdings } = sequence;
   if (holdings === null) throw new Error(`sequence ${sequence.id} holds no cells`);
-  const { cells, adapter } = holdings;
-  const pages = adapter?.pages.slice(0, Math.ceil(rank / pageRanks));
+  const { cells, rows } = holdings;
   const segment: Segment = {
     tokens: sequence.tokens.subarray(position, position + count + drafts),
     cellBase: cells.cellBase,
     position,
-    adapter: pages === undefined ? null : { pages, rank, scale: 1 },
+    adapter: rows,
     wantsLogits: position + count === sequence.count,
     drafts,
   };

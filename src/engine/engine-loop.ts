@@ -8,7 +8,7 @@ import type { Residency } from '../adapters/residency.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
 import type { RowMath } from '../kernels/row-math.ts';
 import type { Stepper, StepResult } from '../model/stepper.ts';
-import { AdapterLoader } from './adapter-loading.ts';
+import { AdapterLoader, isSame } from './adapter-loading.ts';
 import { Admission } from './admission.ts';
 import { type Chosen, chooseSegment, describeToken, workOf } from './batch.ts';
 import type { EngineClock } from './clock.ts';
@@ -78,9 +78,9 @@ export class EngineLoop {
     this.#sampler = new Sampler(base.config.vocabSize, options.rowMath);
     this.#loader = new AdapterLoader(options.residency, {
       wake: () => this.#wake(),
-      isAwaited: (generation) =>
-        [...this.#waiting.values()].some((one) => one.generation === generation),
-      onFailed: (generation, error) => this.#failGeneration(generation, error),
+      isAwaited: (set) =>
+        [...this.#waiting.values()].some(({ generations }) => isSame(generations, set)),
+      onFailed: (generations, error) => this.#failWaiting(generations, error),
     });
     this.#admission = new Admission({ ...options, loader: this.#loader });
   }
@@ -200,9 +200,14 @@ export class EngineLoop {
     }
   }
 
-  /** An idle engine has room for whatever Admission.check let in, so this is a bug: better one failed request with a
-   *  name to look for than a queue that nobody serves. */
+  /** Adapters that fit one by one and not together; anything else is a bug, for an idle engine has room for whatever
+   *  Admission.check let in: better one failed request with a name to look for than a queue that nobody serves. */
   #giveUp(): void {
+    if (this.#loader.progress === 'no-room') {
+      this.#loader.refuse();
+      this.#wake();
+      return;
+    }
     const [first] = this.#waiting.values();
     if (first === undefined) return;
     this.#waiting.delete(first.id);
@@ -340,14 +345,14 @@ export class EngineLoop {
     const { holdings } = sequence;
     sequence.holdings = null;
     if (holdings === null) return;
-    holdings.adapter?.release();
+    for (const one of holdings.adapters) one.release();
     if (cells === 'cells-valid') this.#options.cache.retire(holdings.cells.hold);
     else this.#options.cache.drop(holdings.cells.hold);
   }
 
-  #failGeneration(generation: Generation, error: GatewayError): void {
+  #failWaiting(generations: readonly Generation[], error: GatewayError): void {
     for (const sequence of [...this.#waiting.values()]) {
-      if (sequence.generation !== generation) continue;
+      if (!generations.every((one) => sequence.generations.includes(one))) continue;
       this.#waiting.delete(sequence.id);
       this.#outbox.failed(sequence.id, error);
     }

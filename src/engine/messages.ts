@@ -18,10 +18,33 @@ export interface Sampling {
   readonly logitBias: ReadonlyArray<readonly [token: number, bias: number]>;
 }
 
-export interface AdapterUse {
+/** One adapter of a use, at one rank. */
+export interface AdapterPart {
   readonly generation: Generation;
-  /** Active ranks, 0…rankMax. Rank 0 is the base model's answer. */
+  /** Active ranks, 0…its own largest. Rank 0 is as if it were not there. */
   readonly rank: number;
+  readonly weight: number;
+}
+
+/** How parts become one delta, as LoRAX names it. */
+export const merges = ['linear', 'ties', 'dare_linear', 'dare_ties'] as const;
+export type Merge = (typeof merges)[number];
+/** Adapters that one request may blend, and the largest weight that one of them may have. */
+export const partsMax = 8;
+export const weightMax = 16;
+
+/** Everything that decides what adapters do to a row. All ranks 0 is the base model's answer. */
+export interface AdapterUse {
+  readonly parts: readonly AdapterPart[]; // 0…partsMax
+  readonly merge: Merge;
+  /** Share of each part's numbers that a merge keeps, (0, 1]; 1 for linear. */
+  readonly density: number;
+  /** Ranks that fly parts keep per row, instead of their own number. */
+  readonly flyTopK: number | null;
+  /** Queryable parts: which atoms the instruction's words speak for, and how loudly. */
+  readonly prior: { readonly tokens: readonly number[]; readonly strength: number } | null;
+  /** Repairs the base under whatever the parts do to it; no part of the merge. */
+  readonly system: AdapterPart | null;
 }
 
 export interface GenerateRequest {

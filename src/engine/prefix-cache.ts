@@ -1,19 +1,17 @@
 // Who owns which cells, and which cells can be used again. A run belongs to one sequence; when the sequence ends its full
 // blocks stay as an idle run until somebody needs the room. Identity of a block (design.md section 6): a SHA-256 chain over
-// base, generation, rank, scale, tenant and tokens, each part length-prefixed; names and page numbers never enter.
+// base, adapter use, tenant and tokens, each part length-prefixed; names and page numbers never enter.
 // Reuse is by copy (memcpy speed, no compute) or, for an idle run that is wholly a prefix of the prompt, in place.
 
 import { createHash } from 'node:crypto';
-import type { Generation } from '../adapters/adapter.ts';
 import { blockCells, blocksFor, type KvPool, type Run } from './kv-pool.ts';
+import type { AdapterUse } from './messages.ts';
 
 /** Everything but the tokens that decides what a cell holds. */
 export interface CellIdentity {
   readonly baseHash: string;
   /** null for the base model, which is also what rank 0 of any adapter is. */
-  readonly generation: Generation | null;
-  readonly rank: number;
-  readonly scale: number;
+  readonly use: AdapterUse | null;
   readonly tenant: string;
 }
 
@@ -270,11 +268,18 @@ interface Want {
   readonly tenant: string;
 }
 
+/** The same for equal uses only: fields in a fixed order, numbers as JSON has them. */
+function useText(use: AdapterUse | null): string {
+  if (use === null) return '';
+  const { parts, merge, density, flyTopK, prior, system } = use;
+  const texts = [...parts, system].map((part) => part && [part.generation, part.rank, part.weight]);
+  return JSON.stringify([texts, merge, density, flyTopK, prior?.strength, prior?.tokens]);
+}
+
 /** Everything but the tokens, hashed once; each block's key chains from it. */
 function rootKeyOf(identity: CellIdentity): string {
   const hash = createHash('sha256');
-  const { baseHash, generation, rank, scale, tenant } = identity;
-  for (const part of [baseHash, generation ?? '', String(rank), String(scale), tenant]) {
+  for (const part of [identity.baseHash, useText(identity.use), identity.tenant]) {
     const bytes = Buffer.from(part, 'utf8');
     const length = Buffer.alloc(8);
     length.writeBigUInt64LE(BigInt(bytes.length));

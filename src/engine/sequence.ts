@@ -4,8 +4,9 @@
 
 import type { Generation } from '../adapters/adapter.ts';
 import type { ResidentUse } from '../adapters/residency.ts';
+import type { AdapterRows } from '../model/stepper.ts';
 import { createDetokenizer, type Detokenizer } from './detokenizer.ts';
-import type { FinishReason, GenerateRequest } from './messages.ts';
+import type { AdapterPart, AdapterUse, FinishReason, GenerateRequest } from './messages.ts';
 import { type SampleHistory, usesHistory } from './penalties.ts';
 import type { CellAdmission } from './prefix-cache.ts';
 import { Drafter } from './speculation.ts';
@@ -24,7 +25,9 @@ export interface Accepted {
 /** What a sequence holds while it runs. */
 export interface Holdings {
   readonly cells: CellAdmission;
-  readonly adapter: ResidentUse | null;
+  readonly adapters: readonly ResidentUse[];
+  /** The same object at every step: the decoder compares by identity. */
+  readonly rows: AdapterRows | null;
 }
 
 export interface SequenceOptions {
@@ -50,6 +53,12 @@ export class Sequence {
   lastStep: number = Number.NEGATIVE_INFINITY;
   firstTokenMs: number | null = null;
   holdings: Holdings | null = null;
+  /** null for the base model and for rank 0 of everything, which is the same. */
+  readonly use: AdapterUse | null;
+  /** Ranks of all its parts, which is what its rows cost. */
+  readonly rank: number;
+  /** Each once, in an order that does not depend on the request's. */
+  readonly generations: readonly Generation[];
   /** Sequences behind it that were admitted while it found no cells. */
   passes = 0;
   readonly #counts: Map<number, number> = new Map();
@@ -60,6 +69,12 @@ export class Sequence {
   constructor(options: SequenceOptions) {
     const { request, generated } = options;
     this.request = request;
+    this.use = activeUse(request.adapter);
+    const parts = this.use === null ? [] : allParts(this.use);
+    this.rank = parts.reduce((sum, part) => sum + part.rank, 0);
+    this.generations = [...new Set(parts.map((part) => part.generation))].sort((a, b) =>
+      a < b ? -1 : 1,
+    );
     this.arrival = options.arrival;
     this.submittedMs = options.submittedMs;
     this.tokens = new Int32Array(request.tokens.length + request.tokensMax);
@@ -86,16 +101,6 @@ export class Sequence {
 
   get generatedCount(): number {
     return this.count - this.request.tokens.length;
-  }
-
-  /** Rank that its rows use; 0 uses no adapter at all. */
-  get rank(): number {
-    return this.request.adapter?.rank ?? 0;
-  }
-
-  /** null for the base model and for rank 0, which is the same. */
-  get generation(): Generation | null {
-    return this.rank > 0 ? this.request.adapter!.generation : null;
   }
 
   /** Cells it can ever fill: the last token of the answer is never fed back. */
@@ -131,4 +136,17 @@ export class Sequence {
     if (stop !== null) return { text, end: { reason: 'stop', stopString: stop } };
     return { text: text + this.#matcher.flush(), end: { reason, stopString: null } };
   }
+}
+
+/** The parts, the system adapter last. */
+export function allParts({ parts, system }: AdapterUse): readonly AdapterPart[] {
+  return system === null ? parts : [...parts, system];
+}
+
+/** Without what has rank 0; null when nothing is left. */
+function activeUse(use: AdapterUse | null): AdapterUse | null {
+  if (use === null) return null;
+  const parts = use.parts.filter((part) => part.rank > 0);
+  const system = use.system !== null && use.system.rank > 0 ? use.system : null;
+  return parts.length === 0 && system === null ? null : { ...use, parts, system };
 }

@@ -198,7 +198,13 @@ export class Answer {
       sampling: { ...sampling, seed: (sampling.seed + (index % request.n)) >>> 0 },
       stop: request.stop,
       topLogprobs: request.topLogprobs,
-      adapter: lease === null ? null : { generation: lease.generation, rank: this.#plan.rank },
+      adapter:
+        lease === null
+          ? null
+          : {
+              parts: [{ generation: lease.generation, rank: this.#plan.rank, weight: 1 }],
+              ...{ merge: 'linear', density: 1, flyTopK: null, prior: null, system: null },
+            },
       tenant: request.tenant,
     };
   }

@@ -1,22 +1,43 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { blockCells, blocksFor, KvPool } from '../../src/engine/kv-pool.ts';
+import type { AdapterUse } from '../../src/engine/messages.ts';
 import { type CellHold, type CellIdentity, PrefixCache } from '../../src/engine/prefix-cache.ts';
+import { blendOf, useOf } from '../support/adapter-use.ts';
 import { fakeGeneration } from '../support/fake-stepper.ts';
 
 // Random sequences over a small pool against a memory that remembers, for every cell, what it was computed from. What
 // the cache says needs no compute must lie in the run, cell for cell, and nothing live may ever be written over.
 
+const [one, two] = [fakeGeneration(1), fakeGeneration(2)];
+const uses: ReadonlyArray<AdapterUse | null> = [
+  null,
+  useOf(one, 4),
+  useOf(one, 5),
+  useOf(two, 4),
+  blendOf([[one, 4, 0.5]]),
+  blendOf([
+    [one, 4, 1],
+    [two, 4, 1],
+  ]),
+  blendOf([
+    [one, 4, 1],
+    [two, 4, 0.5],
+  ]),
+  blendOf([[one, 4, 1]], { system: { generation: two, rank: 4, weight: 1 } }),
+  blendOf([[one, 4, 1]], { merge: 'ties' }),
+  blendOf([[one, 4, 1]], { merge: 'ties', density: 0.5 }),
+  blendOf([[one, 4, 1]], { flyTopK: 4 }),
+  blendOf([[one, 4, 1]], { prior: { tokens: [1, 2], strength: 1 } }),
+  blendOf([[one, 4, 1]], { prior: { tokens: [1, 2], strength: 2 } }),
+  blendOf([[one, 4, 1]], { prior: { tokens: [12], strength: 1 } }),
+];
 const identities: readonly CellIdentity[] = [
-  { baseHash: 'base', generation: null, rank: 0, scale: 1, tenant: 'a' },
-  { baseHash: 'base', generation: null, rank: 0, scale: 1, tenant: 'b' },
-  { baseHash: 'base', generation: fakeGeneration(1), rank: 4, scale: 1, tenant: 'a' },
-  { baseHash: 'base', generation: fakeGeneration(1), rank: 5, scale: 1, tenant: 'a' },
-  { baseHash: 'base', generation: fakeGeneration(2), rank: 4, scale: 1, tenant: 'a' },
-  { baseHash: 'other', generation: null, rank: 0, scale: 1, tenant: 'a' },
+  ...uses.map((use) => ({ baseHash: 'base', use, tenant: 'a' })),
+  { baseHash: 'base', use: null, tenant: 'b' },
+  { baseHash: 'other', use: null, tenant: 'a' },
   // The same characters, cut elsewhere between the parts.
-  { baseHash: 'base', generation: null, rank: 0, scale: 1, tenant: '1a' },
-  { baseHash: 'base', generation: null, rank: 0, scale: 11, tenant: 'a' },
+  { baseHash: 'bas', use: null, tenant: 'ea' },
 ];
 
 interface Live {

@@ -3,6 +3,7 @@ import { afterAll, describe, expect, it } from 'vitest';
 import type { GenerateRequest } from '../../src/engine/messages.ts';
 import { type CellHold, PrefixCache } from '../../src/engine/prefix-cache.ts';
 import type { SpeculationWish } from '../../src/engine/speculation.ts';
+import { useOf } from '../support/adapter-use.ts';
 import { FakeStepper, fakeGeneration } from '../support/fake-stepper.ts';
 import {
   fakeRankOf,
@@ -65,7 +66,7 @@ function jobsOf({ prompts, jobs }: Case): Job[] {
         ...rest,
         id: `r${i}`,
         tokens: Int32Array.from(prompts[prompt]!),
-        adapter: generation === null ? null : { generation, rank: fakeRankOf(generation) },
+        adapter: generation === null ? null : useOf(generation, fakeRankOf(generation)),
       }),
     };
   });

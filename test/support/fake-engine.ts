@@ -6,6 +6,7 @@ import type { Generation } from '../../src/adapters/adapter.ts';
 import type { Engine } from '../../src/engine/engine.ts';
 import { EventStream } from '../../src/engine/event-stream.ts';
 import type {
+  AdapterPart,
   BaseInfo,
   EngineEvent,
   EngineStats,
@@ -14,6 +15,7 @@ import type {
   StepReport,
   TokenLogprob,
 } from '../../src/engine/messages.ts';
+import { allParts } from '../../src/engine/sequence.ts';
 import { GatewayError } from '../../src/errors.ts';
 import { createManualClock, type ManualClock } from './manual-clock.ts';
 
@@ -66,13 +68,17 @@ function fakeTokenText(token: number): string {
   return token >>> 7 === 0 ? ` ${first}` : ` ${first}${onsets[(token >>> 7) % 16]!}o`;
 }
 
+function partsOf({ adapter }: Pick<GenerateRequest, 'adapter'>): readonly AdapterPart[] {
+  return adapter === null ? [] : allParts(adapter);
+}
+
 /** What the fake engine answers: `count` token ids, for any prompt, adapter and rank. Never the end token. */
 function fakeAnswer(request: Pick<GenerateRequest, 'tokens' | 'adapter'>, count: number): number[] {
   let hash = 0x811c9dc5;
   for (const token of request.tokens) hash = mix(hash, token);
   // Rank 0 is the base model's answer, whatever the adapter.
-  if (request.adapter !== null && request.adapter.rank > 0) {
-    hash = mix(mixText(hash, request.adapter.generation), request.adapter.rank);
+  for (const { generation, rank, weight } of partsOf(request)) {
+    if (rank > 0) hash = mix(mix(mixText(hash, generation), rank), weight * 1000);
   }
   return Array.from({ length: count }, (_, i) => 3 + (mix(hash, i) % (fakeVocabSize - 3)));
 }
@@ -174,7 +180,7 @@ export class FakeEngine implements Engine {
   }
 
   #takeOff(request: GenerateRequest, stream: EventStream): Flight {
-    if (request.adapter !== null) this.#residents.add(request.adapter.generation);
+    for (const { generation } of partsOf(request)) this.#residents.add(generation);
     const length = Math.min(request.tokensMax, this.#options.naturalLength ?? request.tokensMax);
     return {
       request,
@@ -231,7 +237,8 @@ export class FakeEngine implements Engine {
   }
 
   #report(rows: readonly Flight[]): void {
-    const rank = (flight: Flight): number => flight.request.adapter?.rank ?? 0;
+    const rank = (flight: Flight): number =>
+      partsOf(flight.request).reduce((sum, part) => sum + part.rank, 0);
     const report: StepReport = {
       ms: this.#options.stepMs ?? 1,
       decodeRows: rows.length,
@@ -316,7 +323,9 @@ export class FakeEngine implements Engine {
         generation,
         rank: 8,
         bytes: 1024,
-        uses: flights.filter((one) => one.request.adapter?.generation === generation).length,
+        uses: flights.filter(({ request }) =>
+          partsOf(request).some((part) => part.generation === generation),
+        ).length,
       })),
       adapterSlotsMax: 8,
       threads: 2,

@@ -71,8 +71,10 @@ function loadAlone(
   request: GenerateRequest,
   rankOf: (generation: Generation) => number,
 ): AdapterRows | null {
-  if (request.adapter === null || request.adapter.rank === 0) return null;
-  const { generation, rank } = request.adapter;
+  const [part, ...others] = request.adapter?.parts ?? [];
+  if (part === undefined || part.rank === 0) return null;
+  if (others.length > 0) throw new Error('one part only');
+  const { generation, rank } = part;
   const packed = fakePacked(generation, rankOf(generation));
   const pages = Array.from({ length: Math.ceil(rank / 8) }, (_, i) => i + 3);
   for (const [i, page] of pages.entries()) {

@@ -155,12 +155,16 @@ export function endEvent(
   return { kind: 'end', reason, stopString: null, completionTokens, ...times };
 }
 
-/** Answers every request at once: who answers (`base`, or the generation's first digits and the rank), the seed, and the
+/** Answers every request at once: who answers (`base`, or each part's first digits of the generation, rank and weight), the seed, and the
  *  prompt's length; cut at tokensMax like a real engine. */
 export const echoScript: Script = async function* echo(request) {
   const { adapter, tokens, tokensMax, sampling } = request;
-  const who = adapter === null ? 'base' : `${adapter.generation.slice(7, 11)} at ${adapter.rank}`;
-  const text = `${who} seed ${sampling.seed} prompt ${tokens.length}`;
+  const parts = [...(adapter?.parts ?? []), ...(adapter?.system ? [adapter.system] : [])];
+  const who = parts.map(
+    ({ generation, rank, weight }) =>
+      `${generation.slice(7, 11)} at ${rank}${weight === 1 ? '' : ` by ${weight}`}`,
+  );
+  const text = `${who.join(' + ') || 'base'} seed ${sampling.seed} prompt ${tokens.length}`;
   const shown = text.slice(0, tokensMax);
   yield startEvent(tokens.length > 16 ? 16 : 0);
   for (const word of shown.split(/(?<= )/)) yield pieceEvent(word, request);

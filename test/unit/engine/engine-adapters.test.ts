@@ -11,6 +11,7 @@ import type { GeneratedToken, GenerateRequest } from '../../../src/engine/messag
 import { Supervisor } from '../../../src/engine/supervisor.ts';
 import { sha256OfFile } from '../../../src/model/file-hash.ts';
 import { entryExecArgv, entryUrl } from '../../../src/model/spawn-entry.ts';
+import { useOf } from '../../support/adapter-use.ts';
 import { makeRequest } from '../../support/loop-harness.ts';
 import { openTiny, tinyPath } from '../../support/open-test-decoder.ts';
 
@@ -52,7 +53,7 @@ function readCases(name: string, generation: Generation): Case[] {
       tokens: Int32Array.from(golden.ids),
       tokensMax: 1,
       topLogprobs: 20,
-      adapter: { generation, rank },
+      adapter: useOf(generation, rank),
     });
     return [{ request, want: logSoftmax(logits.subarray(last, last + vocab)) }];
   });
@@ -154,7 +155,7 @@ describe('adapters through the engine process', () => {
 
   it('a blob with a flipped bit is corrupt to its own requests and to nobody else', async () => {
     const [broken, fine] = [cases.at(-1)!, cases[3]!];
-    const { generation } = broken.request.adapter!;
+    const { generation } = broken.request.adapter!.parts[0]!;
     engine.unload(generation);
     const path = blobPath(blobDirectory, generation);
     const bytes = readFileSync(path);

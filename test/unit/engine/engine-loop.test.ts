@@ -2,6 +2,7 @@ import { describe, expect, it } from 'vitest';
 import { KvPool } from '../../../src/engine/kv-pool.ts';
 import type { GenerateRequest } from '../../../src/engine/messages.ts';
 import { GatewayError } from '../../../src/errors.ts';
+import { useOf } from '../../support/adapter-use.ts';
 import { FakeStepper, fakeGeneration, fakePacked } from '../../support/fake-stepper.ts';
 import { idleAnswer } from '../../support/idle-answer.ts';
 import {
@@ -37,17 +38,14 @@ describe('EngineLoop', () => {
           id: `a${n}`,
           tokens: range(40),
           tokensMax: 20,
-          adapter: {
-            generation: fakeGeneration(n),
-            rank: Math.ceil(fakeRankOf(fakeGeneration(n)) / n),
-          },
+          adapter: useOf(fakeGeneration(n), Math.ceil(fakeRankOf(fakeGeneration(n)) / n)),
         }),
       ),
       makeRequest({
         id: 'zero',
         tokens: range(40),
         tokensMax: 12,
-        adapter: { generation: fakeGeneration(1), rank: 0 },
+        adapter: useOf(fakeGeneration(1), 0),
       }),
       makeRequest({
         id: 'warm',
@@ -76,7 +74,7 @@ describe('EngineLoop', () => {
 
   it('reports each step: rows, ranks and the cells attended', async () => {
     const harness = new LoopHarness();
-    const adapter = { generation: fakeGeneration(3), rank: 5 };
+    const adapter = useOf(fakeGeneration(3), 5);
     harness.submit(makeRequest({ id: 'r', tokens: range(40), tokensMax: 3, adapter }));
     await harness.drain();
     const sum = (from: number, to: number): number => ((to - from) * (from + 1 + to)) / 2;
@@ -143,9 +141,7 @@ describe('EngineLoop', () => {
     expect(codeOf({ tokens: Int32Array.of(64) })).toBe('INVALID_REQUEST');
     expect(codeOf({ tokens: Int32Array.of(-1) })).toBe('INVALID_REQUEST');
     expect(codeOf({ tokens: new Int32Array(0) })).toBe('INVALID_REQUEST');
-    expect(codeOf({ adapter: { generation: fakeGeneration(1), rank: 1.5 } })).toBe(
-      'INVALID_REQUEST',
-    );
+    expect(codeOf({ adapter: useOf(fakeGeneration(1), 1.5) })).toBe('INVALID_REQUEST');
     expect(codeOf({ tokens: range(99), tokensMax: 46 })).toBeUndefined(); // fills the pool exactly
     expect(codeOf({ tokens: range(10) })).toBe('CONTENDED'); // 99 + 10 prompt tokens
     await harness.drain();
@@ -198,7 +194,7 @@ describe('EngineLoop', () => {
 
   it('cancels while waiting, loading, prefilling and decoding; everything is given back', async () => {
     const harness = new LoopHarness({ cells: 20 * 16, pages: 6 });
-    const adapter = { generation: fakeGeneration(3), rank: 8 };
+    const adapter = useOf(fakeGeneration(3), 8);
     for (const ticks of [0, 1, 2, 3, 4, 6, 9]) {
       const request = makeRequest({
         id: `r${ticks}`,
@@ -220,7 +216,7 @@ describe('EngineLoop', () => {
       expect(harness.stepper.steps).toBe(steps);
       expect(heard.events).toHaveLength(events);
       expect(waiting.events.some((event) => event.kind === 'end')).toBe(false);
-      harness.loop.unload(adapter.generation);
+      harness.loop.unload(fakeGeneration(3));
       await harness.ticks(2);
       expect(harness.residency.list()).toEqual([]);
     }
@@ -243,14 +239,12 @@ describe('EngineLoop', () => {
     const generation = fakeGeneration(3);
     expect(await ask('cold', {})).toBe(0);
     expect(await ask('again', {})).toBe(48);
-    expect(await ask('rank 0 is the base', { adapter: { generation, rank: 0 } })).toBe(48);
+    expect(await ask('rank 0 is the base', { adapter: useOf(generation, 0) })).toBe(48);
     expect(await ask('other tenant', { tenant: 'other' })).toBe(0);
-    expect(await ask('adapter', { adapter: { generation, rank: 4 } })).toBe(0);
-    expect(await ask('adapter again', { adapter: { generation, rank: 4 } })).toBe(48);
-    expect(await ask('other rank', { adapter: { generation, rank: 5 } })).toBe(0);
-    expect(
-      await ask('other generation', { adapter: { generation: fakeGeneration(4), rank: 4 } }),
-    ).toBe(0);
+    expect(await ask('adapter', { adapter: useOf(generation, 4) })).toBe(0);
+    expect(await ask('adapter again', { adapter: useOf(generation, 4) })).toBe(48);
+    expect(await ask('other rank', { adapter: useOf(generation, 5) })).toBe(0);
+    expect(await ask('other generation', { adapter: useOf(fakeGeneration(4), 4) })).toBe(0);
     expect(await ask('longer', { tokens: range(80) })).toBe(48);
     expect(await ask('whole blocks: the last token is computed', { tokens: range(48) })).toBe(32);
     expect(harness.loop.stats().prefixTokensHit).toBe(48 * 4 + 32);
@@ -279,9 +273,9 @@ describe('EngineLoop', () => {
           : Promise.resolve(fakePacked(generation, fakeRankOf(generation))),
     });
     const failing = [0, 1, 2].map((i) =>
-      harness.submit(makeRequest({ id: `bad${i}`, adapter: { generation: bad, rank: 1 } })),
+      harness.submit(makeRequest({ id: `bad${i}`, adapter: useOf(bad, 1) })),
     );
-    const good = makeRequest({ id: 'good', adapter: { generation: fakeGeneration(5), rank: 2 } });
+    const good = makeRequest({ id: 'good', adapter: useOf(fakeGeneration(5), 2) });
     const heard = harness.submit(good);
     await harness.drain();
     await harness.ticks(20);
@@ -302,7 +296,7 @@ describe('EngineLoop', () => {
     harness.submit(makeRequest({ id: 'stream', tokensMax: 50 }));
     await harness.ticks(3);
     for (const n of [1, 2, 3, 4]) {
-      const adapter = { generation: fakeGeneration(n), rank: 1 };
+      const adapter = useOf(fakeGeneration(n), 1);
       harness.submit(makeRequest({ id: `load${n}`, tokensMax: 9, adapter }));
     }
     await harness.drain();
@@ -313,12 +307,10 @@ describe('EngineLoop', () => {
   it('refuses a rank that the adapter does not have, and an adapter larger than the memory', async () => {
     const harness = new LoopHarness({ pages: 4 });
     const generation = fakeGeneration(5); // rank 36: five pages, three there are
-    const large = harness.submit(makeRequest({ id: 'large', adapter: { generation, rank: 1 } }));
+    const large = harness.submit(makeRequest({ id: 'large', adapter: useOf(generation, 1) }));
     const small = fakeGeneration(3);
     const rank = fakeRankOf(small);
-    const much = harness.submit(
-      makeRequest({ id: 'much', adapter: { generation: small, rank: rank + 1 } }),
-    );
+    const much = harness.submit(makeRequest({ id: 'much', adapter: useOf(small, rank + 1) }));
     await harness.drain();
     expect(large.failure?.code).toBe('UNSUPPORTED');
     expect(much.failure?.code).toBe('INVALID_REQUEST');
@@ -334,7 +326,7 @@ describe('EngineLoop', () => {
         tokens: range(20, i),
         tokensMax: 10,
         tenant: `t${i % 3}`,
-        adapter: { generation, rank: fakeRankOf(generation) },
+        adapter: useOf(generation, fakeRankOf(generation)),
       });
     });
     const heard = requests.map((request) => harness.submit(request));
@@ -395,7 +387,7 @@ describe('EngineLoop', () => {
       id: 'r',
       tokens: range(30),
       tokensMax: 40,
-      adapter: { generation: fakeGeneration(2), rank: 3 },
+      adapter: useOf(fakeGeneration(2), 3),
       sampling: {
         ...greedy,
         temperature: 0.9,

@@ -15,6 +15,7 @@ import type { EngineEvent, GenerateRequest } from '../../../src/engine/messages.
 import { type EngineConfig, openLoop } from '../../../src/engine/open-loop.ts';
 import { Supervisor } from '../../../src/engine/supervisor.ts';
 import { entryExecArgv, entryUrl } from '../../../src/model/spawn-entry.ts';
+import { useOf } from '../../support/adapter-use.ts';
 import { createLocalEngine } from '../../support/local-engine.ts';
 import { makeRequest } from '../../support/loop-harness.ts';
 import { tinyPath } from '../../support/open-test-decoder.ts';
@@ -155,7 +156,7 @@ describe('engine process over real tensors', () => {
   it('an adapter that is not stored fails its own request only', async () => {
     const generation = `sha256:${'0'.repeat(64)}` as const;
     const [lost, fine] = requests();
-    const failing = idsOf(engine.submit({ ...lost!, adapter: { generation, rank: 4 } }, never));
+    const failing = idsOf(engine.submit({ ...lost!, adapter: useOf(generation, 4) }, never));
     const going = idsOf(engine.submit(fine!, never));
     await expect(failing).rejects.toMatchObject({ code: 'ADAPTER_NOT_FOUND' });
     expect(await going).toEqual(wanted(golden.runs[1]!.greedy, engine.base.endTokens));

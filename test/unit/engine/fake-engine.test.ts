@@ -1,6 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import type { EngineEvent, GenerateRequest } from '../../../src/engine/messages.ts';
 import { GatewayError } from '../../../src/errors.ts';
+import { useOf } from '../../support/adapter-use.ts';
 import { FakeEngine, fakeAnswerText } from '../../support/fake-engine.ts';
 
 const generation = `sha256:${'a'.repeat(64)}` as const;
@@ -45,14 +46,14 @@ describe('FakeEngine (the double that HTTP tests stand on)', () => {
     const asks = [
       request(),
       request({ tokens: Int32Array.of(5, 6, 8) }),
-      request({ adapter: { generation, rank: 4 } }),
-      request({ adapter: { generation, rank: 8 } }),
+      request({ adapter: useOf(generation, 4) }),
+      request({ adapter: useOf(generation, 8) }),
     ];
     const texts: string[] = [];
     for (const ask of asks) texts.push(textOf(await answer(engine, ask)));
     expect(new Set(texts).size).toBe(4);
     expect(texts).toEqual(asks.map((ask) => fakeAnswerText(ask, 12)));
-    const zero = await answer(engine, request({ adapter: { generation, rank: 0 } }));
+    const zero = await answer(engine, request({ adapter: useOf(generation, 0) }));
     expect(textOf(zero)).toBe(texts[0]);
   });
 

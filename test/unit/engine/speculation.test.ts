@@ -15,6 +15,7 @@ import {
   type SpeculationWish,
 } from '../../../src/engine/speculation.ts';
 import { sha256OfFile } from '../../../src/model/file-hash.ts';
+import { useOf } from '../../support/adapter-use.ts';
 import { FakeStepper } from '../../support/fake-stepper.ts';
 import { greedy, idsOf, LoopHarness, makeRequest, nextTick } from '../../support/loop-harness.ts';
 import { createManualClock } from '../../support/manual-clock.ts';
@@ -242,7 +243,7 @@ describe('speculation over a model', () => {
     // The tiny model's numbers are random: among five tokens it repeats itself sometimes.
     const logitBias = [40, 41, 42, 43, 44].map((token) => [token, 60] as const);
     const requests = [0, 1, 4].flatMap((temperature, i) =>
-      [null, { generation, rank: 8 }, { generation, rank: 3 }].map((adapter, j) =>
+      [null, useOf(generation, 8), useOf(generation, 3)].map((adapter, j) =>
         makeRequest({
           id: `${i}.${j}`,
           tokens,

@@ -9,6 +9,7 @@ import type { EngineEvent, GenerateRequest } from '../../../src/engine/messages.
 import { Supervisor, type SupervisorOptions } from '../../../src/engine/supervisor.ts';
 import { GatewayError } from '../../../src/errors.ts';
 import { entryExecArgv, entryUrl } from '../../../src/model/spawn-entry.ts';
+import { useOf } from '../../support/adapter-use.ts';
 import type { FakeProcessOptions } from '../../support/fake-engine-process.ts';
 import { fakeGeneration } from '../../support/fake-stepper.ts';
 import { idleAnswer } from '../../support/idle-answer.ts';
@@ -123,13 +124,13 @@ const mixed: GenerateRequest[] = [
     tokens: range(20, 3),
     tokensMax: 70,
     sampling: mild,
-    adapter: { generation: fakeGeneration(3), rank: 9 },
+    adapter: useOf(fakeGeneration(3), 9),
   }),
   makeRequest({
     id: 'warm',
     tokens: range(33, 5),
     tokensMax: 80,
-    adapter: { generation: fakeGeneration(4), rank: 5 },
+    adapter: useOf(fakeGeneration(4), 5),
     sampling: {
       ...mild,
       temperature: 0.9,
@@ -177,7 +178,7 @@ describe('Supervisor: deaths', () => {
       id: 'long',
       tokens: range(20, 1),
       tokensMax: 700,
-      adapter: { generation: fakeGeneration(3), rank: 9 },
+      adapter: useOf(fakeGeneration(3), 9),
     });
     let runningAtKill = 0;
     const answer = await read(engine.submit(request, never), (_event, index) => {
@@ -301,7 +302,7 @@ describe('Supervisor: a living engine', () => {
   };
 
   it('unloads', async () => {
-    const adapter = { generation: fakeGeneration(5), rank: 1 };
+    const adapter = useOf(fakeGeneration(5), 1);
     await read(engine.submit(makeRequest({ id: 'loads', adapter }), never));
     await until(() => engine.stats().residents.length === 1, 'residency in the figures');
     engine.unload(fakeGeneration(5));
@@ -313,7 +314,7 @@ describe('Supervisor: a living engine', () => {
       id: 'gone',
       tokens: range(300, 2),
       tokensMax: 600,
-      adapter: { generation: fakeGeneration(3), rank: 9 },
+      adapter: useOf(fakeGeneration(3), 9),
     });
     for (const after of [0, 1, 2, 20]) {
       const controller = new AbortController();

@@ -1,7 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import type { Generation } from '../../../src/adapters/adapter.ts';
 import type { Residency } from '../../../src/adapters/residency.ts';
-import type { GenerateRequest } from '../../../src/engine/messages.ts';
+import type { AdapterPart, AdapterUse, GenerateRequest } from '../../../src/engine/messages.ts';
 import {
   type CellAdmission,
   type CellIdentity,
@@ -9,6 +9,7 @@ import {
 } from '../../../src/engine/prefix-cache.ts';
 import { drawUniform } from '../../../src/engine/random-draw.ts';
 import type { Segment, Stepper } from '../../../src/model/stepper.ts';
+import { useOf } from '../../support/adapter-use.ts';
 import { type FakeStepper, fakeGeneration } from '../../support/fake-stepper.ts';
 import { idleAnswer } from '../../support/idle-answer.ts';
 import {
@@ -67,7 +68,7 @@ function rollRequest(dice: Dice, id: string, pointsAt: readonly number[]): Gener
     tokens: Int32Array.from([...prefix, ...rest]),
     tokensMax: 1 + dice.roll(30),
     tenant: `tenant${dice.roll(2)}`,
-    adapter: dice.roll(6) === 0 ? null : { generation, rank: dice.roll(12) === 0 ? 0 : rank },
+    adapter: dice.roll(6) === 0 ? null : useOf(generation, dice.roll(12) === 0 ? 0 : rank),
     sampling: isWarm ? { ...greedy, temperature: 0.7, seed: dice.roll(1000), topK: 20 } : greedy,
     stop: dice.roll(5) === 0 ? ['qà', 'xyz', 'kk'] : [],
   });
@@ -142,24 +143,35 @@ function tampered(
     step: (segments) => stepper.step(segments.map((one) => change(one, stepper.steps))),
     copyCells: (from, to, count) => stepper.copyCells(from, to, count),
     writePage: (page, module, data) => stepper.writePage(page, module, data),
+    setAtomBank: (bank) => stepper.setAtomBank(bank),
+    embeddings: (ids) => stepper.embeddings(ids),
     [Symbol.dispose]: () => {},
   };
+}
+
+function changeParts(
+  { use }: CellIdentity,
+  change: (part: AdapterPart) => AdapterPart,
+): AdapterUse | null {
+  return use === null ? null : { ...use, parts: use.parts.map(change) };
 }
 
 /** Keys by the adapter's name instead of its generation: vllm#42125. */
 class NameKeyedCache extends PrefixCache {
   override admit(identity: CellIdentity, tokens: Int32Array, cells: number): CellAdmission | null {
-    const { generation } = identity;
-    const n = generation === null ? null : Number.parseInt(generation.slice(-6), 16);
-    const name = n === null ? null : fakeGeneration(Math.floor(n / versions));
-    return super.admit({ ...identity, generation: name }, tokens, cells);
+    const use = changeParts(identity, ({ generation, ...part }) => {
+      const n = Number.parseInt(generation.slice(-6), 16);
+      return { ...part, generation: fakeGeneration(Math.floor(n / versions)) };
+    });
+    return super.admit({ ...identity, use }, tokens, cells);
   }
 }
 
 /** Keys without the rank. */
 class RanklessCache extends PrefixCache {
   override admit(identity: CellIdentity, tokens: Int32Array, cells: number): CellAdmission | null {
-    return super.admit({ ...identity, rank: 0 }, tokens, cells);
+    const use = changeParts(identity, (part) => ({ ...part, rank: 0 }));
+    return super.admit({ ...identity, use }, tokens, cells);
   }
 }
 
