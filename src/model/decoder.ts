@@ -1,34 +1,33 @@
 // The forward pass of a llama-like decoder over any Kernels, and the Stepper that runs it: read top to bottom. A
-// program is recorded once per shape (rows, segments, adapter pages) and replayed; adapters are the same two ops at
-// every projection, whatever the rows use (design.md section 3).
+// program is recorded once per shape (ProgramSize) and replayed; adapters are the same ops at every projection, whatever
+// the rows use (projector.ts).
 
 import { GatewayError } from '../errors.ts';
-import {
-  dtypeLayout,
-  type Kernels,
-  type Ops,
-  type PagePool,
-  type Program,
-  ranksPerPage,
-  type StoredTensor,
-  type Tensor,
-} from '../kernels/kernels.ts';
+import type { Kernels, Ops, Program, StoredTensor, Tensor } from '../kernels/kernels.ts';
+import { AtomMemory } from './atom-memory.ts';
 import { decoderBlock } from './decoder-block.ts';
-import {
-  type DecoderConfig,
-  type Projection,
-  projectionShape,
-  projections,
-} from './decoder-config.ts';
+import { type DecoderConfig, moduleIndex, type Projection } from './decoder-config.ts';
+import { type ModulePools, type PoolOptions, Projector, storePools } from './projector.ts';
 import {
   checkBatch,
   type ProgramSize,
   placeRows,
   programSize,
   scrapCells,
+  usesOf,
   writeInputs,
 } from './step-inputs.ts';
-import type { AtomBank, ModuleRef, PageData, Segment, Stepper, StepResult } from './stepper.ts';
+import { Results } from './step-results.ts';
+import type {
+  AdapterRows,
+  AtomBank,
+  ModuleRef,
+  PageData,
+  Segment,
+  Stepper,
+  StepResult,
+} from './stepper.ts';
+import { declareUses, writeUses } from './use-table.ts';
 
 export type BlockWeights = Readonly<Record<Projection | 'attn_norm' | 'ffn_norm', StoredTensor>>;
 
@@ -39,17 +38,11 @@ export interface DecoderWeights {
   readonly blocks: readonly BlockWeights[];
 }
 
-export interface DecoderOptions {
-  readonly config: DecoderConfig;
+export interface DecoderOptions extends PoolOptions {
   readonly weights: DecoderWeights;
-  readonly kernels: Kernels;
   /** Cells of KV memory. The first `scrapCells` of them take the writes of padding rows. */
   readonly cells: number;
   readonly cellType: 'f16' | 'f32';
-  /** Adapter pages, page 0 included. */
-  readonly pages: number;
-  /** What their numbers are kept as; f16 where a width is no multiple of q8_0's 32. */
-  readonly pageType: 'f16' | 'q8_0';
   readonly tokensMax: number;
   readonly segmentsMax: number;
 }
@@ -57,9 +50,11 @@ export interface DecoderOptions {
 /** Programs kept: decode shapes 1…32 rows, prefill shapes, with and without adapters. A record costs about 5 ms. */
 const programsMax = 48;
 
-interface ModulePools {
-  readonly a: StoredTensor; // [pages, 8, in]
-  readonly b: StoredTensor; // [pages, 8, out]
+interface StepProgram {
+  readonly program: Program;
+  readonly size: ProgramSize;
+  /** What its use table says. */
+  uses: readonly AdapterRows[];
 }
 
 export class Decoder implements Stepper {
@@ -73,8 +68,9 @@ export class Decoder implements Stepper {
   readonly #weights: DecoderWeights;
   readonly #keys: readonly StoredTensor[]; // per block [cells, Hkv·D]
   readonly #values: readonly StoredTensor[];
-  readonly #pools: ReadonlyMap<string, ModulePools>;
-  readonly #programs: Map<string, Program> = new Map();
+  readonly #pools: readonly ModulePools[]; // by module
+  readonly #atoms: AtomMemory;
+  readonly #programs: Map<string, StepProgram> = new Map();
   readonly #rows: Float32Array[] = []; // [V] each, of the last step's logits
 
   constructor(options: DecoderOptions) {
@@ -99,18 +95,31 @@ export class Decoder implements Stepper {
       );
     this.#keys = caches();
     this.#values = caches();
-    this.#pools = pages > 1 ? storePools(options) : new Map();
-    const pools = [...this.#pools.values()];
-    this.pageBytes = pools.reduce((sum, { a, b }) => sum + (a.bytes + b.bytes) / pages, 0);
+    this.#pools = pages > 1 ? storePools(options) : [];
+    this.#atoms = new AtomMemory(kernels);
+    this.pageBytes = this.#pools.reduce((sum, { a, b }) => sum + (a.bytes + b.bytes) / pages, 0);
   }
 
   step(segments: readonly Segment[]): StepResult {
-    const batch = checkBatch(segments, this);
-    const size = programSize(batch, this);
-    const program = this.#program(size);
-    const placed = placeRows(segments);
-    const outputs = writeInputs(program, placed, size);
-    program.run(
+    const limits = {
+      config: this.config,
+      cells: this.cells,
+      pages: this.pages,
+      tokensMax: this.tokensMax,
+      segmentsMax: this.segmentsMax,
+      bank: this.#atoms.bank,
+    };
+    const size = programSize(checkBatch(segments, limits), limits);
+    const known = this.#program(size);
+    const uses = usesOf(segments);
+    if (known.uses.length !== uses.length || known.uses.some((use, i) => use !== uses[i])) {
+      known.uses = []; // nothing certain, if writing throws
+      writeUses(known.program, uses, size, limits);
+      known.uses = uses;
+    }
+    const placed = placeRows(segments, uses);
+    const outputs = writeInputs(known.program, placed, size);
+    known.program.run(
       placed.map(({ segment, rowStart }) => ({
         rowStart,
         rowCount: segment.tokens.length,
@@ -118,42 +127,48 @@ export class Decoder implements Stepper {
         cells: segment.position + segment.tokens.length,
       })),
     );
-    return new Logits({ program, outputs, segments, rows: this.#rows }, this.config.vocabSize);
+    const step = { program: known.program, outputs, placed, rows: this.#rows };
+    return new Results(step, this.config, this.#atoms.bank);
   }
 
-  #program(size: ProgramSize): Program {
-    const key = `${size.rows}/${size.segments}/${size.outputs}/${size.pages}`;
+  #program(size: ProgramSize): StepProgram {
+    const key = Object.values(size).join('/');
     const known = this.#programs.get(key);
     if (known !== undefined) {
       this.#programs.delete(key); // most recently used last
       this.#programs.set(key, known);
       return known;
     }
-    const [oldest] = this.#programs;
-    if (this.#programs.size >= programsMax && oldest !== undefined) {
-      oldest[1][Symbol.dispose]();
-      this.#programs.delete(oldest[0]);
-    }
+    const [oldest] = this.#programs.keys();
+    if (this.#programs.size >= programsMax && oldest !== undefined) this.#forget(oldest);
     const program = this.#kernels.compile((ops) => this.#forward(ops, size), {
       segments: size.segments,
     });
-    this.#programs.set(key, program);
-    return program;
+    const made = { program, size, uses: [] };
+    this.#programs.set(key, made);
+    return made;
   }
 
-  #forward(ops: Ops, { rows, outputs, pages }: ProgramSize): Readonly<Record<string, Tensor>> {
+  #forget(key: string): void {
+    this.#programs.get(key)?.program[Symbol.dispose]();
+    this.#programs.delete(key);
+  }
+
+  #forward(ops: Ops, size: ProgramSize): Readonly<Record<string, Tensor>> {
     const { config } = this;
+    const { rows } = size;
     const kvWidth = config.kvHeads * config.headSize;
     const tokens = ops.input('tokens', 'i32', [rows]);
     const positions = ops.input('positions', 'i32', [rows]);
     const cells = ops.input('cells', 'i64', [rows]);
-    const outputRows = ops.input('outputRows', 'i32', [outputs]);
-    const project = this.#projector(ops, rows, pages);
+    const outputRows = ops.input('outputRows', 'i32', [size.outputs]);
+    const projector = this.#projector(ops, size);
 
     let x = ops.embed(this.#weights.tokenEmbedding, tokens); // [T, E]
-    this.#weights.blocks.forEach((norms, i) => {
-      x = decoderBlock(ops, { config, norms, positions }, x, {
-        project: (h, names) => project(i, h, names),
+    this.#weights.blocks.forEach((block, i) => {
+      x = decoderBlock(ops, { config, norms: block, positions }, x, {
+        project: (h, names) =>
+          projector?.project(i, h, names) ?? names.map((name) => ops.linear(h, block[name])),
         attend: (q, k, v) => {
           ops.writeCells(this.#keys[i]!, ops.reshape(k, [rows, kvWidth]), cells);
           ops.writeCells(this.#values[i]!, v, cells);
@@ -163,32 +178,17 @@ export class Decoder implements Stepper {
     });
     const last = ops.gatherRows(x, outputRows); // [outputs, E]
     const normed = ops.rmsNorm(last, this.#weights.outputNorm, config.normEps); // [outputs, E]
-    return { logits: ops.linear(normed, this.#weights.output) }; // [outputs, V]
+    const logits = ops.linear(normed, this.#weights.output); // [outputs, V]
+    const atoms = (projector?.atomWeights ?? []).map((weights, i) => [`atoms${i}`, weights]);
+    return { logits, ...Object.fromEntries(atoms) };
   }
 
-  /** Projections that share an input: the frozen weight, plus each row's own low-rank delta B·(active ⊙ A·x). */
-  #projector(
-    ops: Ops,
-    rows: number,
-    pagesPerRow: number,
-  ): (block: number, x: Tensor, names: readonly Projection[]) => Tensor[] {
-    const weight = (block: number, name: Projection): StoredTensor =>
-      this.#weights.blocks[block]![name];
-    if (pagesPerRow === 0) {
-      return (block, x, names) => names.map((name) => ops.linear(x, weight(block, name)));
-    }
-    const pages = ops.input('pages', 'i32', [rows, pagesPerRow]);
-    const active = ops.input('active', 'f32', [rows, pagesPerRow * ranksPerPage]);
-    const uses = ops.input('uses', 'i32', [rows]);
-    return (block, x, names) => {
-      const pools = names.map((name) => this.#pools.get(poolKey({ block, projection: name }))!);
-      const parts = pools.map(({ a }) => ({ a, gate: active }));
-      const hidden = ops.shrink(x, pages, parts, uses); // each [T, 8P]
-      return names.map((name, i) => {
-        const y = ops.linear(x, weight(block, name)); // [T, out]
-        return ops.expand(y, hidden[i]!, pages, pools[i]!.b);
-      });
-    };
+  /** null: no row has an adapter. */
+  #projector(ops: Ops, size: ProgramSize): Projector | null {
+    if (size.pages === 0) return null;
+    const bank = size.hasAtoms ? this.#atoms.bank : null;
+    const inputs = declareUses(ops, size, { config: this.config, pages: this.pages, bank });
+    return new Projector(ops, { weights: this.#weights.blocks, pools: this.#pools, inputs, bank });
   }
 
   copyCells(from: number, to: number, count: number): void {
@@ -199,16 +199,18 @@ export class Decoder implements Stepper {
   }
 
   writePage(page: number, module: ModuleRef, data: PageData | null): void {
-    const pool = this.#pools.get(poolKey(module));
+    const pool = this.#pools[moduleIndex(module.block, module.projection)];
     if (pool === undefined || page < 1 || page >= this.pages) {
-      throw new GatewayError('SHAPE_MISMATCH', `page ${page} of ${poolKey(module)} does not exist`);
+      const name = `blk.${module.block}.${module.projection}`;
+      throw new GatewayError('SHAPE_MISMATCH', `page ${page} of ${name} does not exist`);
     }
     this.#kernels.writePage(pool.a, page, data?.a ?? null);
     this.#kernels.writePage(pool.b, page, data?.b ?? null);
   }
 
-  setAtomBank(_bank: AtomBank | null): void {
-    throw new GatewayError('UNSUPPORTED', 'decoder: atoms are not served yet');
+  setAtomBank(bank: AtomBank | null): void {
+    for (const [key, { size }] of this.#programs) if (size.hasAtoms) this.#forget(key);
+    this.#atoms.set(bank);
   }
 
   embeddings(ids: Int32Array): Float32Array {
@@ -230,78 +232,7 @@ export class Decoder implements Stepper {
   }
 
   [Symbol.dispose](): void {
-    for (const program of this.#programs.values()) program[Symbol.dispose]();
-    this.#programs.clear();
+    for (const key of [...this.#programs.keys()]) this.#forget(key);
     this.#kernels[Symbol.dispose]();
-  }
-}
-
-function poolKey({ block, projection }: ModuleRef): string {
-  return `blk.${block}.${projection}`;
-}
-
-function storePools(options: DecoderOptions): Map<string, ModulePools> {
-  const { config, kernels, pages, pageType } = options;
-  const pool = (use: PagePool['use'], width: number): PagePool => {
-    const dtype = width % dtypeLayout[pageType].block === 0 ? pageType : 'f16';
-    return { use, dtype, width };
-  };
-  const modules = Array.from({ length: config.blocks }, (_, block) =>
-    projections.map((projection) => ({ block, projection })),
-  ).flat();
-  const stored = kernels.storePages(
-    pages,
-    modules.flatMap(({ projection }) => {
-      const shape = projectionShape(config, projection);
-      return [pool('shrink', shape.in), pool('expand', shape.out)];
-    }),
-  );
-  return new Map(
-    modules.map((module, i) => [poolKey(module), { a: stored[2 * i]!, b: stored[2 * i + 1]! }]),
-  );
-}
-
-interface StepOutputs {
-  readonly program: Program;
-  /** Index of a segment → its first output. */
-  readonly outputs: ReadonlyMap<number, number>;
-  readonly segments: readonly Segment[];
-  /** The decoder's, one an output, used again every step. */
-  readonly rows: Float32Array[];
-}
-
-/** Reads rows of logits once each. */
-class Logits implements StepResult {
-  readonly #step: StepOutputs;
-  readonly #vocabSize: number;
-  readonly #known: Set<number> = new Set();
-
-  constructor(step: StepOutputs, vocabSize: number) {
-    this.#step = step;
-    this.#vocabSize = vocabSize;
-  }
-
-  logits(segment: number, draft = 0): Float32Array {
-    const { program, outputs, segments, rows } = this.#step;
-    const first = outputs.get(segment);
-    if (first === undefined || draft < 0 || draft > (segments[segment]!.drafts ?? 0)) {
-      throw new GatewayError('SHAPE_MISMATCH', `segment ${segment} did not want logits ${draft}`);
-    }
-    const output = first + draft;
-    rows[output] ??= new Float32Array(this.#vocabSize);
-    if (!this.#known.has(output)) program.read('logits', output * this.#vocabSize, rows[output]);
-    this.#known.add(output);
-    return rows[output];
-  }
-
-  atomWeights(_segment: number): Float32Array | null {
-    return null;
-  }
-
-  argmax(segment: number): number {
-    const row = this.logits(segment);
-    let best = 0;
-    for (let i = 1; i < row.length; i++) if (row[i]! > row[best]!) best = i;
-    return best;
   }
 }

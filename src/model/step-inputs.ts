@@ -1,24 +1,29 @@
 // One step's segments → the inputs of a program: checked against the decoder's limits, sized, ordered and written.
 
 import { GatewayError } from '../errors.ts';
-import { type Program, ranksPerPage } from '../kernels/kernels.ts';
-import type { Segment, Stepper } from './stepper.ts';
+import type { Program } from '../kernels/kernels.ts';
+import type { AdapterRows, Segment, Stepper } from './stepper.ts';
+import {
+  checkUse,
+  pagesOf,
+  pagesPerRowMax,
+  type UseLimits,
+  type UseTableSize,
+} from './use-table.ts';
 
 /** Cells at the start of KV memory that no sequence owns: padding rows of a step write there. */
 export const scrapCells = 16;
-const pagesPerRowMax = 32; // rank 256
 
-type StepLimits = Pick<Stepper, 'cells' | 'tokensMax' | 'segmentsMax'>;
+type StepLimits = Pick<Stepper, 'cells' | 'tokensMax' | 'segmentsMax'> & UseLimits;
 
 /** The sizes a program is recorded for; a step uses the smallest that fits. */
-export interface ProgramSize {
+export interface ProgramSize extends UseTableSize {
   readonly rows: number; // T
   readonly segments: number; // S
   readonly outputs: number; // rows of logits
-  readonly pages: number; // P per row; 0 = no adapter ops at all
 }
 
-type Batch = ProgramSize;
+type Batch = Omit<ProgramSize, 'uses'>;
 
 /** How many rows of a segment give logits. */
 function outputsOf({ wantsLogits, drafts = 0 }: Segment): number {
@@ -28,10 +33,9 @@ function outputsOf({ wantsLogits, drafts = 0 }: Segment): number {
 /** Throws SHAPE_MISMATCH for anything that would read or write outside a sequence's run or a limit of the decoder. */
 export function checkBatch(segments: readonly Segment[], limits: StepLimits): Batch {
   let rows = 0;
-  let pages = 0;
   let outputs = 0;
   for (const segment of segments) {
-    const { tokens, cellBase, position, adapter, drafts = 0 } = segment;
+    const { tokens, cellBase, position, drafts = 0 } = segment;
     const end = cellBase + position + tokens.length;
     if (tokens.length < 1 || position < 0 || cellBase < scrapCells || end > limits.cells) {
       throw new GatewayError(
@@ -44,18 +48,6 @@ export function checkBatch(segments: readonly Segment[], limits: StepLimits): Ba
     }
     rows += tokens.length;
     outputs += outputsOf(segment);
-    if (adapter === null) continue;
-    if (adapter.gates !== null || adapter.routing !== null || adapter.atoms !== null) {
-      throw new GatewayError('UNSUPPORTED', 'step: gates, routing and atoms are not served yet');
-    }
-    const need = pagesOf(segment);
-    if (adapter.rank < 1 || need > pagesPerRowMax || adapter.pages.length < need) {
-      throw new GatewayError(
-        'SHAPE_MISMATCH',
-        `step: rank ${adapter.rank} needs ${need} pages, got ${adapter.pages.length}`,
-      );
-    }
-    pages = Math.max(pages, need);
   }
   const { segmentsMax, tokensMax } = limits;
   if (segments.length < 1 || Math.max(segments.length, outputs) > segmentsMax || rows > tokensMax) {
@@ -64,7 +56,17 @@ export function checkBatch(segments: readonly Segment[], limits: StepLimits): Ba
       `step: ${segments.length} segments of ${rows} tokens with ${outputs} outputs, limits are ${segmentsMax} and ${tokensMax}`,
     );
   }
-  return { rows, segments: segments.length, outputs, pages };
+  const uses = usesOf(segments);
+  for (const use of uses) checkUse(use, limits);
+  return {
+    rows,
+    segments: segments.length,
+    outputs,
+    pages: pagesOf(uses[0] ?? null),
+    gates: uses.some(({ gates }) => gates !== null) ? 'modules' : 'shared',
+    isRouted: uses.some(({ routing }) => routing !== null),
+    hasAtoms: uses.some(({ atoms }) => atoms !== null),
+  };
 }
 
 /** Padding costs compute, every size costs a program: exact up to 8 rows, then steps of at most a quarter. */
@@ -79,9 +81,12 @@ function roundUpPower(count: number, max: number): number {
 }
 
 export function programSize(batch: Batch, limits: StepLimits): ProgramSize {
+  const segments = roundUpPower(batch.segments, limits.segmentsMax);
   return {
+    ...batch,
     rows: roundUpRows(batch.rows, limits.tokensMax),
-    segments: roundUpPower(batch.segments, limits.segmentsMax),
+    segments,
+    uses: batch.pages === 0 ? 0 : 1 + segments, // no sizes of their own: a use more costs a few zeroes
     // Without drafts there are at most as many as segments: no program of its own for a batch that wants fewer.
     outputs: roundUpPower(Math.max(batch.segments, batch.outputs), limits.segmentsMax),
     pages: batch.pages === 0 ? 0 : roundUpPower(batch.pages, pagesPerRowMax),
@@ -92,27 +97,37 @@ export interface PlacedSegment {
   /** Index in the caller's order. */
   readonly index: number;
   readonly segment: Segment;
+  /** Entry of the use table; 0 without an adapter. */
+  readonly use: number;
   readonly rowStart: number;
 }
 
-function pagesOf({ adapter }: Segment): number {
-  return adapter === null ? 0 : Math.ceil(adapter.rank / ranksPerPage);
+/** The batch's uses, told apart by identity, in the order of falling page counts. */
+export function usesOf(segments: readonly Segment[]): AdapterRows[] {
+  const uses = new Set(segments.map(({ adapter }) => adapter));
+  uses.delete(null);
+  return [...(uses as Set<AdapterRows>)].sort((a, b) => pagesOf(b) - pagesOf(a));
 }
 
-/** Rows in the order of falling page counts, so that a row costs its own pages only (Ops.shrink). */
-export function placeRows(segments: readonly Segment[]): readonly PlacedSegment[] {
+/** Rows in the order of their uses, so that a row costs its own pages only (Ops.shrink) and rows of one use are neighbours,
+ *  which read their pages once. */
+export function placeRows(
+  segments: readonly Segment[],
+  uses: readonly AdapterRows[],
+): readonly PlacedSegment[] {
+  const entries = new Map<AdapterRows | null, number>(uses.map((use, i) => [use, i + 1]));
   let rowStart = 0;
   return segments
-    .map((segment, index) => ({ segment, index }))
-    .sort((a, b) => pagesOf(b.segment) - pagesOf(a.segment))
-    .map(({ segment, index }) => {
-      const placed = { index, segment, rowStart };
-      rowStart += segment.tokens.length;
+    .map((segment, index) => ({ segment, index, use: entries.get(segment.adapter) ?? 0 }))
+    .sort((a, b) => (a.use || uses.length + 1) - (b.use || uses.length + 1))
+    .map((one) => {
+      const placed = { ...one, rowStart };
+      rowStart += one.segment.tokens.length;
       return placed;
     });
 }
 
-/** Fills the inputs; returns the first output row of each segment that wants logits, by the caller's index. */
+/** Fills the rows' inputs; returns the first output row of each segment that wants logits, by the caller's index. */
 export function writeInputs(
   program: Program,
   placed: readonly PlacedSegment[],
@@ -123,10 +138,10 @@ export function writeInputs(
   const cells = new BigInt64Array(size.rows); // padding rows write cell 0, which is scrap
   const outputRows = new Int32Array(size.outputs);
   const pages = new Int32Array(size.rows * size.pages); // page 0 is zero
-  const active = new Float32Array(size.rows * size.pages * ranksPerPage);
+  const uses = new Int32Array(size.rows); // entry 0 is zero
   const outputs = new Map<number, number>();
   let outputCount = 0;
-  for (const { index, segment, rowStart } of placed) {
+  for (const { index, segment, rowStart, use } of placed) {
     const { adapter, position, cellBase } = segment;
     for (let i = 0; i < segment.tokens.length; i++) {
       const row = rowStart + i;
@@ -134,9 +149,8 @@ export function writeInputs(
       positions[row] = position + i;
       cells[row] = BigInt(cellBase + position + i);
       if (adapter === null) continue;
-      pages.set(adapter.pages.slice(0, pagesOf(segment)), row * size.pages);
-      const from = row * size.pages * ranksPerPage;
-      active.fill(adapter.scale, from, from + adapter.rank);
+      pages.set(adapter.pages.slice(0, pagesOf(adapter)), row * size.pages);
+      uses[row] = use;
     }
     const count = outputsOf(segment);
     if (count > 0) outputs.set(index, outputCount);
@@ -151,11 +165,7 @@ export function writeInputs(
   program.write('outputRows', outputRows);
   if (size.pages > 0) {
     program.write('pages', pages);
-    program.write('active', active);
-    program.write(
-      'uses',
-      Int32Array.from({ length: size.rows }, (_, row) => row),
-    );
+    program.write('uses', uses);
   }
   return outputs;
 }
