@@ -1,4 +1,4 @@
-// Dense linear algebra for squeeze.ts, in f64: Householder QR (Golub & Van Loan, algorithm 5.2.1) and one-sided Jacobi SVD
+// Dense linear algebra for adapters, in f64: Householder QR (Golub & Van Loan, algorithm 5.2.1) and one-sided Jacobi SVD
 // (Hestenes; de Rijk's ordering). Only + - * / and sqrt, which IEEE 754 rounds one way: the same input gives the same
 // bytes on every machine. Every matrix is column-major: column j is data[j·rows … (j+1)·rows).
 
@@ -206,4 +206,70 @@ export function transpose({ rows, columns, data }: Columns): Columns {
     for (let i = 0; i < rows; i++) result[i * columns + j] = data[j * rows + i]!;
   }
   return { rows: columns, columns: rows, data: result };
+}
+
+/** xᵀ · y for x [n, m] and y [n, k]: dot products of columns, four of y at a time while x's column is in the first cache. */
+export function innerProducts(x: Columns, y: Columns): Columns {
+  const { rows, columns: height } = x;
+  const data = new Float64Array(height * y.columns);
+  for (let m = 0; m < height; m++) {
+    const column = x.data.subarray(m * rows, (m + 1) * rows);
+    for (let k = 0; k < y.columns; k += 4) {
+      const [at, last] = [k * rows, y.columns - 1 - k];
+      const [at1, at2, at3] = [1, 2, 3].map((i) => at + Math.min(i, last) * rows) as [
+        number,
+        number,
+        number,
+      ];
+      let [sum, sum1, sum2, sum3] = [0, 0, 0, 0];
+      for (let n = 0; n < rows; n++) {
+        const value = column[n]!;
+        sum += value * y.data[at + n]!;
+        sum1 += value * y.data[at1 + n]!;
+        sum2 += value * y.data[at2 + n]!;
+        sum3 += value * y.data[at3 + n]!;
+      }
+      const to = k * height + m;
+      data[to] = sum;
+      if (last > 0) data[to + height] = sum1;
+      if (last > 1) data[to + 2 * height] = sum2;
+      if (last > 2) data[to + 3 * height] = sum3;
+    }
+  }
+  return { rows: height, columns: y.columns, data };
+}
+
+/** x = US · Vᵀ of any shape: `us` [rows, n] with lengths σ, `v` [columns, n] orthonormal where σ > 0, n the smaller side. */
+export function svd(x: Columns): Svd {
+  if (x.rows >= x.columns) return tallSvd(x);
+  // xᵀ·V = U·Σ, so x = V·Σ·Uᵀ: the sides change places, and so does the length.
+  const { us, v, sigma } = tallSvd(transpose(x));
+  return { us: scaled(v, sigma), v: scaled(us, sigma.map(inverse)), sigma };
+}
+
+/** With x·P = Q·R and Rᵀ·V = U·Σ, x = (Q·V·Σ)·(P·U)ᵀ. Longest columns first, R is graded, and Jacobi on Rᵀ needs a few
+ *  sweeps where on x it needs many (Drmač and Veselić, "New fast and accurate Jacobi SVD algorithm", 2008). */
+function tallSvd(x: Columns): Svd {
+  const { order, sorted } = longestFirst(x);
+  const { r, applyQ } = qr(sorted);
+  const { us, v, sigma } = jacobiSvd(transpose(r));
+  const permuted = scaled(us, sigma.map(inverse));
+  const right = new Float64Array(permuted.data.length);
+  order.forEach((to, from) => {
+    for (let j = 0; j < permuted.columns; j++) {
+      right[j * permuted.rows + to] = permuted.data[j * permuted.rows + from]!;
+    }
+  });
+  return { us: applyQ(scaled(v, sigma)), v: { ...permuted, data: right }, sigma };
+}
+
+function inverse(value: number): number {
+  return value === 0 ? 0 : 1 / value;
+}
+
+/** The first factors.length columns, each times its factor. */
+export function scaled({ rows, data }: Columns, factors: Float64Array): Columns {
+  const result = data.slice(0, rows * factors.length);
+  for (let i = 0; i < result.length; i++) result[i]! *= factors[Math.floor(i / rows)]!;
+  return { rows, columns: factors.length, data: result };
 }

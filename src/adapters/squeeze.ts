@@ -1,17 +1,19 @@
 // Makes an adapter hierarchical: rewrites scale·B·A of each module so that every prefix of its ranks is the best
 // approximation of that size (Eckart-Young). LoRA-Squeeze (arXiv 2602.10993), post-hoc: with B = Q_B R_B, Aᵀ = Q_A R_A and
-// R_B R_Aᵀ = U Σ Vᵀ, the factors are B' = Q_B U √Σ and A' = √Σ Vᵀ Q_Aᵀ. Exact: no random projection, everything in f64.
+// R_B R_Aᵀ = U Σ Vᵀ, the factors are B' = Q_B U √Σ and A' = √Σ Vᵀ Q_Aᵀ, in f64. Exact, but for modules of more than 128 ranks
+// of which fewer are wanted (randomized-svd.ts). With a covariance of the module's inputs, best means nearest in outputs.
 
 import { GatewayError } from '../errors.ts';
 import {
   type Columns,
-  jacobiSvd,
-  longestFirst,
+  innerProducts,
   multiplyTransposed,
   qr,
   type Svd,
+  scaled,
   transpose,
 } from './orthogonal.ts';
+import { identity, largestSvd, outputDirections } from './randomized-svd.ts';
 
 export interface LoraModule {
   readonly rank: number;
@@ -29,8 +31,17 @@ export interface SqueezedModule {
   /** Row i is rank i, the largest first. B'·A' = scale·B·A. */
   readonly a: Float64Array; // [rank, in]
   readonly b: Float64Array; // [rank, out]
-  /** Singular values of scale·B·A, descending. */
+  /** Singular values of scale·B·A, or of scale·B·A·C^½, descending: the square is what a rank is worth. */
   readonly sigma: Float64Array; // [rank]
+}
+
+export interface SqueezeOptions {
+  /** Most ranks to keep; all by default. */
+  readonly rankMax?: number;
+  /** Of the random projection. */
+  readonly seed?: number;
+  /** C, of the module's inputs (calibration.ts). */
+  readonly covariance?: Columns; // [in, in]
 }
 
 // A singular value this much below the first is what rounding left of a rank that is not there: f64 keeps 16 digits, and
@@ -38,7 +49,10 @@ export interface SqueezedModule {
 const trimRatio = 1e-12;
 
 /** Throws INVALID_ADAPTER when a product is not finite. Borrows its input. */
-export function squeezeModule(module: LoraModule): SqueezedModule {
+export function squeezeModule(given: LoraModule, options: SqueezeOptions = {}): SqueezedModule {
+  const { covariance, seed = 0 } = options;
+  // Ranks that are not there must be gone first: no input tells them from ranks that its covariance does not see.
+  const module = covariance === undefined ? given : loraOf(squeezeModule(given));
   const { rank, out } = module;
   // Squares of very large or very small entries leave f64's range, so each matrix is brought to at most 1 first.
   const maxA = largestOf(module.a);
@@ -49,8 +63,13 @@ export function squeezeModule(module: LoraModule): SqueezedModule {
   const core = multiplyTransposed(qrB.r, qrA.r);
   const maxCore = largestOf(core.data);
   const gain = Math.abs(module.scale) * maxA * maxB * maxCore;
-  const { us, v, sigma } = coreSvd({ ...core, data: divided(core.data, maxCore) });
-  const kept = Math.max(1, sigma.filter((value) => value > trimRatio * sigma[0]!).length);
+  const unit = { ...core, data: divided(core.data, maxCore) };
+  const sketch = { rank: Math.min(options.rankMax ?? rank, core.rows, core.columns), seed };
+  const { us, v, sigma, worth } =
+    covariance === undefined
+      ? withWorth(largestSvd(unit, sketch))
+      : orderedByOutput(unit, projected(covariance, qrA.applyQ(identity(core.columns))), sketch);
+  const kept = Math.max(1, sigma.filter((value) => value > trimRatio * largestOf(sigma)).length);
   const sizes = sigma.slice(0, kept).map((value) => value * gain);
   if (!sizes.every(Number.isFinite)) {
     throw new GatewayError('INVALID_ADAPTER', 'scale·B·A has values that are not finite');
@@ -63,7 +82,49 @@ export function squeezeModule(module: LoraModule): SqueezedModule {
   const b = qrB.applyQ(scaled(us, left));
   const a = qrA.applyQ(scaled(v, roots));
   for (let i = 0; i < kept; i++) fixSign(a, b, i);
-  return { rank: kept, a: a.data, b: b.data, sigma: sizes };
+  const worths = worth.slice(0, kept).map((value) => value * gain);
+  return { rank: kept, a: a.data, b: b.data, sigma: worths };
+}
+
+interface Ranked extends Svd {
+  /** What each rank is worth, descending. */
+  readonly worth: Float64Array;
+}
+
+function withWorth(parts: Svd): Ranked {
+  return { ...parts, worth: parts.sigma };
+}
+
+/** Qᵀ·C·Q: the covariance as the core sees it. */
+function projected(covariance: Columns, q: Columns): Columns {
+  return innerProducts(q, innerProducts(covariance, q));
+}
+
+/** x = Σ u_i·(u_iᵀ·x) over the directions u_i in which it moves outputs most: of all matrices of rank k, the first k terms
+ *  are nearest in outputs. */
+function orderedByOutput(
+  x: Columns,
+  covariance: Columns,
+  sketch: { readonly rank: number; readonly seed: number },
+): Ranked {
+  const { left, sigma: worth } = outputDirections(x, covariance, sketch);
+  const rows = innerProducts(x, left); // [columns, rank]: x's row in each direction
+  const lengths = Float64Array.from(worth, (_, i) =>
+    Math.sqrt(
+      rows.data.subarray(i * rows.rows, (i + 1) * rows.rows).reduce((s, y) => s + y * y, 0),
+    ),
+  );
+  const v = scaled(
+    rows,
+    lengths.map((length) => (length === 0 ? 0 : 1 / length)),
+  );
+  return { us: scaled(left, lengths), v, sigma: lengths, worth };
+}
+
+/** The same product as what it was squeezed from. */
+export function loraOf({ rank, a, b }: SqueezedModule): LoraModule {
+  const sizes = { rank, in: a.length / rank, out: b.length / rank, scale: 1 };
+  return { ...sizes, a, b: transpose({ rows: sizes.out, columns: rank, data: b }).data };
 }
 
 function largestOf(values: Float64Array): number {
@@ -74,41 +135,6 @@ function largestOf(values: Float64Array): number {
 
 function divided(values: Float64Array, divisor: number): Float64Array {
   return divisor === 0 ? values : values.map((value) => value / divisor);
-}
-
-/** The SVD of a core of any shape: `us` [rows, n] with lengths σ, `v` [columns, n] orthonormal, n the smaller side. */
-function coreSvd(core: Columns): Svd {
-  if (core.rows >= core.columns) return tallSvd(core);
-  // coreᵀ·V = U·Σ, so core = V·Σ·Uᵀ: the sides change places, and so does the length.
-  const { us, v, sigma } = tallSvd(transpose(core));
-  return { us: scaled(v, sigma), v: scaled(us, sigma.map(inverse)), sigma };
-}
-
-/** With x·P = Q·R and Rᵀ·V = U·Σ, x = (Q·V·Σ)·(P·U)ᵀ. Longest columns first, R is graded, and Jacobi on Rᵀ needs a few
- *  sweeps where on x it needs many (Drmač and Veselić, "New fast and accurate Jacobi SVD algorithm", 2008). */
-function tallSvd(x: Columns): Svd {
-  const { order, sorted } = longestFirst(x);
-  const { r, applyQ } = qr(sorted);
-  const { us, v, sigma } = jacobiSvd(transpose(r));
-  const permuted = scaled(us, sigma.map(inverse));
-  const right = new Float64Array(permuted.data.length);
-  order.forEach((to, from) => {
-    for (let j = 0; j < permuted.columns; j++) {
-      right[j * permuted.rows + to] = permuted.data[j * permuted.rows + from]!;
-    }
-  });
-  return { us: applyQ(scaled(v, sigma)), v: { ...permuted, data: right }, sigma };
-}
-
-function inverse(value: number): number {
-  return value === 0 ? 0 : 1 / value;
-}
-
-/** The first factors.length columns, each times its factor. */
-function scaled({ rows, data }: Columns, factors: Float64Array): Columns {
-  const result = data.slice(0, rows * factors.length);
-  for (let i = 0; i < result.length; i++) result[i]! *= factors[Math.floor(i / rows)]!;
-  return { rows, columns: factors.length, data: result };
 }
 
 /** (-b)·(-a) is the same adapter: the entry of b that is largest is made positive, so that the bytes are settled. */

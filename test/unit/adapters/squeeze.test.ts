@@ -1,7 +1,15 @@
 import { readFileSync } from 'node:fs';
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
-import { type LoraModule, rankCurve, squeezeModule } from '../../../src/adapters/squeeze.ts';
+import type { Columns } from '../../../src/adapters/orthogonal.ts';
+import {
+  type LoraModule,
+  loraOf,
+  rankCurve,
+  type SqueezedModule,
+  squeezeModule,
+} from '../../../src/adapters/squeeze.ts';
+import { createRng } from '../../support/random.ts';
 
 interface GoldenCase {
   readonly name: string;
@@ -190,5 +198,118 @@ describe('rankCurve', () => {
 
   it('is all there is when there is nothing', () => {
     expect(rankCurve([Float64Array.of(0)])).toEqual([1]);
+  });
+});
+
+describe('squeezeModule to fewer ranks', () => {
+  function randomModule(rank: number, width: number, out: number, decay: number): LoraModule {
+    const rng = createRng(rank);
+    const a = Float64Array.from({ length: rank * width }, () => rng.normal());
+    const b = Float64Array.from(
+      { length: out * rank },
+      (_, i) => rng.normal() * decay ** (i % rank),
+    );
+    return { rank, in: width, out, a, b, scale: 0.5 };
+  }
+  const tail = (sigma: Float64Array, k: number): number => norm(sigma.slice(k));
+  const prefixOf = ({ rank, a, b }: SqueezedModule): LoraModule =>
+    loraOf({ rank, a, b, sigma: new Float64Array(rank) });
+
+  it('is the prefix of squeezing to all, scale included', () => {
+    const module = randomModule(24, 40, 30, 0.8);
+    const whole = squeezeModule(module);
+    for (const rankMax of [1, 5, 24]) {
+      const fewer = squeezeModule(module, { rankMax });
+      expect(fewer.rank).toBe(rankMax);
+      expect(distance(fewer.a, whole.a.slice(0, rankMax * 40))).toBeLessThan(1e-12);
+      expect(distance(fewer.b, whole.b.slice(0, rankMax * 30))).toBeLessThan(1e-12);
+    }
+  });
+
+  it('of more than 128 ranks is at most 1.01 of the best error', () => {
+    const module = randomModule(160, 200, 180, 0.97);
+    const delta = deltaOf(module);
+    const { sigma } = squeezeModule(module);
+    for (const rankMax of [4, 16, 64]) {
+      const squeezed = squeezeModule(module, { rankMax, seed: 11 });
+      expect(squeezed.rank).toBe(rankMax);
+      const error = distance(deltaOf(prefixOf(squeezed)), delta);
+      expect(error).toBeLessThanOrEqual(1.01 * tail(sigma, rankMax));
+    }
+  });
+});
+
+describe('squeezeModule by output energy', () => {
+  const [width, out, rank] = [20, 16, 6];
+  const rng = createRng(99);
+  const normals = (length: number): Float64Array =>
+    Float64Array.from({ length }, () => rng.normal());
+  const module: LoraModule = {
+    ...{ rank, in: width, out, scale: 2 },
+    ...{ a: normals(rank * width), b: normals(out * rank) },
+  };
+  /** [inputs, in], and their covariance. */
+  const inputsOf = (count: number): { inputs: Float64Array[]; covariance: Columns } => {
+    const inputs = Array.from({ length: count }, () =>
+      normals(width).map((value, i) => value * 3 * 0.8 ** i),
+    );
+    const data = new Float64Array(width * width);
+    for (const x of inputs) {
+      for (let i = 0; i < width; i++) {
+        for (let j = 0; j < width; j++) data[i * width + j]! += x[i]! * x[j]!;
+      }
+    }
+    return { inputs, covariance: { rows: width, columns: width, data } };
+  };
+  const applied = (delta: Float64Array, inputs: readonly Float64Array[]): Float64Array =>
+    Float64Array.from(
+      inputs.flatMap((x) =>
+        Array.from({ length: out }, (_, o) =>
+          x.reduce((sum, value, i) => sum + value * delta[o * width + i]!, 0),
+        ),
+      ),
+    );
+  const cut = ({ a, b, sigma }: SqueezedModule, k: number): Float64Array =>
+    deltaOf(loraOf({ rank: k, a: a.slice(0, k * width), b: b.slice(0, k * out), sigma }));
+
+  for (const count of [60, 4]) {
+    const { inputs, covariance } = inputsOf(count);
+    const want = applied(deltaOf(module), inputs);
+    const ordered = squeezeModule(module, { covariance });
+    const plain = squeezeModule(module);
+
+    it(`${count} inputs: every prefix misses what its singular values say, and less than the plain one`, () => {
+      for (let k = 1; k <= rank; k++) {
+        const error = distance(applied(cut(ordered, k), inputs), want);
+        const best = norm(ordered.sigma.slice(k));
+        expect(Math.abs(error - best)).toBeLessThan(1e-6 * norm(want));
+        const others = distance(applied(cut(plain, k), inputs), want);
+        expect(error).toBeLessThanOrEqual(others + 1e-9 * norm(want));
+      }
+    });
+
+    it(`${count} inputs: all ranks give the adapter back, also where no input goes`, () => {
+      const delta = deltaOf(module);
+      expect(ordered.rank).toBe(rank);
+      expect(distance(cut(ordered, rank), delta)).toBeLessThan(1e-10 * norm(delta));
+    });
+  }
+
+  it('with inputs alike in all directions is the plain one', () => {
+    const data = Float64Array.from({ length: width ** 2 }, (_, i) =>
+      i % (width + 1) === 0 ? 1 : 0,
+    );
+    const ordered = squeezeModule(module, { covariance: { rows: width, columns: width, data } });
+    const plain = squeezeModule(module);
+    for (let k = 1; k <= rank; k++) {
+      expect(distance(cut(ordered, k), cut(plain, k))).toBeLessThan(1e-8 * norm(cut(plain, k)));
+    }
+    expect(distance(ordered.sigma, plain.sigma)).toBeLessThan(1e-8 * plain.sigma[0]!);
+  });
+
+  it('keeps no rank that is not there', () => {
+    const { covariance } = inputsOf(40);
+    const b = module.b.map((value, i) => (i % rank < 3 ? value : 0));
+    expect(squeezeModule({ ...module, b }, { covariance }).rank).toBe(3);
   });
 });
