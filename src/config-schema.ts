@@ -2,7 +2,7 @@
 // of a name. A setting is here only when something reads it.
 
 import { z } from 'zod';
-import { isAdapterName, rankMaxLimit } from './adapters/adapter.ts';
+import { isAdapterName, rankMaxLimit, tenantOf } from './adapters/adapter.ts';
 import { type DeviceWish, deviceWishes } from './kernels/ggml/select-device.ts';
 import { budgetMsMax } from './router/budget.ts';
 import type { TierPolicy } from './router/policy.ts';
@@ -40,7 +40,7 @@ export interface Settings {
   readonly adaptersRoot: string | null;
   /** vLLM's load_lora_adapter and unload_lora_adapter. */
   readonly runtimeLoraUpdating: boolean;
-  /** Plain, or `sha256:` + hex. */
+  /** Plain, or `sha256:` + hex; `tenant@` before it makes it that tenant's (server/tenancy.ts). */
   readonly apiKeys: readonly string[];
   readonly adminKeys: readonly string[];
   /** Serve /metrics without a key although keys are configured (a scraper inside the cluster). */
@@ -71,12 +71,15 @@ const ms = z.number().positive().max(budgetMsMax);
 const path = z.string().min(1).max(4096);
 const name = z
   .string()
-  .refine((text) => isAdapterName(text), 'want 1 to 64 of a-z 0-9 . _ - starting with a-z or 0-9');
+  .refine(
+    (text) => isAdapterName(text) && tenantOf(text) === null,
+    'want 1 to 64 of a-z 0-9 . _ - starting with a-z or 0-9',
+  );
 const key = z
   .string()
   .regex(
-    /^(sha256:[0-9a-f]{64}|[A-Za-z0-9._~+/-]{16,512}={0,2})$/,
-    'want a key of 16 to 512 letters, digits or ._~+/- , or sha256: and 64 hex digits',
+    /^(?:[a-z0-9][a-z0-9._-]{0,63}@)?(sha256:[0-9a-f]{64}|[A-Za-z0-9._~+/-]{16,512}={0,2})$/,
+    'want a key of 16 to 512 letters, digits or ._~+/- , or sha256: and 64 hex digits; before it tenant@ or nothing',
   );
 const keys = z.array(key).max(10_000).default([]).readonly();
 const tier = z

@@ -134,10 +134,12 @@ function merge(entries: readonly Entry[]): Settings {
 }
 
 function toApiKey(text: string, access: ApiKey['access']): ApiKey {
-  const digest = text.startsWith('sha256:')
-    ? Buffer.from(text.slice(7), 'hex')
-    : createHash('sha256').update(text).digest();
-  return { digest, access };
+  const at = text.indexOf('@');
+  const secret = text.slice(at + 1);
+  const digest = secret.startsWith('sha256:')
+    ? Buffer.from(secret.slice(7), 'hex')
+    : createHash('sha256').update(secret).digest();
+  return { digest, access, tenant: at < 0 ? null : text.slice(0, at) };
 }
 
 type ConfigFlags = Readonly<Record<string, string | boolean>>;

@@ -203,7 +203,7 @@ async function startServer(parts: Parts): Promise<{ listening: Listening; stop: 
     router,
     config: { ...config, modelName, startedS },
     random: { id: () => randomUUID(), seed: () => randomInt(2 ** 32) },
-    metrics: () => metrics.render(),
+    metrics: (sees) => metrics.render(sees),
     log: config.log === 'json' ? logToStdout() : () => {},
   });
   const { host, port, connectionsMax, keepAliveMs } = config;

@@ -14,6 +14,7 @@ import { createReadyz, livez, metricsPage } from './health.ts';
 import { listModels, showModel } from './models.ts';
 import { HttpError, problemOf } from './problem.ts';
 import { RequestRecord } from './request-record.ts';
+import { registryOf } from './tenancy.ts';
 import { loadLora, unloadLora } from './vllm-lora.ts';
 
 export interface App {
@@ -77,9 +78,11 @@ function mount(hono: Hono<Env>, routes: readonly Route[], deps: ServerDeps): voi
     hono.on(route.method, route.path, (c) => {
       const record = c.get('record');
       record.route = route.path;
-      record.tenant = authenticate(c, route.access, deps.config);
-      c.set('tenant', record.tenant);
-      return route.handle(c, deps);
+      const caller = authenticate(c, route.access, deps.config);
+      record.tenant = caller.tenant;
+      c.set('tenant', caller.tenant);
+      c.set('caller', caller);
+      return route.handle(c, { ...deps, registry: registryOf(deps.registry, caller) });
     });
   }
   for (const path of new Set(routes.map((route) => route.path))) {

@@ -12,6 +12,17 @@ export interface ApiKey {
   readonly digest: Uint8Array;
   /** An admin key is good for inference too. */
   readonly access: 'inference' | 'admin';
+  /** Whose adapters it is for beside the shared ones. null: none's; an admin key then is the operator's. */
+  readonly tenant: string | null;
+}
+
+export interface Caller {
+  /** Part of the prefix cache's identity: callers of different tenants share nothing. */
+  readonly tenant: string;
+  /** Sees `namespace/…`, and changes it with an admin key. */
+  readonly namespace: string | null;
+  /** Sees and changes what is everybody's. */
+  readonly isOperator: boolean;
 }
 
 /** RFC 6750's b64token, with a length limit. */
@@ -19,23 +30,31 @@ const bearerPattern = /^Bearer ([A-Za-z0-9._~+/-]{1,512}={0,2})$/;
 /** Some proxy's, or a browser's: whoever asks is not this machine's user at a prompt. */
 const relayHeaders = ['forwarded', 'x-forwarded-for', 'x-real-ip', 'x-forwarded-host', 'origin'];
 
-/** The caller's tenant, which is part of the prefix cache's identity: callers with different keys share nothing. Throws
- *  UNAUTHENTICATED (no key or a wrong one) or FORBIDDEN (a right one that is not enough). */
+/** Keys without a tenant are a tenant each. Throws UNAUTHENTICATED (no key or a wrong one) or FORBIDDEN (a right one that is
+ *  not enough). */
 export function authenticate(
   c: Context<Env>,
   access: Access,
   config: { readonly apiKeys: readonly ApiKey[]; readonly hostsAllowed: readonly string[] },
-): string {
-  if (access === 'public') return 'public';
+): Caller {
+  if (access === 'public') return { tenant: 'public', namespace: null, isOperator: false };
   if (config.apiKeys.length === 0) {
     admitKeyless(c, access, config.hostsAllowed);
-    return 'local';
+    return { tenant: 'local', namespace: null, isOperator: true };
   }
   const key = matchKey(config.apiKeys, c.req.header('authorization') ?? '');
   if (access === 'admin' && key.access !== 'admin') {
     throw new GatewayError('FORBIDDEN', 'this call needs an admin key');
   }
-  return `key-${Buffer.from(key.digest).toString('hex', 0, 8)}`;
+  const { tenant: namespace } = key;
+  return {
+    tenant:
+      namespace === null
+        ? `key-${Buffer.from(key.digest).toString('hex', 0, 8)}`
+        : `tenant-${namespace}`,
+    namespace,
+    isOperator: key.access === 'admin' && namespace === null,
+  };
 }
 
 function matchKey(keys: readonly ApiKey[], authorization: string): ApiKey {

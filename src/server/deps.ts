@@ -64,8 +64,8 @@ export interface ServerDeps {
   readonly clock: Clock;
   readonly random: Random;
   readonly lifecycle: Lifecycle;
-  /** The Prometheus page. */
-  readonly metrics: () => string;
+  /** The Prometheus page, with the names that its reader may see. */
+  readonly metrics: (sees: (name: string) => boolean) => string;
   /** One JSON line without its newline. */
   readonly log: (line: string) => void;
 }

@@ -2,13 +2,14 @@
 
 import type { HttpBindings } from '@hono/node-server';
 import type { Context } from 'hono';
+import type { Caller } from './auth.ts';
 import type { ServerDeps } from './deps.ts';
 import type { RequestRecord } from './request-record.ts';
 
 export interface Env {
   /** Absent members when there is no socket: app.request() in tests. */
   Bindings: Partial<HttpBindings>;
-  Variables: { record: RequestRecord; tenant: string };
+  Variables: { record: RequestRecord; tenant: string; caller: Caller };
 }
 
 export type Access = 'public' | 'inference' | 'admin';

@@ -7,6 +7,7 @@ import type { Engine } from '../engine/engine.ts';
 import type { Sampling } from '../engine/messages.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env, Handle } from './env.ts';
+import { isVisible } from './tenancy.ts';
 
 /** How long the self-made token may take before the answer is "not ready": probes give up after seconds. A guess. */
 const selfCheckMsMax = 2000;
@@ -17,7 +18,8 @@ export function livez(c: Context<Env>): Response {
 
 export function metricsPage(c: Context<Env>, deps: ServerDeps): Response {
   c.header('content-type', 'text/plain; version=0.0.4; charset=utf-8');
-  return c.body(deps.metrics());
+  const caller = c.get('caller');
+  return c.body(deps.metrics((name) => isVisible(name, caller)));
 }
 
 export function createReadyz(): Handle {

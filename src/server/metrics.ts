@@ -1,6 +1,6 @@
 // The numbers behind /metrics. vLLM's names where a scheduler reads them (Gateway API Inference Extension, KEDA), ours for
-// the rest. No label holds a prompt, a key or a tenant. `vllm:lora_requests_info` tells what is resident, as the
-// extension's protocol means it (vLLM's own shows what is in flight), and is always stamped with the present time.
+// the rest. No label holds a prompt or a key, and a name only who may see it. `vllm:lora_requests_info` tells what is
+// resident, as the extension's protocol means it (vLLM's own shows what is in flight), and is always stamped with the present time.
 
 import { monitorEventLoopDelay } from 'node:perf_hooks';
 import type { Generation } from '../adapters/adapter.ts';
@@ -15,7 +15,8 @@ export type MetricsSource = Pick<ServerDeps, 'engine' | 'registry' | 'inFlight' 
 };
 
 export interface Metrics {
-  render(): string;
+  /** With the names of adapters that `sees` allows. */
+  render(sees: (name: string) => boolean): string;
   close(): void;
 }
 
@@ -36,7 +37,8 @@ export function createMetrics(source: MetricsSource): Metrics {
   const page = new Page();
   const loopDelay = monitorEventLoopDelay({ resolution: 10 });
   loopDelay.enable();
-  addEngineState(page, source);
+  let sees = (_name: string): boolean => false;
+  addEngineState(page, source, (name) => sees(name));
   page.gauge('rankgate_event_loop_delay_seconds', 'Delay of the event loop since the start.', () =>
     [0.5, 0.99, 1].map((quantile) => [
       { quantile: String(quantile) },
@@ -50,7 +52,10 @@ export function createMetrics(source: MetricsSource): Metrics {
   const restarts = page.counter('rankgate_engine_restarts_total', 'Deaths of the engine process.');
   const stopRestarts = onEvent('engine-restart', ({ reason }) => restarts({ reason }));
   return {
-    render: () => page.render(),
+    render(visible) {
+      sees = visible;
+      return page.render();
+    },
     close() {
       stopRequests();
       stopRestarts();
@@ -59,7 +64,7 @@ export function createMetrics(source: MetricsSource): Metrics {
   };
 }
 
-function addEngineState(page: Page, source: MetricsSource): void {
+function addEngineState(page: Page, source: MetricsSource, sees: (name: string) => boolean): void {
   const { engine, modelName } = source;
   const labels = { model_name: modelName };
   const read = (
@@ -92,8 +97,8 @@ function addEngineState(page: Page, source: MetricsSource): void {
     const waiting = [...source.inFlight.waitingGenerations()].filter((one) => !resident.has(one));
     const series: Labels = {
       max_lora: String(adapterSlotsMax),
-      running_lora_adapters: namesOf([...resident], source.registry),
-      waiting_lora_adapters: namesOf(waiting, source.registry),
+      running_lora_adapters: namesOf([...resident], source.registry, sees),
+      waiting_lora_adapters: namesOf(waiting, source.registry, sees),
     };
     return [[series, source.clock.unixMs() / 1000]];
   });
@@ -109,12 +114,17 @@ function addEngineState(page: Page, source: MetricsSource): void {
 }
 
 /** Names, not generations: what a scheduler matches with the `model` of a request. CSV; names hold no comma. */
-function namesOf(generations: readonly Generation[], registry: Registry): string {
+function namesOf(
+  generations: readonly Generation[],
+  registry: Registry,
+  sees: (name: string) => boolean,
+): string {
   const wanted = new Set(generations);
   return registry
     .list()
     .filter((record) => wanted.has(record.generation))
-    .map((record) => record.name)
+    .flatMap((record) => [record.name, ...record.aliases])
+    .filter(sees)
     .sort()
     .join(',');
 }

@@ -1,5 +1,5 @@
 // GET /v1/models and /v1/models/{id}: the base model and every adapter that can be asked for now, as vLLM lists them
-// (root, parent), with the generation and the ranks that may be chosen. Read from the registry at each call, so that a
+// (root, parent), with the generation and the ranks that may be chosen; an alias has a card of its own. Read from the registry at each call, so that a
 // load shows at once. No path appears: an adapter's root is its generation.
 
 import type { Context } from 'hono';
@@ -9,22 +9,24 @@ import type { Env } from './env.ts';
 import { notFound } from './model-reference.ts';
 
 export function listModels(c: Context<Env>, deps: ServerDeps): Response {
-  const cards = [null, ...deps.registry.list()].map((record) => cardOf(record, deps));
-  return c.json({ object: 'list', data: cards });
+  const cards = deps.registry
+    .list()
+    .flatMap((record) => [record.name, ...record.aliases].map((id) => cardOf(id, record, deps)));
+  return c.json({ object: 'list', data: [cardOf(deps.config.modelName, null, deps), ...cards] });
 }
 
 export function showModel(c: Context<Env>, deps: ServerDeps): Response {
   const id = c.req.param('id') ?? '';
-  if (id === deps.config.modelName) return c.json(cardOf(null, deps));
+  if (id === deps.config.modelName) return c.json(cardOf(id, null, deps));
   const record = deps.registry.find(id);
   if (record === null) throw notFound(id);
-  return c.json(cardOf(record, deps));
+  return c.json(cardOf(id, record, deps));
 }
 
 /** null is the base model. */
-function cardOf(record: AdapterRecord | null, { config, engine }: ServerDeps): object {
+function cardOf(id: string, record: AdapterRecord | null, { config, engine }: ServerDeps): object {
   return {
-    id: record?.name ?? config.modelName,
+    id,
     object: 'model',
     created: record?.updatedS ?? config.startedS,
     owned_by: 'rankgate',

@@ -20,8 +20,8 @@ export const generationB: Generation = fakeGeneration('b2');
 
 export const keyPlain = { inference: 'sk-inference', admin: 'sk-admin' } as const;
 export const apiKeys: readonly ApiKey[] = [
-  { digest: sha256(keyPlain.inference), access: 'inference' },
-  { digest: sha256(keyPlain.admin), access: 'admin' },
+  { digest: sha256(keyPlain.inference), access: 'inference', tenant: null },
+  { digest: sha256(keyPlain.admin), access: 'admin', tenant: null },
 ];
 
 function sha256(text: string): Uint8Array {
@@ -118,7 +118,7 @@ export function createHarness(config: Partial<ServerConfig> = {}): Harness {
     clock,
     random: { id: () => `id${++ids}`, seed: () => 77 },
     lifecycle,
-    metrics: () => metrics.render(),
+    metrics: (sees) => metrics.render(sees),
     log: (line) => void logs.push(line),
   });
   const fetch: Harness['fetch'] = async (method, path, options = {}) => {

@@ -103,6 +103,25 @@ describe('the configuration', () => {
     expect(JSON.stringify(config)).not.toContain('key-of-mine');
   });
 
+  it("knows a tenant's keys by the name before them", () => {
+    const digest = 'ab'.repeat(32);
+    const { apiKeys } = load({
+      environment: {
+        RANKGATE_API_KEYS: `acme@a-key-of-sixteen-or-more,acme@sha256:${digest}`,
+        RANKGATE_ADMIN_KEYS: 'the-operators-own-key',
+      },
+    });
+    expect(apiKeys.map(({ tenant }) => tenant)).toEqual(['acme', 'acme', null]);
+    const secret = createHash('sha256').update('a-key-of-sixteen-or-more').digest();
+    expect(apiKeys.map((key) => Buffer.from(key.digest).toString('hex')).slice(0, 2)).toEqual([
+      secret.toString('hex'),
+      digest,
+    ]);
+    for (const key of ['Acme@a-key-of-sixteen-or-more', '@a-key-of-sixteen-or-more', 'a/b@short']) {
+      expect(() => load({ environment: { RANKGATE_API_KEYS: key } })).toThrow(/tenant@ or nothing/);
+    }
+  });
+
   it.each<[string, ConfigSources, RegExp]>([
     ['a word for a number', { flags: { port: 'http' } }, /port: want a whole number \(--port\)/],
     ['a fraction', { environment: { RANKGATE_PORT: '80.5' } }, /port: .*\(RANKGATE_PORT\)/],

@@ -27,7 +27,7 @@ describe('resolveModel', () => {
     expect(target.lease?.name ?? null).toBe(name);
   });
 
-  it.each(['../x', 'Support', 'a/b', '', ' ', 'x'.repeat(65), 'a,b'])(
+  it.each(['../x', 'Support', 'a/b/c', 'a/', '/a', '', ' ', 'x'.repeat(65), 'a,b'])(
     'asks the registry for names only: %j',
     (asked) => {
       const own = registry();
