@@ -4,13 +4,14 @@
 
 import { readFileSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
-import { resolve } from 'node:path';
+import { join, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
 import { type Config, clientDefaults, configFlags, loadConfig } from './config.ts';
-import { examine } from './doctor.ts';
+import { examine, measureWeights } from './doctor.ts';
 import { GatewayError } from './errors.ts';
 import { type Call, CommandError, callGateway } from './gateway-client.ts';
-import { serve } from './serve.ts';
+import { findBaseModel } from './model/model-source.ts';
+import { fetchModel, serve } from './serve.ts';
 import type { Terminal } from './terminal.ts';
 
 export const usage = `rankgate serve [--config file] [--model …] [--port 8080] [--threads n] [--weights faithful|fast|parity] …
@@ -21,7 +22,7 @@ rankgate adapters swap NAME GENERATION [--expect GENERATION]
 rankgate adapters rollback NAME
 rankgate adapters export NAME [--rank K] [--output FILE]
 rankgate adapters rm NAME [--expect GENERATION]
-rankgate doctor [--config file] …
+rankgate doctor [--measure] [--config file] …
 rankgate --version
 Every command takes --json. The adapters commands talk to a running server: --url, or RANKGATE_URL; RANKGATE_API_KEY.
 `;
@@ -126,10 +127,17 @@ const commands: Readonly<Record<string, Command>> = {
     },
   },
   doctor: {
-    flags: { ...json, ...configFlags },
+    flags: { ...json, ...configFlags, measure: { type: 'boolean' } },
     positionals: [],
     async run(invocation) {
-      const findings = await examine(loadFrom(invocation));
+      const config = loadFrom(invocation);
+      // Without --measure nothing is fetched: doctor also answers where there is no network.
+      const isWanted = invocation.flags.measure === true;
+      const model = isWanted
+        ? await fetchModel(config, invocation.terminal)
+        : await findBaseModel(config.model, join(config.dataDir, 'models'));
+      if (isWanted) await measureWeights(config, model!);
+      const findings = await examine(config, model);
       const lines = Object.entries(findings).map(([what, found]) => `${what}: ${found}\n`);
       const { flags, terminal } = invocation;
       terminal.out(flags.json ? `${JSON.stringify(findings)}\n` : lines.join(''));

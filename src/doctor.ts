@@ -5,9 +5,18 @@ import { stat } from 'node:fs/promises';
 import { arch, cpus, freemem, platform, totalmem } from 'node:os';
 import { join } from 'node:path';
 import type { Config } from './config.ts';
+import { drawUniform } from './engine/random-draw.ts';
 import { createKernels } from './kernels/create-kernels.ts';
 import type { Ops, StoredTensor, Tensor } from './kernels/kernels.ts';
-import { defaultSource } from './model/model-source.ts';
+import { openGguf } from './model/gguf.ts';
+import {
+  type FidelityOptions,
+  keepFidelity,
+  keptFidelity,
+  measureFidelity,
+} from './model/mode-fidelity.ts';
+import { defaultSource, type ModelFile } from './model/model-source.ts';
+import { readTokenizerSource } from './model/tokenizer.ts';
 import { usableCores } from './usable-cores.ts';
 
 const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`;
@@ -92,7 +101,36 @@ async function modelState(config: Config): Promise<string> {
     : `${config.model} (${gigabytes(file.size)})`;
 }
 
-export async function examine(config: Config): Promise<Record<string, string>> {
+const [measuredTokens, measuredSeed] = [192, 1];
+
+function fidelityOptions(config: Config, { path, sha256 }: ModelFile): FidelityOptions {
+  const { weights: mode, backend, threads, dataDir } = config;
+  const cacheDirectory = join(dataDir, 'cache');
+  return { modelPath: path, modelHash: sha256, mode, backend, threads, cacheDirectory };
+}
+
+/** Seconds to minutes: the model runs in f32 once, token by token. */
+export async function measureWeights(config: Config, model: ModelFile): Promise<void> {
+  const options = fidelityOptions(config, model);
+  using file = openGguf(model.path);
+  const { bos } = readTokenizerSource(file.metadata);
+  let drawn = 0;
+  const draw = (): number => drawUniform(measuredSeed, drawn++);
+  const text = { start: bos ?? 0, tokens: measuredTokens, draw };
+  keepFidelity(options, await measureFidelity(options, text));
+}
+
+async function weightsState(config: Config, model: ModelFile | null): Promise<string> {
+  const kept = model === null ? null : keptFidelity(fidelityOptions(config, model));
+  if (kept === null) return `${config.weights} (its distance to f32: rankgate doctor --measure)`;
+  const { kl, tokens, description } = kept;
+  return `${config.weights}: KL ${kl.toPrecision(2)} nats to the same file in f32, mean of ${tokens} tokens; ${description}`;
+}
+
+export async function examine(
+  config: Config,
+  model: ModelFile | null = null,
+): Promise<Record<string, string>> {
   return {
     node: `${process.version} ${platform()} ${arch()}`,
     cpu: `${cpus()[0]?.model.trim() ?? 'unknown'}, ${cpus().length} present`,
@@ -100,7 +138,7 @@ export async function examine(config: Config): Promise<Record<string, string>> {
     threads: `${config.threads} (usable cores: ${usableCores().why})`,
     backend: await backendOf(config),
     kernels: await ownKernels(config),
-    weights: config.weights,
+    weights: await weightsState(config, model),
     model: await modelState(config),
     data: config.dataDir,
     adapters: config.adaptersRoot,

@@ -11,7 +11,7 @@ export interface ServeOptions {
 }
 
 /** Aborts on a signal while no gateway is there yet to drain. */
-async function fetchModel(config: Config, { terminal }: ServeOptions): Promise<ModelFile> {
+export async function fetchModel(config: Config, terminal: Terminal): Promise<ModelFile> {
   const controller = new AbortController();
   const stop = (): void => controller.abort(new Error('stopped'));
   process.once('SIGINT', stop).once('SIGTERM', stop);
@@ -42,7 +42,7 @@ export function curlOf(url: string, modelName: string, needsKey: boolean): strin
 
 export async function serve(config: Config, options: ServeOptions): Promise<void> {
   const { terminal } = options;
-  const model = await fetchModel(config, options);
+  const model = await fetchModel(config, options.terminal);
   // Loaded now: the other commands do without the server's modules.
   const { closeOnSignals, startGateway } = await import('./main.ts');
   const gateway = await startGateway(config, model);

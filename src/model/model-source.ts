@@ -103,6 +103,15 @@ async function fetchDefault(options: FetchOptions): Promise<ModelFile> {
   return { path, sha256: wheel.sha256, label: labelOf(path) };
 }
 
+/** The model when its file is here and whole; null otherwise: no network. */
+export async function findBaseModel(source: string, dir: string): Promise<ModelFile | null> {
+  const isDefault = source === defaultSource;
+  if (!isDefault && /^[a-z]{2,}:/.test(source)) return null;
+  const path = isDefault ? join(dir, basename(defaultWheel.entry)) : resolve(source);
+  const kept = await stat(path).catch(() => null);
+  return kept === null ? null : openLocal(path, { dir });
+}
+
 /** Fetches what is missing. Throws INVALID_REQUEST (no such source), INVALID_MODEL_FILE (wrong bytes), NO_CAPACITY (not
  *  reachable now) or DISK_FULL; an abort rejects with the signal's reason and leaves only what a later call resumes. */
 export async function fetchBaseModel(source: string, options: FetchOptions): Promise<ModelFile> {
