@@ -22,7 +22,12 @@ parentPort?.on('message', ({ path, generation }: PackTask) => {
     const { code, message } = asGatewayError(error);
     answer = { kind: 'failed', code, message };
   }
-  // All pages are views of one buffer: it moves, uncopied.
-  const [first] = answer.kind === 'read' ? answer.contents.modules.values() : [];
-  parentPort?.postMessage(answer, first === undefined ? [] : [first.a.buffer as ArrayBuffer]);
+  parentPort?.postMessage(answer, answer.kind === 'read' ? buffersOf(answer.contents) : []);
 });
+
+/** They move, uncopied. Most pages are views of the file's one buffer. */
+function buffersOf({ modules, floats }: PackedContents): ArrayBuffer[] {
+  const views = [...modules.values()].flatMap(({ a, b }) => [a, b]);
+  const all = [...views, ...[...floats.values()].map(({ values }) => values)];
+  return [...new Set(all.map(({ buffer }) => buffer as ArrayBuffer))];
+}

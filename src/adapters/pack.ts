@@ -1,29 +1,55 @@
 // The packed file of adapter.ts, written and read. Reading trusts nothing: the bytes must have the generation's hash, and
-// header and manifest must agree on every tensor, before a page is handed out (faults.md S15). The file is read into
-// memory, never mapped: what happens to it afterwards cannot reach the engine.
+// header and manifest must agree on every tensor, and every number be finite, before a page is handed out (faults.md S15).
 
 import { createHash } from 'node:crypto';
-import { closeSync, constants, fstatSync, openSync, readSync } from 'node:fs';
 import { GatewayError } from '../errors.ts';
-import { f32ToF16Bits } from '../kernels/half.ts';
+import { f16Values } from '../kernels/half.ts';
+import { moduleIndex } from '../model/decoder-config.ts';
 import { readSafetensors, type SafetensorsTensor, writeSafetensors } from '../model/safetensors.ts';
 import type { ModuleRef, PageData } from '../model/stepper.ts';
-import { type AdaptedModule, type AdapterManifest, type Generation, pageRanks } from './adapter.ts';
+import {
+  type AdaptedModule,
+  type AdapterManifest,
+  type Generation,
+  type PackedKind,
+  pageRanks,
+} from './adapter.ts';
+import { sparseA } from './families/fly.ts';
 import { formatManifest, parseManifest } from './manifest.ts';
+import { corrupt, readBlob } from './pack-file.ts';
+import { floatTensor, halfTensor, halvesOf, readFloats, readHalves } from './pack-numbers.ts';
 import type { ServedModule } from './served.ts';
+
+/** What is stored per module's rank or once per adapter, besides A and B (adapter.ts). */
+export type FloatName =
+  | 'gates'
+  | 'bias'
+  | 'keys'
+  | 'labels'
+  | 'atoms'
+  | 'query'
+  | 'summary'
+  | 'context';
+
+export interface Floats {
+  readonly shape: readonly number[];
+  readonly values: Float32Array;
+}
 
 /** A verified packed file in memory. Its pages are views of the file's bytes: read them, never write. */
 export interface PackedAdapter {
   readonly generation: Generation;
   readonly manifest: AdapterManifest;
-  /** Pages that the widest module has: ceil(rankMax / 8). */
+  /** Pages that the widest module has: ceil(rankMax / 8). 0 when it has none of its own (svfit, a bank). */
   readonly pages: number;
+  /** mora's `bias`, 1/‖a_i‖, is made when the file is read. */
+  readonly floats: ReadonlyMap<FloatName, Floats>;
+  /** Of memory, all together. */
+  readonly bytes: number;
   /** `a` [8, in], `b` [8, out]; null when the adapter leaves this module alone, or has no ranks left in this page. */
   page(module: ModuleRef, index: number): PageData | null;
 }
 
-/** Largest packed file. Rank 256 on all projections of SmolLM2-135M is 156 MB. */
-const packedBytesMax: number = 1024 ** 3;
 const headerBytesMax = 16 * 1024 * 1024;
 
 export function generationOf(bytes: Uint8Array): Generation {
@@ -34,25 +60,44 @@ export function generationOf(bytes: Uint8Array): Generation {
 export interface Packer {
   /** Throws INVALID_ADAPTER when a value is beyond the range of f16. */
   add(module: ServedModule): void;
-  finish(manifest: Omit<AdapterManifest, 'modules'>): {
-    manifest: AdapterManifest;
-    bytes: Uint8Array;
-  };
+  /** `floats`: what the adapter has once. Throws INVALID_ADAPTER when manifest and numbers do not fit the kind. */
+  finish(
+    manifest: Omit<AdapterManifest, 'modules'>,
+    floats?: ReadonlyMap<FloatName, Floats>,
+  ): { manifest: AdapterManifest; bytes: Uint8Array };
 }
 
 export function createPacker(): Packer {
   const modules: AdaptedModule[] = [];
   const tensors = new Map<string, SafetensorsTensor>();
+  const gates: number[] = [];
+  const bias: number[] = [];
   return {
     add(served) {
       const { block, projection, rank, in: width, out } = served;
       modules.push({ block, projection, rank, in: width, out });
-      for (const [name, tensor] of pagesOf(served)) tensors.set(name, tensor);
+      gates.push(...(served.gates ?? []));
+      bias.push(...(served.bias ?? []));
+      const size = Math.ceil(rank / pageRanks) * pageRanks;
+      for (const side of ['a', 'b'] as const) {
+        const values = served[side];
+        if (values === null) continue;
+        const name = tensorName(served, side);
+        const shape = pagedShape(rank, side === 'a' ? width : out);
+        tensors.set(name, halfTensor(halvesOf(values, size * shape[2]!, name), shape));
+      }
     },
-    finish(rest) {
+    finish(rest, floats = new Map()) {
       const manifest = { ...rest, modules };
-      const metadata = new Map([['manifest', formatManifest(manifest)]]);
-      return { manifest, bytes: writeSafetensors(tensors, metadata) };
+      for (const [name, { shape, values }] of floats) tensors.set(name, floatTensor(values, shape));
+      for (const [name, values] of [['gates', gates] as const, ['bias', bias] as const]) {
+        const all = Float32Array.from(values);
+        if (all.length > 0) tensors.set(name, floatTensor(all, [all.length]));
+      }
+      const bytes = writeSafetensors(tensors, new Map([['manifest', formatManifest(manifest)]]));
+      // Whoever reads it would refuse it: better now.
+      parseContents(bytes, invalidAdapter);
+      return { manifest, bytes };
     },
   };
 }
@@ -61,59 +106,16 @@ function tensorName({ block, projection }: ModuleRef, side: 'a' | 'b'): string {
   return `blk.${block}.${projection}.${side}`;
 }
 
-function pagesOf(module: ServedModule): [string, SafetensorsTensor][] {
-  const { rank, in: width, out, a, b } = module;
-  if (a === null || b === null) throw new GatewayError('INTERNAL', 'a module without A or B');
-  const pages = Math.ceil(rank / pageRanks);
-  const pagesA = new Float32Array(pages * pageRanks * width); // [pages, 8, in]
-  const pagesB = new Float32Array(pages * pageRanks * out); // [pages, 8, out]
-  for (let i = 0; i < a.length; i++) pagesA[i] = roundToOdd(a[i]!);
-  for (let i = 0; i < b.length; i++) pagesB[i] = roundToOdd(b[i]!);
-  return [
-    [
-      tensorName(module, 'a'),
-      f16Tensor(pagesA, [pages, pageRanks, width], tensorName(module, 'a')),
-    ],
-    [tensorName(module, 'b'), f16Tensor(pagesB, [pages, pageRanks, out], tensorName(module, 'b'))],
-  ];
+function pagedShape(rank: number, width: number): readonly number[] {
+  return [Math.ceil(rank / pageRanks), pageRanks, width];
 }
 
-const word = new DataView(new ArrayBuffer(4));
-
-/** f64 → f32 such that rounding to f16 afterwards rounds once, not twice: an inexact value gets an odd last bit, so it
- *  never looks like a tie (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums", 2008). */
-export function roundToOdd(value: number): number {
-  const rounded = Math.fround(value);
-  if (rounded === value) return rounded;
-  word.setFloat32(0, rounded);
-  const bits = word.getUint32(0);
-  // Toward zero first: for either sign that is one step down in the bits.
-  word.setUint32(0, (Math.abs(rounded) > Math.abs(value) ? bits - 1 : bits) | 1);
-  return word.getFloat32(0);
-}
-
-const f16Max = 65_504;
-
-function f16Tensor(
-  values: Float32Array,
-  shape: readonly number[],
-  name: string,
-): SafetensorsTensor {
-  // 65,520 is half way to the next step: from there on the nearest f16 is infinity.
-  const bad = values.find((value) => !(Math.abs(value) < 65_520));
-  if (bad !== undefined) {
-    throw new GatewayError('INVALID_ADAPTER', `${name} has ${bad}, beyond ±${f16Max} of f16`);
-  }
-  const bits = new Uint16Array(values.length);
-  f32ToF16Bits(values, bits);
-  return { dtype: 'F16', shape, data: new Uint8Array(bits.buffer) };
-}
-
-/** What a packed file says, as data that can go to another thread: the pages are views of the file's bytes. */
+/** What a packed file says, as data that can go to another thread: the pages are views of a few buffers. */
 export interface PackedContents {
   readonly manifest: AdapterManifest;
   /** By the name of the `a` tensor. */
   readonly modules: ReadonlyMap<string, PagedModule>;
+  readonly floats: ReadonlyMap<FloatName, Floats>;
 }
 
 /** Reads a blob whole and checks it. Throws ADAPTER_NOT_FOUND or ADAPTER_CORRUPT. */
@@ -123,89 +125,141 @@ export async function readPacked(path: string, generation: Generation): Promise<
 
 /** The same at once, for a thread that has nothing else to do (pack-worker.ts). */
 export function readContents(path: string, generation: Generation): PackedContents {
-  const { bytes, hash } = readBlob(path, generation);
-  if (generation !== `sha256:${hash}`) throw corrupt(generation, 'its bytes have another hash');
-  return parseContents(bytes, generation);
-}
-
-function corrupt(generation: Generation, what: string, cause?: unknown): GatewayError {
-  return new GatewayError('ADAPTER_CORRUPT', `adapter ${generation}: ${what}`, { cause });
-}
-
-/** Bytes that are hashed while the processor's caches still hold them from the reading. */
-const chunkBytes = 256 * 1024;
-
-function readBlob(path: string, generation: Generation): { bytes: Uint8Array; hash: string } {
-  let file: number | null = null;
-  try {
-    // O_NONBLOCK: opening a pipe that took the blob's place must not wait for a writer.
-    file = openSync(path, constants.O_RDONLY | constants.O_NOFOLLOW | constants.O_NONBLOCK);
-    const stat = fstatSync(file);
-    if (!stat.isFile()) throw corrupt(generation, 'it is not a regular file');
-    if (stat.size > packedBytesMax) throw corrupt(generation, `it has ${stat.size} bytes`);
-    const bytes = new Uint8Array(stat.size);
-    const hash = createHash('sha256');
-    for (let done = 0; done < bytes.length; ) {
-      const count = readSync(file, bytes, done, Math.min(chunkBytes, bytes.length - done), done);
-      if (count === 0) throw corrupt(generation, 'it was cut while it was read');
-      hash.update(bytes.subarray(done, done + count));
-      done += count;
-    }
-    return { bytes, hash: hash.digest('hex') };
-  } catch (error) {
-    if (error instanceof GatewayError) throw error;
-    const code = (error as NodeJS.ErrnoException).code ?? 'unknown error';
-    if (code === 'ENOENT') {
-      throw new GatewayError('ADAPTER_NOT_FOUND', `adapter ${generation} is not stored`);
-    }
-    throw corrupt(generation, `it cannot be read (${code})`, error);
-  } finally {
-    if (file !== null) closeSync(file);
-  }
+  const bytes = readBlob(path, generation);
+  return parseContents(bytes, (what, cause) => corrupt(generation, what, cause));
 }
 
 /** Pages of a packed file whose hash is known to be right. Borrows `bytes`. Throws ADAPTER_CORRUPT. */
 export function openPacked(bytes: Uint8Array, generation: Generation): PackedAdapter {
-  return packedAdapter(generation, parseContents(bytes, generation));
+  const fail: Refuse = (what, cause) => corrupt(generation, what, cause);
+  return packedAdapter(generation, parseContents(bytes, fail));
 }
 
-function parseContents(bytes: Uint8Array, generation: Generation): PackedContents {
+type Refuse = (what: string, cause?: unknown) => GatewayError;
+
+function invalidAdapter(what: string, cause?: unknown): GatewayError {
+  const detail = cause instanceof Error ? `: ${cause.message}` : '';
+  return new GatewayError('INVALID_ADAPTER', `the adapter cannot be packed: ${what}${detail}`, {
+    cause,
+  });
+}
+
+function parseContents(bytes: Uint8Array, refuse: Refuse): PackedContents {
   const { metadata, tensors } = readSafetensors(bytes, { headerBytesMax, code: 'ADAPTER_CORRUPT' });
   let manifest: AdapterManifest;
   try {
     manifest = parseManifest(metadata.get('manifest') ?? '');
   } catch (error) {
-    throw corrupt(generation, 'its manifest is not valid', error);
+    throw refuse('its manifest is not valid', error);
   }
-  if (tensors.size !== 2 * manifest.modules.length) {
-    throw corrupt(generation, `${tensors.size} tensors for ${manifest.modules.length} modules`);
-  }
+  const { sides, once } = storedOf(manifest.kind);
+  const count = sides.length * manifest.modules.length + once.length;
+  if (tensors.size !== count) throw refuse(`${tensors.size} tensors, want ${count}`);
+  const floats = readOnce(manifest, tensors, refuse);
+  if (sides.length === 0) return { manifest, modules: new Map(), floats };
   const modules = new Map<string, PagedModule>();
   for (const module of manifest.modules) {
-    const pages = Math.ceil(module.rank / pageRanks);
-    const view = (side: 'a' | 'b', shape: readonly number[]): Uint16Array => {
+    const view = (side: 'a' | 'b', width: number): Uint16Array => {
+      if (!sides.includes(side)) return seededHalves(manifest, module);
       const name = tensorName(module, side);
-      const found = halfWords(tensors.get(name), shape);
-      if (found === null) throw corrupt(generation, `${name} does not fit its manifest`);
+      const found = readHalves(tensors.get(name), pagedShape(module.rank, width));
+      // Ranks beyond the module's own would be served with the ranks of others.
+      if (found?.subarray(module.rank * width).every((bits) => bits === 0) !== true) {
+        throw refuse(`${name} does not fit its manifest`);
+      }
       return found;
     };
-    modules.set(tensorName(module, 'a'), {
-      pages,
-      a: view('a', [pages, pageRanks, module.in]),
-      b: view('b', [pages, pageRanks, module.out]),
-    });
+    const pages = Math.ceil(module.rank / pageRanks);
+    const paged = { pages, a: view('a', module.in), b: view('b', module.out) };
+    modules.set(tensorName(module, 'a'), paged);
   }
-  return { manifest, modules };
+  return { manifest, modules, floats: withNorms(manifest, modules, floats) };
 }
 
-export function packedAdapter(
-  generation: Generation,
-  { manifest, modules }: PackedContents,
-): PackedAdapter {
+/** Which tensors a kind has: of every module, and once. */
+function storedOf(kind: PackedKind): {
+  readonly sides: readonly ('a' | 'b')[];
+  readonly once: readonly FloatName[];
+} {
+  switch (kind) {
+    case 'fly':
+      return { sides: ['b'], once: ['bias'] };
+    case 'svfit':
+      return { sides: [], once: ['gates'] };
+    case 'queryable':
+      return { sides: ['a', 'b'], once: ['keys', 'labels'] };
+    case 'bank':
+      return { sides: [], once: ['atoms', 'query', 'summary', 'context'] };
+    default:
+      return { sides: ['a', 'b'], once: [] };
+  }
+}
+
+/** fly's A, made again. */
+function seededHalves({ options }: AdapterManifest, module: AdaptedModule): Uint16Array {
+  const { block, projection, rank, in: width } = module;
+  const shape = { module: moduleIndex(block, projection), rank, in: width };
+  const seed = BigInt(`0x${options.seed}`);
+  const a = sparseA({ ...shape, seed, topK: options.topK ?? rank });
+  return halvesOf(a, Math.ceil(rank / pageRanks) * pageRanks * width, tensorName(module, 'a'));
+}
+
+/** mora scores a rank by |a_i·x| / ‖a_i‖: the norms are of A as it is stored. */
+function withNorms(
+  { kind, modules }: AdapterManifest,
+  paged: ReadonlyMap<string, PagedModule>,
+  floats: Map<FloatName, Floats>,
+): Map<FloatName, Floats> {
+  if (kind !== 'mora') return floats;
+  const bias = modules.flatMap((module) => {
+    const { a } = paged.get(tensorName(module, 'a'))!;
+    return Array.from({ length: module.rank }, (_, r) => {
+      const row = a.subarray(r * module.in, (r + 1) * module.in);
+      const norm = Math.sqrt(row.reduce((sum, bits) => sum + f16Values[bits]! ** 2, 0));
+      return norm === 0 ? 0 : 1 / norm;
+    });
+  });
+  return floats.set('bias', { shape: [bias.length], values: Float32Array.from(bias) });
+}
+
+/** Sizes that are free (K, dq, the width of a label) are what the first tensor says. */
+function readOnce(
+  { kind, modules, rankMax: r, options }: AdapterManifest,
+  tensors: ReadonlyMap<string, SafetensorsTensor>,
+  refuse: Refuse,
+): Map<FloatName, Floats> {
+  const ranks = modules.reduce((sum, { rank }) => sum + rank, 0);
+  const size = (name: FloatName, axis: number): number => tensors.get(name)?.shape[axis] ?? 0;
+  const shapes: Record<FloatName, readonly number[]> = {
+    gates: [ranks],
+    bias: [ranks],
+    keys: [options.labels?.length ?? 0, size('keys', 1)],
+    labels: [options.labels?.length ?? 0, size('labels', 1)],
+    atoms: [size('atoms', 0), r, r],
+    query: [size('query', 0), r],
+    summary: [r, r],
+    context: [size('query', 0), r],
+  };
+  const floats = new Map<FloatName, Floats>();
+  for (const name of storedOf(kind).once) {
+    const values = readFloats(tensors.get(name), shapes[name]);
+    if (values === null || values.length === 0) throw refuse(`${name} does not fit its manifest`);
+    floats.set(name, { shape: shapes[name], values });
+  }
+  return floats;
+}
+
+export function packedAdapter(generation: Generation, contents: PackedContents): PackedAdapter {
+  const { manifest, modules, floats } = contents;
+  let bytes = 0;
+  for (const { values } of floats.values()) bytes += values.byteLength;
+  for (const { a, b } of modules.values()) bytes += a.byteLength + b.byteLength;
   return {
     generation,
     manifest,
-    pages: Math.ceil(manifest.rankMax / pageRanks),
+    floats,
+    bytes,
+    pages: modules.size === 0 ? 0 : Math.ceil(manifest.rankMax / pageRanks),
     page(module, index) {
       const paged = modules.get(tensorName(module, 'a'));
       return paged === undefined || index >= paged.pages ? null : pageOf(paged, index);
@@ -223,13 +277,4 @@ function pageOf({ pages, a, b }: PagedModule, index: number): PageData {
   const slice = (all: Uint16Array): Uint16Array =>
     all.subarray((index * all.length) / pages, ((index + 1) * all.length) / pages);
   return { a: slice(a), b: slice(b) };
-}
-
-function halfWords(
-  tensor: SafetensorsTensor | undefined,
-  shape: readonly number[],
-): Uint16Array | null {
-  if (tensor?.dtype !== 'F16' || tensor.shape.join() !== shape.join()) return null;
-  if (tensor.data.byteOffset % 2 !== 0) return null;
-  return new Uint16Array(tensor.data.buffer, tensor.data.byteOffset, tensor.data.length / 2);
 }

@@ -263,6 +263,8 @@ export function fakePacked(generation: Generation, rankMax: number): PackedAdapt
     generation,
     manifest,
     pages: Math.ceil(rankMax / 8),
+    floats: new Map(),
+    bytes: 0,
     page(module, index) {
       const where = mix(
         mix(seed, index),

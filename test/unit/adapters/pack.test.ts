@@ -4,13 +4,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import {
-  createPacker,
-  generationOf,
-  openPacked,
-  readPacked,
-  roundToOdd,
-} from '../../../src/adapters/pack.ts';
+import { createPacker, generationOf, openPacked, readPacked } from '../../../src/adapters/pack.ts';
+import { roundToOdd } from '../../../src/adapters/pack-numbers.ts';
 import { packPeft, unpackPeft } from '../../../src/adapters/pack-peft.ts';
 import { readPeft } from '../../../src/adapters/peft.ts';
 import { servedPair } from '../../../src/adapters/served.ts';

@@ -28,6 +28,8 @@ function packedAdapter(i: number, rank: number, modules: readonly ModuleRef[]): 
       modules: modules.map((m) => ({ ...m, rank, ...projectionShape(config, m.projection) })),
     },
     pages,
+    floats: new Map(),
+    bytes: 0,
     page(module, index) {
       const isThere = modules.some(
         (m) => m.block === module.block && m.projection === module.projection,
