@@ -9,6 +9,7 @@ import { type AdapterKind, type FamilyOptions, noOptions } from '../adapter.ts';
 import { type Columns, multiplyTransposed, transpose } from '../orthogonal.ts';
 import { type ServedModule, servedPair } from '../served.ts';
 import { type LoraModule, squeezeModule } from '../squeeze.ts';
+import { added, corner, scaled, times, transposedTimes } from './matrices.ts';
 import type { Random } from './seeded-random.ts';
 
 /** A module's numbers by name, as the family's own file has them. */
@@ -102,8 +103,11 @@ export function forward(
         gates[i % plain.rows]! += value * back.dh.data[i]!;
       });
       const d = { a: multiplyTransposed(x, dh), b: multiplyTransposed(dy, routed.g), gates };
-      const dx = sum(times(pair.a, dh), back.dx);
-      return { dx, tensors: sumTensors(pair.gradient(d), back.tensors) };
+      const own = times(pair.a, dh);
+      return {
+        dx: back.dx === undefined ? own : added(own, back.dx),
+        tensors: sumTensors(pair.gradient(d), back.tensors),
+      };
     },
   };
 }
@@ -117,59 +121,12 @@ function gated({ rows, columns, data }: Columns, gates: Float64Array): Columns {
   return { rows, columns, data: data.map((value, i) => value * gates[i % rows]!) };
 }
 
-function sum(x: Columns, y: Columns | undefined): Columns {
-  return y === undefined ? x : { ...x, data: x.data.map((value, i) => value + y.data[i]!) };
-}
-
 function sumTensors(x: Tensors, y: Tensors): Tensors {
   const result = { ...x };
-  for (const [name, tensor] of Object.entries(y)) result[name] = sum(tensor, x[name]);
-  return result;
-}
-
-/** x · y. */
-export function times(x: Columns, y: Columns): Columns {
-  return multiplyTransposed(x, transpose(y));
-}
-/** xᵀ · y. */
-export function transposedTimes(x: Columns, y: Columns): Columns {
-  return multiplyTransposed(transpose(x), transpose(y));
-}
-
-export function filled(columns: number, rows: number, value: () => number): Columns {
-  return { rows, columns, data: Float64Array.from({ length: rows * columns }, value) };
-}
-export function zeros(columns: number, rows: number): Columns {
-  return { rows, columns, data: new Float64Array(rows * columns) };
-}
-export function scaled(x: Columns, factor: number): Columns {
-  return { ...x, data: x.data.map((value) => value * factor) };
-}
-/** Uniform in ±bound. PEFT's A: bound = 1/√in (Kaiming with a = √5). */
-export function uniform(bound: number, random: Random): () => number {
-  return () => (2 * random.uniform() - 1) * bound;
-}
-
-/** The first `count` columns, and of each the first `length` numbers. */
-export function corner(x: Columns, count: number, length: number = x.rows): Columns {
-  const data = new Float64Array(count * length);
-  for (let j = 0; j < count; j++) {
-    data.set(x.data.subarray(j * x.rows, j * x.rows + length), j * length);
+  for (const [name, tensor] of Object.entries(y)) {
+    result[name] = x[name] === undefined ? tensor : added(x[name], tensor);
   }
-  return { rows: length, columns: count, data };
-}
-
-/** x beside y: their columns one after another. */
-export function beside(x: Columns, y: Columns): Columns {
-  const data = new Float64Array(x.data.length + y.data.length);
-  data.set(x.data);
-  data.set(y.data, x.data.length);
-  return { rows: x.rows, columns: x.columns + y.columns, data };
-}
-
-export function columnsOf(x: Columns, first: number, count: number): Columns {
-  const data = x.data.slice(first * x.rows, (first + count) * x.rows);
-  return { rows: x.rows, columns: count, data };
+  return result;
 }
 
 /** The module's size along an axis. */

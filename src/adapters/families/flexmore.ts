@@ -4,16 +4,8 @@
 
 import { GatewayError } from '../../errors.ts';
 import type { LoraModule } from '../squeeze.ts';
-import {
-  type Family,
-  filled,
-  pairFamily,
-  slice,
-  type Tensors,
-  tensorsOf,
-  uniform,
-  zeros,
-} from './family.ts';
+import { type Family, pairFamily, slice, type Tensors, tensorsOf } from './family.ts';
+import { filled, uniform, zeros } from './matrices.ts';
 
 export interface FlexmoreOptions {
   readonly experts: readonly { readonly name: string; readonly rank: number }[];

@@ -5,16 +5,8 @@
 import { GatewayError } from '../../errors.ts';
 import { noOptions } from '../adapter.ts';
 import type { Columns } from '../orthogonal.ts';
-import {
-  constantGates,
-  type Family,
-  peftOf,
-  type Routed,
-  type Site,
-  scaled,
-  streamOf,
-  zeros,
-} from './family.ts';
+import { constantGates, type Family, peftOf, type Routed, type Site, streamOf } from './family.ts';
+import { scaled, zeros } from './matrices.ts';
 import { createRandom } from './seeded-random.ts';
 
 /** `abs_sum` is the stand-alone publication's |y + d|: its balance rule diverges, and neither it nor `signed` is served. */

@@ -3,19 +3,8 @@
 // we serve have no bias in a projection, so neither has this. r counts ranks of each branch.
 
 import type { Columns } from '../orthogonal.ts';
-import {
-  beside,
-  columnsOf,
-  type Family,
-  filled,
-  pairFamily,
-  slice,
-  tensorsOf,
-  times,
-  transposedTimes,
-  uniform,
-  zeros,
-} from './family.ts';
+import { type Family, pairFamily, slice, tensorsOf } from './family.ts';
+import { beside, columnsOf, filled, times, transposedTimes, uniform, zeros } from './matrices.ts';
 
 export interface HydraOptions {
   readonly rank: number;

@@ -4,14 +4,12 @@
 import {
   constantGates,
   type Family,
-  filled,
   pairFamily,
   type RankOrder,
   slice,
   tensorsOf,
-  uniform,
-  zeros,
 } from './family.ts';
+import { filled, uniform, zeros } from './matrices.ts';
 
 export interface LoraOptions {
   readonly rank: number;

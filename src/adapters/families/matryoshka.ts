@@ -3,16 +3,8 @@
 // in algorithms.md section 1: folding P and ordering by SVD once, at publication, is the default.
 
 import { GatewayError } from '../../errors.ts';
-import {
-  constantGates,
-  type Family,
-  filled,
-  pairFamily,
-  peftOf,
-  slice,
-  uniform,
-  zeros,
-} from './family.ts';
+import { constantGates, type Family, pairFamily, peftOf, slice } from './family.ts';
+import { filled, uniform, zeros } from './matrices.ts';
 
 export type Scaling = 'none' | 'rank' | 'sqrt';
 /** `svd`: what was trained, ordered. `as-trained`: prefixes that were trained as such (multi, dylora, sandwich).

@@ -2,17 +2,8 @@
 // Y starts at 0 and only the diagonal is clipped, so that the start is exactly W (the publication starts 1e-4 away from
 // it, and its ReLU clips half of X·Y). Served as a pair: U_k·diag(relu(α·s + β) − s)·V_kᵀ beside (U_t·X)·(Y·V_tᵀ).
 
-import {
-  beside,
-  columnsOf,
-  type Family,
-  filled,
-  pairFamily,
-  slice,
-  times,
-  transposedTimes,
-  zeros,
-} from './family.ts';
+import { type Family, pairFamily, slice } from './family.ts';
+import { beside, columnsOf, filled, times, transposedTimes, zeros } from './matrices.ts';
 import { singularBasis } from './singular-basis.ts';
 
 export interface SaltOptions {

@@ -2,7 +2,8 @@
 // own and shared by all adapters of it (the basis), so an adapter is r numbers a module.
 
 import { type ServedModule, servedPair } from '../served.ts';
-import { columnsOf, type Family, pairFamily, type Site, slice, zeros } from './family.ts';
+import { type Family, pairFamily, type Site, slice } from './family.ts';
+import { columnsOf, zeros } from './matrices.ts';
 import { singularBasis } from './singular-basis.ts';
 
 export interface SvfitOptions {

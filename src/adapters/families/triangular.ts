@@ -4,21 +4,17 @@
 
 import type { Columns } from '../orthogonal.ts';
 import { multiplyTransposed } from '../orthogonal.ts';
+import { type Family, pairFamily, slice, type Tensors, tensorsOf } from './family.ts';
 import {
   beside,
   corner,
-  type Family,
   filled,
-  pairFamily,
   scaled,
-  slice,
-  type Tensors,
-  tensorsOf,
   times,
   transposedTimes,
   uniform,
   zeros,
-} from './family.ts';
+} from './matrices.ts';
 import type { Random } from './seeded-random.ts';
 
 export interface TriangularOptions {

@@ -3,7 +3,6 @@ import { describe, expect, it } from 'vitest';
 import { createRandom, philox4x32 } from '../../../../src/adapters/families/seeded-random.ts';
 import fixture from '../../../golden/families/fly.json' with { type: 'json' };
 
-
 describe('seeded random', () => {
   // Random123's known answers for philox4x32-10 (kat_vectors).
   it.each([
@@ -51,7 +50,9 @@ describe('seeded random', () => {
       } while (s >= 1);
       const factor = Math.sqrt((-2 * Math.log(s)) / s);
       for (const wanted of [u * factor, v * factor]) {
-        expect(Math.abs(ours.normal() - wanted)).toBeLessThan(1e-14 * Math.max(1, Math.abs(wanted)));
+        expect(Math.abs(ours.normal() - wanted)).toBeLessThan(
+          1e-14 * Math.max(1, Math.abs(wanted)),
+        );
       }
     }
   });
