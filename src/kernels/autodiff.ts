@@ -7,7 +7,16 @@
 // never formed. Ops without a rule refuse a tensor that needs a gradient.
 
 import { GatewayError } from '../errors.ts';
-import type { ForwardOps, Ops, RopeOptions, ShrinkPart, Tensor } from './kernels.ts';
+import type {
+  AtomRouter,
+  AtomUses,
+  ForwardOps,
+  Ops,
+  RankRouter,
+  RopeOptions,
+  ShrinkPart,
+  Tensor,
+} from './kernels.ts';
 
 export interface TapeOptions {
   /** Stored tensors (f32) and inputs whose gradients are wanted. */
@@ -251,6 +260,16 @@ export class Tape implements ForwardOps {
       });
     });
     return hs;
+  }
+
+  routeRanks(x: Tensor, hs: readonly Tensor[], router: RankRouter): Tensor[] {
+    this.#refuse('routeRanks', x, ...hs, ...router.biases);
+    return this.#ops.routeRanks(x, hs, router);
+  }
+
+  routeAtoms(h: Tensor, earlier: readonly Tensor[], router: AtomRouter, uses: AtomUses): Tensor {
+    this.#refuse('routeAtoms', h, ...earlier, ...Object.values(router), uses.keys, uses.bias);
+    return this.#ops.routeAtoms(h, earlier, router, uses);
   }
 
   /** h and y [T,R], atoms [J,R,R], weights [T,1+J]. */

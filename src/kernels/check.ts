@@ -30,6 +30,25 @@ function require(condition: boolean, op: string, message: () => string): void {
   if (!condition) throw mismatch(op, message());
 }
 
+/** A type and sizes, or SHAPE_MISMATCH naming the argument; an undefined size matches any. */
+export function want(
+  argument: string,
+  tensor: Tensor,
+  shape: ReadonlyArray<number | undefined>,
+  dtype: DType = 'f32',
+): void {
+  const ok =
+    tensor.dtype === dtype &&
+    tensor.shape.length === shape.length &&
+    shape.every((size, i) => size === undefined || size === tensor.shape[i]);
+  if (ok) return;
+  const wanted = shape.map((size) => size ?? '?').join('×');
+  throw mismatch(
+    argument,
+    `${wanted} ${dtype} wanted, got ${tensor.shape.join('×')} ${tensor.dtype}`,
+  );
+}
+
 export function elementCount(shape: readonly number[]): number {
   return shape.reduce((product, size) => product * size, 1);
 }
@@ -208,16 +227,12 @@ export function checkShrink(
 }
 
 export function checkMixRanks(h: Tensor, atoms: Tensor, weights: Tensor): number[] {
-  const [rows, ranks] = h.shape;
-  require(h.shape.length === 2 &&
-    h.dtype === 'f32' &&
-    atoms.shape.length === 3 &&
-    atoms.dtype === 'f32' &&
-    atoms.shape[1] === ranks &&
-    atoms.shape[2] === ranks &&
-    weights.dtype === 'f32' &&
-    weights.shape.join() === [rows, 1 + atoms.shape[0]!].join(), 'mixRanks', () =>
-    `h [T,R], atoms [J,R,R] and weights [T,1+J] f32 wanted, got ${[h, atoms, weights].map(show).join(', ')}`);
+  const [count, mixed] = atoms.shape;
+  want('mixRanks h', h, [undefined, undefined]);
+  want('mixRanks atoms', atoms, [undefined, mixed, mixed]);
+  want('mixRanks weights', weights, [h.shape[0], 1 + count!]);
+  require(mixed! <= h.shape[1]!, 'mixRanks', () =>
+    `atoms of at most ${h.shape[1]} ranks wanted, got ${show(atoms)}`);
   return [...h.shape];
 }
 

@@ -62,6 +62,35 @@ export interface ShrinkPart {
   readonly gate: Tensor;
 }
 
+/** Which ranks of a row stay, by its use's page p of P (algorithms.md 28 and 18). */
+export interface RankRouter {
+  readonly uses: Tensor; // [T] i32, an input
+  /** [G,P] i32. 0: h stays as it is. k > 0: first page of a group of which k ranks stay, all if it has no more. -1: continues
+   *  the group before it. */
+  readonly groups: Tensor;
+  /** [G,P] f32 at the group's first page. 0, fly: the k ranks with the largest |h| + bias keep their value, the others are 0.
+   *  τ > 0, mora: the score is |h|·bias/‖x‖, 0 for x = 0; the k best are multiplied by softmax(score/τ) over those k, the
+   *  others are 0. Of equals the lower index. */
+  readonly temperatures: Tensor;
+  /** [G,8P] f32 per h, in the unit of h, whose gate has multiplied it already: mora's is 1/‖gate·a‖ and finite. */
+  readonly biases: readonly Tensor[];
+}
+
+/** Stored f32 (algorithms.md 6). */
+export interface AtomRouter {
+  readonly query: Tensor; // [dq,r], W_q
+  readonly summary: Tensor; // [r,r], W_s
+  readonly context: Tensor; // [dq,r], W_c
+}
+
+/** What each use asks the K atoms. */
+export interface AtomUses {
+  readonly uses: Tensor; // [T] i32, an input
+  readonly keys: Tensor; // [G,K,dq] f32
+  readonly bias: Tensor; // [G,K] f32, added to the logits
+  readonly topK: Tensor; // [G] i32; 0: no atoms
+}
+
 export interface Ops {
   /** What training needs on top: the loss, and the gradients that the tape of autodiff.ts puts together. */
   readonly training: TrainingOps;
@@ -94,8 +123,15 @@ export interface Ops {
    *  so projections of one input are one call. A row costs what its own pages cost when rows are ordered by falling page
    *  count and unused pages are 0; the result does not depend on the order. */
   shrink(x: Tensor, pages: Tensor, parts: readonly ShrinkPart[], uses: Tensor): Tensor[];
-  /** A mix of shared rank-by-rank maps (algorithms.md section 6): `y[t] = weights[t,0]·h[t] + Σ_j weights[t,1+j]·(atoms[j]·h[t])`;
-   *  h [T,R] f32, atoms stored [J,R,R] f32, weights [T,1+J] f32: a row with weights (1, 0, …) keeps its h. */
+  /** Ranks that a row chooses by its own h: x [T,K], each h [T,8P] of one shrink → [T,8P] each. Groups and temperatures are not
+   *  checked: whatever they are, only a row's own h is read. */
+  routeRanks(x: Tensor, hs: readonly Tensor[], router: RankRouter): Tensor[];
+  /** How rows mix the atoms (algorithms.md 6): h [T,R], of which the first r ≤ R count, and the mixed states [T,R] of earlier blocks →
+   *  weights [T,1+K] for mixRanks; (1, 0, …) where topK is 0. Else 0 and the softmax of the topK largest logits
+   *  `keys·q/√dq + bias`, of `q = W_q·h + W_c·c`, c the softmax(s_j·W_s·h/√dq)-weighted sum of the earlier s_j. */
+  routeAtoms(h: Tensor, earlier: readonly Tensor[], router: AtomRouter, uses: AtomUses): Tensor;
+  /** A mix of shared rank-by-rank maps: `y[t] = weights[t,0]·h[t] + Σ_j weights[t,1+j]·(atoms[j]·h[t])` of the first r ranks, the
+   *  others as they are; h [T,R] f32, atoms stored [J,r,r] f32, weights [T,1+J] f32: a row with (1, 0, …) keeps its h. */
   mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Tensor;
   /** Out of the bottleneck: `y[t] += Σ_p Σ_r h[t,8p+r] · b[pages[t,p],r]`; h [T,8P] and y [T,N] f32, b a pool [pages,8,N].
    *  Consumes y, which must be computed by the program, and returns the sum. */

@@ -4,15 +4,19 @@ import { byteLength, checkSegments, elementCount, mismatch } from './check.ts';
 import { dequantizeRows } from './dequantize.ts';
 import { f32ToF16Bits } from './half.ts';
 import {
+  type AtomRouter,
+  type AtomUses,
   type AttentionSegment,
   type DType,
   type Ops,
+  type RankRouter,
   type RopeOptions,
   ranksPerPage,
   type ShrinkPart,
   type StoredTensor,
   type Tensor,
 } from './kernels.ts';
+import { routeAtoms, routeRanks } from './rank-routing.ts';
 import type { InputData } from './symbolic-ops.ts';
 import { ReferenceTraining } from './training-reference.ts';
 
@@ -232,18 +236,28 @@ export class EagerOps implements Ops {
     });
   }
 
+  routeRanks(x: Tensor, hs: readonly Tensor[], router: RankRouter): Tensor[] {
+    const routed = routeRanks(values, x, hs, router);
+    return hs.map(({ shape }, i): Value => ({ dtype: 'f32', shape, values: routed[i]! }));
+  }
+
+  routeAtoms(h: Tensor, earlier: readonly Tensor[], router: AtomRouter, uses: AtomUses): Value {
+    const weights = routeAtoms(values, { h, earlier }, router, uses);
+    return { dtype: 'f32', shape: [h.shape[0]!, weights.length / h.shape[0]!], values: weights };
+  }
+
   mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Tensor {
     const [rows, ranks] = h.shape as [number, number];
-    const mixes = atoms.shape[0]!;
+    const [mixes, mixed] = atoms.shape as [number, number];
     const maps = stored(atoms).values;
-    const y = f32(h.shape);
+    const y: Value = { dtype: 'f32', shape: h.shape, values: values(h).slice() };
     for (let t = 0; t < rows; t++) {
       const [keep, ...shares] = values(weights).subarray(t * (1 + mixes), (t + 1) * (1 + mixes));
-      for (let r = 0; r < ranks; r++) {
+      for (let r = 0; r < mixed; r++) {
         let sum = keep! * values(h)[t * ranks + r]!;
         shares.forEach((share, j) => {
-          for (let s = 0; s < ranks; s++) {
-            sum += share * maps[(j * ranks + r) * ranks + s]! * values(h)[t * ranks + s]!;
+          for (let s = 0; s < mixed; s++) {
+            sum += share * maps[(j * mixed + r) * mixed + s]! * values(h)[t * ranks + s]!;
           }
         });
         y.values[t * ranks + r] = sum;

@@ -2,7 +2,17 @@
 // reserve, and finds the limit of every index input, all before native code is touched.
 
 import * as check from './check.ts';
-import type { DType, Ops, RopeOptions, ShrinkPart, Tensor } from './kernels.ts';
+import type {
+  AtomRouter,
+  AtomUses,
+  DType,
+  Ops,
+  RankRouter,
+  RopeOptions,
+  ShrinkPart,
+  Tensor,
+} from './kernels.ts';
+import { checkRouteAtoms, checkRouteRanks } from './rank-routing.ts';
 import { SymbolicTraining } from './training-ops.ts';
 
 export interface InputPlan {
@@ -126,8 +136,20 @@ export class SymbolicOps implements Ops {
     return parts.map(() => this.#result('f32', shape, tensors));
   }
 
+  routeRanks(x: Tensor, hs: readonly Tensor[], router: RankRouter): Tensor[] {
+    const shape = checkRouteRanks(x, hs, router);
+    this.#limit(router.uses, router.groups.shape[0]!);
+    return hs.map(() => this.#result('f32', shape));
+  }
+
+  routeAtoms(h: Tensor, earlier: readonly Tensor[], router: AtomRouter, uses: AtomUses): Tensor {
+    const shape = checkRouteAtoms(h, earlier, router, uses);
+    this.#limit(uses.uses, uses.topK.shape[0]!);
+    return this.#result('f32', shape, 3);
+  }
+
   mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Tensor {
-    return this.#result('f32', check.checkMixRanks(h, atoms, weights), 8 + 4 * atoms.shape[0]!);
+    return this.#result('f32', check.checkMixRanks(h, atoms, weights), 12 + 4 * atoms.shape[0]!);
   }
 
   expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor {

@@ -11,6 +11,7 @@ import {
   checkShrink,
   elementCount,
   mismatch,
+  want,
 } from './check.ts';
 import type { DType, RopeOptions, ShrinkPart, Tensor } from './kernels.ts';
 
@@ -79,25 +80,6 @@ export interface SymbolicHost {
   /** A checked result; `tensors` bounds the native tensor structs that it takes, views included. */
   result(dtype: DType, shape: readonly number[], tensors: number): Tensor;
   limit(indices: Tensor, limit: number): void;
-}
-
-/** A type and sizes, or SHAPE_MISMATCH naming the argument; an undefined size matches any. */
-function want(
-  argument: string,
-  tensor: Tensor,
-  shape: ReadonlyArray<number | undefined>,
-  dtype: DType = 'f32',
-): void {
-  const ok =
-    tensor.dtype === dtype &&
-    tensor.shape.length === shape.length &&
-    shape.every((size, i) => size === undefined || size === tensor.shape[i]);
-  if (ok) return;
-  const wanted = shape.map((size) => size ?? '?').join('×');
-  throw mismatch(
-    argument,
-    `${wanted} ${dtype} wanted, got ${tensor.shape.join('×')} ${tensor.dtype}`,
-  );
 }
 
 /** Checks only: the training part of a program's first pass. */
@@ -211,6 +193,7 @@ export class SymbolicTraining implements TrainingOps {
 
   mixRanksBack(dy: Tensor, h: Tensor, atoms: Tensor, weights: Tensor): MixGradients {
     want('mixRanksBack dy', dy, checkMixRanks(h, atoms, weights));
+    want('mixRanksBack atoms', atoms, [undefined, h.shape[1], h.shape[1]]); // all ranks are mixed
     return {
       h: this.#result(h.shape, 16),
       atoms: this.#result(atoms.shape, 16),

@@ -9,7 +9,7 @@ import { packDirectory, writeAdapter } from '../support/load-adapter.ts';
 import { openTiny, type TestDecoderOptions } from '../support/open-test-decoder.ts';
 import { createRng, normals } from '../support/random.ts';
 import { registerStandIn } from '../support/stand-in-device.ts';
-import { kernelSuite, q8Skips } from './kernels.suite.ts';
+import { kernelSuite, ownSkips } from './kernels.suite.ts';
 import { trainingSuite } from './training.suite.ts';
 
 // Programs through ggml's scheduler, on a stand-in for a GPU: memory of its own and a list of ops that it lacks, but the
@@ -22,17 +22,17 @@ const onDevice = (...lacks: readonly string[]): GgmlKernels => {
   return new GgmlKernels({ threads: 1, device: 'cuda' });
 };
 
-const noQ8 = q8Skips('pages of q8_0 need our own kernels, which run on the CPU only');
-kernelSuite('ggml, a device that has every op', () => onDevice(), noQ8);
+const ownOnly = ownSkips('pages of q8_0 need our own kernels, which run on the CPU only');
+kernelSuite('ggml, a device that has every op', () => onDevice(), ownOnly);
 kernelSuite(
   'ggml, a device without products and norms',
   () => onDevice('MUL_MAT', 'MUL_MAT_ID', 'RMS_NORM', 'GET_ROWS'),
-  noQ8,
+  ownOnly,
 );
 kernelSuite(
   'ggml, a device without attention and elementwise ops',
   () => onDevice('FLASH_ATTN_EXT', 'ROPE', 'ADD', 'MUL', 'SWIGLU', 'CONT'),
-  noQ8,
+  ownOnly,
 );
 trainingSuite('ggml, a device that has every op', () => onDevice());
 trainingSuite('ggml, a device without what only training needs', () =>

@@ -1,11 +1,13 @@
 import { describe, expect, it } from 'vitest';
 import { GgmlKernels } from '../../src/kernels/ggml/ggml-kernels.ts';
-import { kernelSuite, q8Skips } from './kernels.suite.ts';
+import { createRng } from '../support/random.ts';
+import { kernelSuite, ownSkips } from './kernels.suite.ts';
+import { routingCases } from './routing.cases.ts';
 
-const noQ8 = q8Skips('composed of ggml’s ops: its products have no q8_0 rows of 8 numbers');
+const ownOnly = ownSkips('composed of ggml’s ops: its products have no q8_0 rows of 8 numbers');
 for (const threads of [1, 2]) {
   const composed = { threads, native: false };
-  kernelSuite(`ggml’s ops, ${threads} threads`, () => new GgmlKernels(composed), noQ8);
+  kernelSuite(`ggml’s ops, ${threads} threads`, () => new GgmlKernels(composed), ownOnly);
   const own = { threads, f32Activations: true };
   kernelSuite(`own kernels, ${threads} threads`, () => new GgmlKernels(own));
 }
@@ -15,6 +17,24 @@ describe('own kernels', () => {
     using kernels = new GgmlKernels({ threads: 1, f32Activations: true });
     expect(kernels.description).toMatch(/own kernels for/);
     expect(kernels.f32Activations).toBe(true);
+  });
+});
+
+describe('without our own kernels', () => {
+  it('what rows choose themselves is refused by name, not computed otherwise', () => {
+    using kernels = new GgmlKernels({ threads: 1, native: false });
+    for (const test of routingCases.filter(({ name }) => name.startsWith('route'))) {
+      const { stored } = test.make(createRng(1));
+      const tensors = Object.fromEntries(
+        Object.entries(stored).map(([name, { dtype, shape }]) => [
+          name,
+          kernels.store(dtype, shape),
+        ]),
+      );
+      expect(() => kernels.compile((ops) => test.build(ops, tensors), { segments: 0 })).toThrow(
+        expect.objectContaining({ code: 'UNSUPPORTED' }),
+      );
+    }
   });
 });
 

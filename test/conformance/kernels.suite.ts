@@ -16,10 +16,11 @@ import {
 } from '../../src/kernels/kernels.ts';
 import { ReferenceKernels } from '../../src/kernels/reference-kernels.ts';
 import { createRng, normals, type Rng } from '../support/random.ts';
+import { routingCases } from './routing.cases.ts';
 
 type InputData = Float32Array | Int32Array | BigInt64Array;
 
-interface Fixture {
+export interface Fixture {
   readonly stored: Readonly<
     Record<string, { dtype: WeightType; shape: number[]; bytes: Uint8Array }>
   >;
@@ -46,11 +47,13 @@ export interface Skip {
   readonly reason: string;
 }
 
-/** Cases over q8_0 pools, which only our own kernels multiply. */
-export const q8Skips = (reason: string): Skip[] =>
-  kernelCases
-    .filter(({ name }) => name.startsWith('shrink') && name.includes('q8_0'))
-    .map(({ name }) => ({ case: name, reason }));
+/** Cases that only our own kernels compute: over q8_0 pools, and what rows choose themselves. */
+export const ownSkips = (q8Reason: string): Skip[] =>
+  kernelCases.flatMap(({ name }) => {
+    if (name.startsWith('shrink') && name.includes('q8_0'))
+      return [{ case: name, reason: q8Reason }];
+    return name.startsWith('route') ? [{ case: name, reason: 'ggml has no such op' }] : [];
+  });
 
 const exact = 1e-12; // the same f32 operations in the same order, up to libm
 const sums = 1e-9; // f32 sums in another order
@@ -297,6 +300,7 @@ const kernelCases: readonly KernelCase[] = [
     ),
   ),
   lowRankCase([32, 1], { dtype: 'f16', outer: 32, groups: false }),
+  ...routingCases,
   {
     name: 'gatherRows',
     nmse: exact,

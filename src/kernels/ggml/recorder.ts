@@ -6,8 +6,11 @@
 import { GatewayError } from '../../errors.ts';
 import { byteLength, elementCount, mismatch } from '../check.ts';
 import {
+  type AtomRouter,
+  type AtomUses,
   type DType,
   type Ops,
+  type RankRouter,
   type RopeOptions,
   ranksPerPage,
   type ShrinkPart,
@@ -34,6 +37,8 @@ import { expandWhole, shrinkWhole } from './whole-low-rank.ts';
 const panelRows = 8;
 /** Our own kernels read whole blocks of this many numbers. */
 export const nativeWidth = 32;
+/** Ranks that our own mix has room for (native/routing.c). */
+const mixedMax = 256;
 /** Heads that our own attention takes: multiples of this, up to that. */
 const attendWidth = 16;
 const attendHeadMax = 256;
@@ -393,7 +398,8 @@ export class Recorder implements Ops {
       const shape = [rows, count * ranksPerPage];
       const scale = this.#node(this.#op('ggml_get_rows', pointerOf(gate), pointerOf(uses)), shape);
       const h = this.#node(this.#op('ggml_fill', scale.pointer, 0), shape);
-      for (const tier of this.#tiers(pages)) this.#shrinkTier(h, tier, { x, pages, a, gate: scale });
+      for (const tier of this.#tiers(pages))
+        this.#shrinkTier(h, tier, { x, pages, a, gate: scale });
       return h;
     });
   }
@@ -449,19 +455,60 @@ export class Recorder implements Ops {
     this.#node(rowsAt(placed, 2), h.shape);
   }
 
+  routeRanks(x: Tensor, hs: readonly Tensor[], router: RankRouter): Node[] {
+    const { uses, groups, temperatures, biases } = router;
+    const own = this.#only('rankgate_route_ranks', 'routeRanks');
+    return hs.map((h, i) => {
+      const sources = [x, h, uses, groups, temperatures, biases[i]!];
+      return this.#node(this.#custom(own, h.shape, sources), h.shape);
+    });
+  }
+
+  routeAtoms(h: Tensor, earlier: readonly Tensor[], router: AtomRouter, of: AtomUses): Node {
+    const own = this.#only('rankgate_route_atoms', 'routeAtoms');
+    const rows = h.shape[0]!;
+    const sources = [h, router.query, of.uses, of.keys, of.bias, of.topK];
+    if (earlier.length > 0) {
+      const shape = [rows, router.query.shape[0]!];
+      const past = [h, router.summary, router.context, ...earlier];
+      sources.push(
+        this.#node(this.#custom(this.#own('rankgate_atom_context'), shape, past), shape),
+      );
+    }
+    const shape = [rows, 1 + of.bias.shape[1]!];
+    return this.#node(this.#custom(own, shape, sources), shape);
+  }
+
+  #only(name: NativeFunction, op: string): Pointer {
+    const own = this.#host.native.get(name);
+    if (own === undefined) throw new GatewayError('UNSUPPORTED', `${op} needs the native kernels`);
+    return own;
+  }
+
   mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Node {
+    const own = this.#host.native.get('rankgate_mix_ranks');
+    if (own !== undefined && atoms.shape[1]! <= mixedMax) {
+      return this.#node(this.#custom(own, h.shape, [h, atoms, weights]), h.shape);
+    }
     const [rows, ranks] = h.shape as [number, number];
-    const mixes = atoms.shape[0]!;
-    const flat = this.#op('ggml_reshape_4d', pointerOf(atoms), ranks, ranks * mixes, 1, 1);
-    const mapped = this.#op('ggml_mul_mat', flat, pointerOf(h)); // [T, J·R]
+    const [mixes, mixed] = atoms.shape as [number, number];
+    const part = (width: number, from: number): Pointer =>
+      this.#op(
+        'ggml_cont',
+        this.#op('ggml_view_2d', pointerOf(h), width, rows, ranks * 4, from * 4),
+      );
+    const state = part(mixed, 0); // [T, r]
+    const flat = this.#op('ggml_reshape_4d', pointerOf(atoms), mixed, mixed * mixes, 1, 1);
+    const mapped = this.#op('ggml_mul_mat', flat, state); // [T, J·r]
     const share = (j: number): Pointer =>
       this.#op('ggml_view_2d', pointerOf(weights), 1, rows, (1 + mixes) * 4, j * 4);
-    let sum = this.#op('ggml_mul', pointerOf(h), share(0));
+    let sum = this.#op('ggml_mul', state, share(0));
     for (let j = 0; j < mixes; j++) {
-      const rowBytes = ranks * mixes * 4;
-      const map = this.#op('ggml_view_2d', mapped, ranks, rows, rowBytes, j * ranks * 4);
+      const rowBytes = mixed * mixes * 4;
+      const map = this.#op('ggml_view_2d', mapped, mixed, rows, rowBytes, j * mixed * 4);
       sum = this.#op('ggml_add', sum, this.#op('ggml_mul', map, share(1 + j)));
     }
+    if (mixed < ranks) sum = this.#op('ggml_concat', sum, part(ranks - mixed, mixed), 0);
     return this.#node(sum, h.shape);
   }
 

@@ -2,7 +2,17 @@
 // heads of D channels, P pages of a row, U distinct pages of a step, K in, N out.
 
 import { checkSegments, elementCount, mismatch } from '../check.ts';
-import type { AttentionSegment, Ops, RopeOptions, ShrinkPart, Tensor } from '../kernels.ts';
+import type {
+  AtomRouter,
+  AtomUses,
+  AttentionSegment,
+  Ops,
+  RankRouter,
+  RopeOptions,
+  ShrinkPart,
+  Tensor,
+} from '../kernels.ts';
+import { routeAtoms, routeRanks } from '../rank-routing.ts';
 import type { TensorFlow, TfTensor } from './tensorflow.ts';
 import { numbersOf, type RunInputs, stored, TfjsRun, tensorOf, type Value } from './tfjs-run.ts';
 import type { TfjsTensor } from './tfjs-tensor.ts';
@@ -196,16 +206,31 @@ export class TfjsOps implements Ops {
     });
   }
 
+  routeRanks(x: Tensor, hs: readonly Tensor[], router: RankRouter): Tensor[] {
+    const routed = routeRanks((tensor) => this.#run.onHost(tensor), x, hs, router);
+    return routed.map((values, i) => this.#run.value(this.#run.floats(values, hs[i]!.shape)));
+  }
+
+  routeAtoms(h: Tensor, earlier: readonly Tensor[], router: AtomRouter, uses: AtomUses): Tensor {
+    const read = (tensor: Tensor): Float32Array | Int32Array => this.#run.onHost(tensor);
+    const weights = routeAtoms(read, { h, earlier }, router, uses);
+    const shape = [h.shape[0]!, weights.length / h.shape[0]!];
+    return this.#run.value(this.#run.floats(weights, shape));
+  }
+
   mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Tensor {
     const tf = this.#tf;
     const [rows, ranks] = h.shape as [number, number];
-    const mixes = atoms.shape[0]!;
-    const maps = tf.reshape(tensorOf(atoms), [mixes * ranks, ranks]);
-    const all = tf.reshape(tf.matMul(tensorOf(h), maps, false, true), [rows, mixes, ranks]);
-    const kept = tf.mul(tensorOf(h), tf.slice(tensorOf(weights), [0, 0], [rows, 1]));
+    const [mixes, mixed] = atoms.shape as [number, number];
+    const maps = tf.reshape(tensorOf(atoms), [mixes * mixed, mixed]);
+    const own = tf.slice(tensorOf(h), [0, 0], [rows, mixed]);
+    const all = tf.reshape(tf.matMul(own, maps, false, true), [rows, mixes, mixed]);
+    const kept = tf.mul(own, tf.slice(tensorOf(weights), [0, 0], [rows, 1]));
     const shares = tf.slice(tensorOf(weights), [0, 1], [rows, mixes]);
-    const mixed = tf.sum(tf.mul(all, tf.reshape(shares, [rows, mixes, 1])), 1);
-    return this.#run.value(tf.add(kept, mixed));
+    const sum = tf.add(kept, tf.sum(tf.mul(all, tf.reshape(shares, [rows, mixes, 1])), 1));
+    if (mixed === ranks) return this.#run.value(sum);
+    const rest = tf.slice(tensorOf(h), [0, mixed], [rows, ranks - mixed]);
+    return this.#run.value(tf.concat([sum, rest], 1));
   }
 
   expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor {

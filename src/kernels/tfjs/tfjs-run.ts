@@ -70,6 +70,11 @@ export class TfjsRun {
     return { dtype: 'f32', shape: tensor.shape, tensor, data: null };
   }
 
+  /** Its numbers on this side, fetched once a run where it was computed or stored. */
+  onHost(tensor: Tensor): Float32Array | Int32Array {
+    return (tensor as Value).data ?? this.once(tensor, 'host', () => tensorOf(tensor).dataSync());
+  }
+
   scalar(value: number): TfTensor {
     return this.once(this, String(value), () => this.tf.scalar(value));
   }
