@@ -38,6 +38,8 @@ export interface Settings {
   readonly queuePromptTokensMax: number;
   /** Where adapters may be added from; null: `incoming` in the data directory. */
   readonly adaptersRoot: string | null;
+  /** Repairs the base under every request (an eora adapter that all share); what a tight budget drops first. */
+  readonly systemAdapter: string | null;
   /** vLLM's load_lora_adapter and unload_lora_adapter. */
   readonly runtimeLoraUpdating: boolean;
   /** Plain, or `sha256:` + hex; `tenant@` before it makes it that tenant's (server/tenancy.ts). */
@@ -48,6 +50,12 @@ export interface Settings {
   /** Host names that a keyless gateway answers to, besides localhost and IP literals (DNS rebinding, faults.md B84). */
   readonly hostsAllowed: readonly string[];
   readonly bodyBytesMax: number;
+  /** Of an uploaded or downloaded adapter's weights. */
+  readonly uploadBytesMax: number;
+  /** From an upload's first byte to its last, and for a download from the hub. */
+  readonly uploadMsMax: number;
+  /** Uploads and downloads at a time; half of them for one tenant. */
+  readonly uploadsMax: number;
   /** New tokens when a request names no limit; cut to what the context leaves. */
   readonly chatTokensDefault: number;
   readonly completionTokensDefault: number;
@@ -124,12 +132,16 @@ const shape = {
   queueRequestsMax: count(1, 100_000).default(256),
   queuePromptTokensMax: count(1, 2 ** 28).default(262_144),
   adaptersRoot: path.nullable().default(null),
+  systemAdapter: name.nullable().default(null),
   runtimeLoraUpdating: z.boolean().default(false),
   apiKeys: keys,
   adminKeys: keys,
   metricsPublic: z.boolean().default(false),
   hostsAllowed: z.array(z.string().min(1).max(255)).max(64).default([]).readonly(),
   bodyBytesMax: count(1024, 2 ** 28).default(4 * 1024 * 1024),
+  uploadBytesMax: count(1024, 2 ** 31).default(2 ** 31),
+  uploadMsMax: count(1000, 86_400_000).default(900_000),
+  uploadsMax: count(1, 256).default(4),
   chatTokensDefault: count(1, 2 ** 20).default(512),
   completionTokensDefault: count(1, 2 ** 20).default(16),
   pingMs: count(100, 3_600_000).default(10_000),

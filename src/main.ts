@@ -3,7 +3,7 @@
 // which implementation stands behind each contract.
 
 import { randomInt, randomUUID } from 'node:crypto';
-import { mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { createBlobStore } from './adapters/blobs.ts';
 import { createImporter } from './adapters/importer.ts';
@@ -52,6 +52,7 @@ const mallocSettings = { MALLOC_MMAP_THRESHOLD_: '131072' };
 const tenantShareMax = 0.5;
 
 interface Paths {
+  readonly uploads: string;
   readonly blobs: string;
   readonly cache: string;
   readonly registry: string;
@@ -63,6 +64,7 @@ function makePaths(config: Config): Paths {
   mkdirSync(config.adaptersRoot, { recursive: true });
   mkdirSync(at('blobs'), { recursive: true });
   return {
+    uploads: at('uploads'),
     blobs: at('blobs'),
     cache: at('cache'),
     registry: at('registry.sqlite'),
@@ -183,6 +185,7 @@ interface Parts {
   readonly registry: Registry;
   readonly importer: Importer;
   readonly router: Router;
+  readonly uploadRoot: string;
 }
 
 async function startServer(parts: Parts): Promise<{ listening: Listening; stop: () => void }> {
@@ -201,13 +204,14 @@ async function startServer(parts: Parts): Promise<{ listening: Listening; stop: 
     text: parts.text,
     importer: parts.importer,
     router,
-    config: { ...config, modelName, startedS },
+    config: { ...config, modelName, startedS, uploadRoot: parts.uploadRoot },
     random: { id: () => randomUUID(), seed: () => randomInt(2 ** 32) },
     metrics: (sees) => metrics.render(sees),
     log: config.log === 'json' ? logToStdout() : () => {},
   });
-  const { host, port, connectionsMax, keepAliveMs } = config;
-  const listening = await listen(app, lifecycle, { host, port, connectionsMax, keepAliveMs });
+  const { host, port, connectionsMax, keepAliveMs, uploadMsMax: requestMsMax } = config;
+  const options = { host, port, connectionsMax, keepAliveMs, requestMsMax };
+  const listening = await listen(app, lifecycle, options);
   return { listening, stop: () => metrics.close() };
 }
 
@@ -231,6 +235,8 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
     const nowS = (): number => Math.floor(Date.now() / 1000);
     const registry = openSqlRegistry({ path: paths.registry, blobs, nowS });
     closers.push(() => registry.close());
+    // The registry is locked, so these are a crash's and nobody's.
+    rmSync(paths.uploads, { recursive: true, force: true });
     const { names, contextMax } = readBase(model, config.kvCells);
     // Beside the engine's start: on its own it would take a third as long again.
     const textStart = createTextService({ modelPath: model.path, contextMax });
@@ -253,7 +259,8 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
     const warm = warmUp(engine);
     if (isNew) await warm; // what was learned before predicts well enough meanwhile
     const modelName = config.modelName ?? modelNameOf(model.label);
-    const parts = { config, modelName, engine, text, registry, importer, router };
+    const uploadRoot = paths.uploads;
+    const parts = { config, modelName, engine, text, registry, importer, router, uploadRoot };
     const { listening, stop } = await startServer(parts);
     closers.push(stop, () => listening.close(config.drainGraceMs));
     const host = config.host.includes(':') ? `[${config.host}]` : config.host;

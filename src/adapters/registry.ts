@@ -79,6 +79,8 @@ export interface Importer {
 export interface ImportOptions {
   /** Accept an adapter whose config names another base model; shapes must match all the same. */
   readonly acceptBaseName?: string;
+  /** Level k is rank k in every module, instead of what keeps most at the same bytes. */
+  readonly levels?: 'uniform';
 }
 
 export interface ImportedAdapter {

@@ -17,12 +17,15 @@ export interface HubFile {
   readonly revision?: string;
 }
 
-export interface HubOptions {
-  readonly dir: string;
+export interface HubAccess {
   readonly hubUrl?: string;
   readonly hubToken?: string;
   readonly onProgress?: (progress: { label: string; done: number; total: number }) => void;
   readonly signal?: AbortSignal;
+}
+
+export interface HubOptions extends HubAccess {
+  readonly dir: string;
 }
 
 const fileBytesMax = 256 * 1024 ** 3; // guess: nothing larger runs on one machine of the kind this is for
@@ -44,14 +47,18 @@ export function parseHubSource(source: string): HubFile {
   return { repo: match[1]!, path: match[2]! };
 }
 
-function hubFailure(error: unknown, file: HubFile): GatewayError {
+export function hubFailure(error: unknown, file: HubFile): GatewayError {
   const status = error instanceof HubApiError ? `answered ${error.statusCode}` : 'is not reachable';
   return new GatewayError('NO_CAPACITY', `the hub ${status} for hf:${file.repo}/${file.path}`, {
     cause: error,
   });
 }
 
-async function describe(file: HubFile, options: HubOptions): Promise<FileDownloadInfoOutput> {
+/** Throws NO_CAPACITY when the hub cannot be asked, INVALID_REQUEST when it has no such file. */
+export async function describeHubFile(
+  file: HubFile,
+  options: HubAccess,
+): Promise<FileDownloadInfoOutput> {
   const info = await fileDownloadInfo({
     repo: { type: 'model', name: file.repo },
     path: file.path,
@@ -77,11 +84,12 @@ async function partBytes(path: string, total: number): Promise<number> {
   return 0;
 }
 
-async function appendRest(
+/** Appends to `part` what it lacks of the file, never more than the file has. */
+export async function appendRest(
   part: string,
   file: HubFile,
   info: FileDownloadInfoOutput,
-  options: HubOptions,
+  options: HubAccess,
 ): Promise<void> {
   let done = await partBytes(part, info.size);
   if (done === info.size) return;
@@ -140,7 +148,7 @@ export async function fetchHubFile(file: HubFile, options: HubOptions): Promise<
   const kept = await keptFile(options.dir, file);
   // A commit never changes; a branch is asked for, yet a hub that is down must not keep a gateway from starting.
   if (kept !== null && /^[0-9a-f]{40}$/.test(file.revision ?? '')) return kept;
-  const info = await describe(file, options).catch((error: unknown) => {
+  const info = await describeHubFile(file, options).catch((error: unknown) => {
     if (kept !== null && error instanceof GatewayError && error.code === 'NO_CAPACITY') return null;
     throw error;
   });

@@ -5,6 +5,7 @@
 import { type Context, Hono } from 'hono';
 import type { ContentfulStatusCode } from 'hono/utils/http-status';
 import * as adapters from './adapters.ts';
+import { createAddAdapter } from './add-adapter.ts';
 import { authenticate } from './auth.ts';
 import { completeChat } from './chat.ts';
 import { completeText } from './completions.ts';
@@ -38,12 +39,15 @@ function routeTable(metricsPublic: boolean): readonly Route[] {
     inference('POST', '/v1/completions', completeText),
     inference('GET', '/v1/models', listModels),
     inference('GET', '/v1/models/:id', showModel),
-    admin('POST', '/v1/adapters', adapters.addAdapter),
+    admin('POST', '/v1/adapters', createAddAdapter()),
     admin('GET', '/v1/adapters', adapters.listAdapters),
     admin('GET', '/v1/adapters/:name', adapters.showAdapter),
     admin('PUT', '/v1/adapters/:name', adapters.swapAdapter),
     admin('DELETE', '/v1/adapters/:name', adapters.deleteAdapter),
     admin('POST', '/v1/adapters/:name/rollback', adapters.rollBackAdapter),
+    admin('PUT', '/v1/adapters/:name/alias', adapters.aliasAdapter),
+    admin('POST', '/v1/adapters/:name/pin', adapters.pinAdapter),
+    admin('POST', '/v1/adapters/:name/unpin', adapters.unpinAdapter),
     admin('GET', '/v1/adapters/:name/export', adapters.exportAdapter),
     admin('POST', '/v1/load_lora_adapter', loadLora),
     admin('POST', '/v1/unload_lora_adapter', unloadLora),

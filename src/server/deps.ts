@@ -39,7 +39,13 @@ export interface ServerConfig
         | 'metricsPublic'
         | 'hostsAllowed'
         | 'runtimeLoraUpdating'
+        | 'systemAdapter'
         | 'bodyBytesMax'
+        | 'uploadBytesMax'
+        | 'uploadMsMax'
+        | 'uploadsMax'
+        | 'hubUrl'
+        | 'hubToken'
       )
     | ('chatTokensDefault' | 'completionTokensDefault' | 'pingMs' | 'stallMsMax' | 'tokenAgeMsMax')
   > {
@@ -51,6 +57,8 @@ export interface ServerConfig
   readonly apiKeys: readonly ApiKey[];
   /** Directory that adapters may be loaded from. */
   readonly adaptersRoot: string;
+  /** Where uploads lie while they are received and imported; empty at the start. */
+  readonly uploadRoot: string;
 }
 
 export interface ServerDeps {

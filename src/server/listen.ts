@@ -15,6 +15,8 @@ export interface ListenOptions {
   readonly port: number;
   readonly connectionsMax: number;
   readonly keepAliveMs: number;
+  /** From a request's first byte to its last. */
+  readonly requestMsMax: number;
 }
 
 export interface Listening {
@@ -51,8 +53,8 @@ export async function listen(
     serverOptions: {
       maxHeaderSize: 16 * 1024,
       headersTimeout: 20_000,
-      // Bodies here are at most a few MiB; a slower sender is not one of ours.
-      requestTimeout: 60_000,
+      // Of the longest body, an upload. A slow sender is cut off long before (limits.ts).
+      requestTimeout: options.requestMsMax,
       connectionsCheckingInterval: 5_000,
       keepAliveTimeout: options.keepAliveMs,
       requireHostHeader: true,

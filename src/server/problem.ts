@@ -6,7 +6,7 @@ import { asGatewayError, type ErrorCode, GatewayError } from '../errors.ts';
 
 /** Failures of HTTP itself, which no other layer can cause. */
 export class HttpError extends Error {
-  readonly status: 403 | 404 | 405 | 415 | 499;
+  readonly status: 403 | 404 | 405 | 408 | 415 | 499;
   readonly code: string;
   readonly headers: Readonly<Record<string, string>>;
 

@@ -5,7 +5,8 @@ import type { Context } from 'hono';
 import { z } from 'zod';
 import { isAdapterName } from '../adapters/adapter.ts';
 import { GatewayError } from '../errors.ts';
-import { adapterName, directoryName, publishAdapter, removeAdapter } from './adapters.ts';
+import { adapterName, removeAdapter } from './adapters.ts';
+import { checkTarget, directoryName, localDirectory, publishAdapter } from './add-adapter.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { readBody } from './limits.ts';
@@ -26,7 +27,9 @@ export async function loadLora(c: Context<Env>, deps: ServerDeps): Promise<Respo
     // vLLM answers 400 here, where /v1/adapters answers 409.
     throw invalidRequest(`The lora adapter '${name}' has already been loaded.`, 'lora_name');
   }
-  await publishAdapter(deps, { name, source, replace }, 'lora_path');
+  checkTarget(c, deps, { name, replace });
+  const directory = await localDirectory(c, deps, source, 'lora_path');
+  await publishAdapter(c, deps, { name, replace }, directory);
   return c.text(`Success: LoRA adapter '${name}' added successfully.`);
 }
 
@@ -39,8 +42,9 @@ export async function unloadLora(c: Context<Env>, deps: ServerDeps): Promise<Res
       param: 'lora_name',
     });
   }
-  removeAdapter(record, null, deps);
-  return c.text(`Success: LoRA adapter '${record.name}' removed successfully.`);
+  const { generation } = record;
+  removeAdapter({ name: body.lora_name, generation }, null, deps);
+  return c.text(`Success: LoRA adapter '${body.lora_name}' removed successfully.`);
 }
 
 function checkEnabled({ config }: ServerDeps): void {

@@ -37,6 +37,7 @@ beforeEach(async () => {
     port: 0,
     connectionsMax: 64,
     keepAliveMs: 600_000, // no test waits for it: what closes a connection is the drain
+    requestMsMax: 60_000,
   });
 });
 afterEach(async () => {
@@ -205,7 +206,13 @@ describe('a socket that is not read', () => {
 
 describe('a port that is taken', () => {
   it('is said so', async () => {
-    const options = { host: '127.0.0.1', port: listening.port, connectionsMax: 1, keepAliveMs: 1 };
+    const options = {
+      host: '127.0.0.1',
+      port: listening.port,
+      connectionsMax: 1,
+      keepAliveMs: 1,
+      requestMsMax: 60_000,
+    };
     await expect(listen(harness.app, harness.lifecycle, options)).rejects.toMatchObject({
       code: 'INVALID_REQUEST',
       message: `cannot listen on 127.0.0.1 port ${listening.port}: EADDRINUSE`,

@@ -16,6 +16,7 @@ beforeAll(async () => {
     port: 0,
     connectionsMax: 64,
     keepAliveMs: 5000,
+    requestMsMax: 60_000,
   });
 });
 afterAll(async () => {

@@ -42,6 +42,12 @@ const configDefault: ServerConfig = {
   metricsPublic: false,
   hostsAllowed: [],
   bodyBytesMax: 256 * 1024,
+  uploadBytesMax: 64 * 1024,
+  uploadMsMax: 60_000,
+  uploadsMax: 4,
+  hubUrl: null,
+  hubToken: null,
+  uploadRoot: '/nowhere/uploads',
   chatTokensDefault: 512,
   completionTokensDefault: 16,
   pingMs: 5000,
@@ -49,6 +55,7 @@ const configDefault: ServerConfig = {
   tokenAgeMsMax: 60_000,
   adaptersRoot: '/nowhere/at/all',
   runtimeLoraUpdating: false,
+  systemAdapter: null,
 };
 
 export interface Harness {
@@ -161,7 +168,7 @@ export function createHarness(config: Partial<ServerConfig> = {}): Harness {
 
 export const nothingLeft = { live: 0, leases: 0, flying: 0, timers: 0, listeners: 0 };
 
-function tablePlan({ budget, adapter }: RouteInput): Plan {
+function tablePlan({ budget, adapter, system }: RouteInput): Plan {
   const rankMax = adapter?.rankMax ?? 0;
   const prediction = {
     totalMs: 120.5,
@@ -171,14 +178,18 @@ function tablePlan({ budget, adapter }: RouteInput): Plan {
     perTokenMs: 10,
     perTokenSigmaMs: 1,
   };
-  const figures = { rankMax, prediction };
-  if (adapter === null) return { ...figures, rank: 0, reason: 'base' };
-  if (budget.rank !== null) return { ...figures, rank: budget.rank, reason: 'fixed' };
-  if (budget.totalMs === null) return { ...figures, rank: rankMax, reason: 'full' };
+  const at = (rank: number, hasSystem: boolean) => {
+    const ranks = (adapter?.ranks[rank - 1] ?? 0) + (hasSystem ? (system?.ranks ?? 0) : 0);
+    return { rank, rankMax, hasSystem, ranks, prediction };
+  };
+  const hasSystem = system !== null;
+  if (adapter === null) return { ...at(0, hasSystem), reason: 'base' };
+  if (budget.rank !== null) return { ...at(budget.rank, hasSystem), reason: 'fixed' };
+  if (budget.totalMs === null) return { ...at(rankMax, hasSystem), reason: 'full' };
   if (budget.strict && budget.totalMs < 10) {
     throw new GatewayError('DEADLINE_TOO_SHORT', 'even rank 0 takes longer');
   }
-  return { ...figures, rank: 4, reason: 'reduced' };
+  return { ...at(4, false), reason: 'reduced' };
 }
 
 /** Bodies are probed by path: a wrong path gives undefined, which no expectation accepts. */
