@@ -24,7 +24,7 @@ export type SavedCurves = Array<[name: string, curve: Curve]>;
 export const savedCurves: z.ZodType<SavedCurves> = z
   .array(
     z.tuple([
-      z.string().max(256),
+      z.string().max(2048),
       z.strictObject({
         reached: z.array(z.number().nonnegative()).length(bucketCount),
         stopped: z.array(z.number().nonnegative()).length(bucketCount),

@@ -1,4 +1,4 @@
-// Predicts when a request would get its first and its last token at a given rank, from the learned step time
+// Predicts when a request would get its first and its last token at so many ranks, from the learned step time
 // (step-time.ts), the learned answer lengths (answer-length.ts) and the load of the moment. Its own mean error is learned
 // from finished answers. Memory is bounded; the state is saved as JSON and belongs to one base model on one machine.
 
@@ -77,10 +77,10 @@ export class LatencyModel {
     this.#tokenError = blend(this.#tokenError, pace, predicted.perTokenMs);
   }
 
-  predict(input: RouteInput, rank: number): Prediction | null {
+  predict(input: RouteInput, ranks: number): Prediction | null {
     if (this.#stepTime.steps < stepsMin) return null;
-    const first = this.#firstToken(input, rank);
-    const pace = this.#pace(input, rank);
+    const first = this.#firstToken(input, ranks);
+    const pace = this.#pace(input, ranks);
     const length = this.#lengths.expect(input.adapter?.name ?? '', input.tokensMax);
     const later = Math.max(0, length.mean - 1);
     const sigmas = [
@@ -103,7 +103,7 @@ export class LatencyModel {
   }
 
   /** Everything that waits is prefilled first, in steps of at most prefillTokensMax that also decode the running rows. */
-  #firstToken(input: RouteInput, rank: number): StepEstimate {
+  #firstToken(input: RouteInput, ranks: number): StepEstimate {
     const { load, promptTokens } = input;
     const { decodeRows, kvCells, waiting, waitingPromptTokens } = load;
     const tokens = promptTokens + waitingPromptTokens;
@@ -116,14 +116,14 @@ export class LatencyModel {
       steps * decodeRows,
       tokens,
       steps * load.decodeRanks,
-      promptTokens * rank + waitingPromptTokens * rankMean,
+      promptTokens * ranks + waitingPromptTokens * rankMean,
       steps * kvCells + triangle(promptTokens) + rows * triangle(waitingPromptTokens / rows),
     ];
     return this.#stepTime.estimate(work);
   }
 
   /** A decode step once this row and all that wait before it have joined. */
-  #pace(input: RouteInput, rank: number): StepEstimate {
+  #pace(input: RouteInput, ranks: number): StepEstimate {
     const { load, promptTokens, tokensMax } = input;
     const { decodeRows, decodeRanks, waiting, waitingPromptTokens } = load;
     const rankMean = decodeRows === 0 ? 0 : decodeRanks / decodeRows;
@@ -131,7 +131,7 @@ export class LatencyModel {
       1,
       decodeRows + waiting + 1,
       0,
-      decodeRanks + waiting * rankMean + rank,
+      decodeRanks + waiting * rankMean + ranks,
       0,
       load.kvCells + waitingPromptTokens + promptTokens + tokensMax / 2,
     ]);

@@ -1,8 +1,6 @@
 // The contract of routing: plain data in, a Plan out, no clock and no I/O. The reason is part of the plan: it is what
 // the caller reads in x-rank-reason.
 
-import type { Generation } from '../adapters/adapter.ts';
-
 /** In milliseconds, finite and > 0; null where nothing is asked. */
 export interface BudgetTimes {
   readonly totalMs: number | null;
@@ -30,11 +28,15 @@ export interface RouteInput {
   readonly tokensMax: number;
   readonly adapter: {
     readonly name: string;
-    readonly generation: Generation;
     readonly rankMax: number;
     /** Share of energy kept at uniform rank k (index k-1), non-decreasing. */
     readonly rankCurve: readonly number[];
+    /** What a row computes and reads at rank k (index k-1), of all parts of a blend. */
+    readonly ranks: readonly number[];
+    readonly pages: readonly number[];
   } | null;
+  /** The adapter that repairs the base under it, which has one rank. */
+  readonly system: { readonly ranks: number; readonly pages: number } | null;
   readonly load: {
     readonly decodeRows: number;
     readonly decodeRanks: number;
@@ -48,15 +50,19 @@ export type PlanReason =
   | 'base' // no adapter was named
   | 'full' // no budget: every rank
   | 'fits' // the largest rank whose prediction fits, and it is all of them
-  | 'reduced' // the largest rank that fits is smaller than the adapter
+  | 'system-dropped' // every rank, but the system adapter does not fit
+  | 'reduced' // the largest rank that fits is smaller than the adapter; the system adapter went before
   | 'fixed' // the caller fixed the rank
-  | 'infeasible'; // not even the smallest allowed rank fits; served at it (or refused when strict)
+  | 'infeasible'; // not even the smallest allowed rank fits; served at it, without the system adapter (or refused when strict)
 
 export interface Plan {
   readonly rank: number;
   readonly rankMax: number;
+  readonly hasSystem: boolean;
+  /** Active ranks of all that a row computes. */
+  readonly ranks: number;
   readonly reason: PlanReason;
-  /** At that rank; null while the latency model has seen nothing. */
+  /** Of that; null while the latency model has seen nothing. */
   readonly prediction: Prediction | null;
 }
 
@@ -70,5 +76,5 @@ export interface Prediction {
   readonly perTokenSigmaMs: number;
 }
 
-/** Predicts one request at one rank under the given load; null while nothing was learned. */
-export type Predict = (input: RouteInput, rank: number) => Prediction | null;
+/** Predicts one request with so many active ranks under the given load; null while nothing was learned. */
+export type Predict = (input: RouteInput, ranks: number) => Prediction | null;

@@ -9,7 +9,7 @@ import { chooseRank, fits } from './rank-policy.ts';
 export class Router extends LatencyModel {
   /** Throws DEADLINE_TOO_SHORT for a strict budget, INVALID_BUDGET for a fixed rank that the adapter has not. */
   route(input: RouteInput): Plan {
-    const predict: Predict = (what, rank) => this.predict(what, rank);
+    const predict: Predict = (what, ranks) => this.predict(what, ranks);
     const plan = chooseRank(input, predict);
     if (plan.reason === 'infeasible' && input.budget.strict) throw tooShort(input, plan, predict);
     return plan;
@@ -28,7 +28,7 @@ const retryAfterSMax = 60;
 /** Says when to come back only when waiting would help, which is when the same request would fit an idle machine. */
 function tooShort(input: RouteInput, plan: Plan, predict: Predict): GatewayError {
   const busyMs = plan.prediction?.totalMs ?? 0;
-  const alone = predict({ ...input, load: idle }, plan.rank);
+  const alone = predict({ ...input, load: idle }, plan.ranks);
   const helps = alone !== null && fits(input.budget, alone);
   const name = input.adapter === null ? 'the base model' : `rank ${plan.rank}`;
   const when = helps ? 'under the load of now' : 'also without other load';

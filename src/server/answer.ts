@@ -1,16 +1,23 @@
-// One request's life with the engine: plan, submit its sequences, keep the figures, end exactly once. Holds the adapter's
-// lease from before the plan to the last sequence's end; `end` may be called at any time.
+// One request's life with the engine: plan, submit its sequences, keep the figures, end exactly once. Holds the adapters'
+// leases from before the plan to the last sequence's end; `end` may be called at any time.
 
 import { setMaxListeners } from 'node:events';
 import type { InferenceReport } from '../channels.ts';
-import type { EngineEvent, GenerateRequest, Sampling } from '../engine/messages.ts';
+import type { AdapterUse, EngineEvent, GenerateRequest, Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
 import { meets, statesTime } from '../router/budget.ts';
-import type { Budget, Plan, RouteInput } from '../router/policy.ts';
+import type { Budget, Plan } from '../router/policy.ts';
+import {
+  engineUse,
+  namesOf,
+  routedAs,
+  type Target,
+  type UsedAdapter,
+  usedAdapters,
+} from './blend.ts';
 import type { ServerDeps } from './deps.ts';
 import type { FlyingSequence } from './in-flight.ts';
 import { merge, type Tagged } from './merge.ts';
-import type { Target } from './model-reference.ts';
 import { within } from './sse.ts';
 
 export interface AnswerRequest {
@@ -19,6 +26,8 @@ export interface AnswerRequest {
   readonly tenant: string;
   readonly receivedMs: number;
   readonly target: Target;
+  /** The target's instruction in tokens. */
+  readonly prior: AdapterUse['prior'];
   readonly prompts: readonly Int32Array[];
   /** Sequences per prompt. */
   readonly n: number;
@@ -41,6 +50,7 @@ interface Sequence extends FlyingSequence {
 
 export class Answer {
   readonly request: AnswerRequest;
+  readonly used: readonly UsedAdapter[];
   readonly #plan: Plan;
   readonly #promptTokens: number;
   readonly #deps: ServerDeps;
@@ -54,7 +64,7 @@ export class Answer {
   #isComplete = false;
   #isEnded = false;
 
-  /** Plans and takes over `request.target.lease`. Throws what the policy throws; then the lease is still the caller's. */
+  /** Plans and takes over `request.target`. Throws what the policy throws; then its leases are still the caller's. */
   constructor(deps: ServerDeps, request: AnswerRequest, signal: AbortSignal) {
     const { prompts, n, target, budget, tokensMax } = request;
     this.#deps = deps;
@@ -64,17 +74,18 @@ export class Answer {
       budget,
       promptTokens: Math.max(...prompts.map((prompt) => prompt.length)),
       tokensMax,
-      adapter: adapterOf(target),
+      ...routedAs(target),
       load: deps.inFlight.load(deps.engine.stats().kvCellsUsed, {
         count: prompts.length * n - 1,
         promptTokens: this.#promptTokens * n - prompts[0]!.length,
       }),
     });
+    this.used = usedAdapters(target, this.#plan);
     this.#sequences = prompts.flatMap((prompt) =>
       Array.from({ length: n }, () => ({
         promptTokens: prompt.length,
-        rank: this.#plan.rank,
-        generation: target.lease?.generation ?? null,
+        ranks: this.#plan.ranks,
+        generations: this.used.map((one) => one.generation),
         isStarted: false,
         queueMs: null,
         cachedTokens: 0,
@@ -144,7 +155,7 @@ export class Answer {
       this.#first?.catch(() => {});
     }
     for (const sequence of this.#sequences) this.#deps.inFlight.remove(sequence);
-    this.request.target.lease?.release();
+    this.request.target.release();
     if (this.#isComplete) this.#settle();
   }
 
@@ -153,8 +164,8 @@ export class Answer {
     const sum = (figure: (sequence: Sequence) => number, of = this.#sequences): number =>
       of.reduce((total, sequence) => total + figure(sequence), 0);
     return {
-      adapter: request.target.lease?.name ?? null,
-      generation: request.target.lease?.generation ?? null,
+      adapter: namesOf(request.target.parts) || null,
+      generation: request.target.parts.map(({ lease }) => lease.generation).join() || null,
       rank: this.#plan.rank,
       rankMax: this.#plan.rankMax,
       reason: this.#plan.reason,
@@ -189,7 +200,6 @@ export class Answer {
 
   #request(index: number): GenerateRequest {
     const { request } = this;
-    const { lease } = request.target;
     const { sampling } = request;
     return {
       id: `${request.id}-${index}`,
@@ -198,13 +208,7 @@ export class Answer {
       sampling: { ...sampling, seed: (sampling.seed + (index % request.n)) >>> 0 },
       stop: request.stop,
       topLogprobs: request.topLogprobs,
-      adapter:
-        lease === null
-          ? null
-          : {
-              parts: [{ generation: lease.generation, rank: this.#plan.rank, weight: 1 }],
-              ...{ merge: 'linear', density: 1, flyTopK: null, prior: null, system: null },
-            },
+      adapter: engineUse(request.target, this.#plan, request.prior),
       tenant: request.tenant,
     };
   }
@@ -249,7 +253,7 @@ export class Answer {
     const { completionTokens, end } = this.#longest;
     if (end === null) return;
     this.#deps.router.settle({
-      adapter: this.request.target.lease?.name ?? null,
+      adapter: namesOf(this.request.target.parts) || null,
       prediction: this.#plan.prediction,
       tokensMax: this.request.tokensMax,
       completionTokens,
@@ -257,10 +261,4 @@ export class Answer {
       totalMs: end.totalMs,
     });
   }
-}
-
-function adapterOf({ lease }: Target): RouteInput['adapter'] {
-  if (lease === null) return null;
-  const { rankMax, rankCurve } = lease.manifest;
-  return { name: lease.name, generation: lease.generation, rankMax, rankCurve };
 }

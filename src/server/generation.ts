@@ -1,14 +1,14 @@
 // From a parsed body to a started answer: what /v1/chat/completions and /v1/completions have in common. Cheap refusals
-// come first; the adapter is leased before the prompt is encoded, so that a swap in between cannot change the answer.
+// come first; adapters are leased before the prompt is encoded, so that a swap in between cannot change the answer.
 
 import type { Context } from 'hono';
-import type { Sampling } from '../engine/messages.ts';
+import type { AdapterUse, Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
 import { parseBudget } from '../router/budget.ts';
 import { Answer } from './answer.ts';
+import { resolveTarget, type Target } from './blend.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
-import { resolveModel, type Target } from './model-reference.ts';
 import { invalidRequest } from './problem.ts';
 import { reply, type Shape } from './reply.ts';
 import type { GenerationBody } from './schemas.ts';
@@ -40,13 +40,14 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
     throw invalidRequest('stream_options is for streams only', 'stream_options');
   }
   const sampling = samplingOf(body, deps);
-  const target = resolveModel(body.model, deps.config, deps.registry);
+  const target = resolveTarget(body, deps.config, deps.registry);
   let answer: Answer | null = null;
   try {
     const header = (name: string): string | null => c.req.header(name) ?? null;
     const source = { latency: body.latency, header, tier: tierOf(body, target) };
     const budget = parseBudget(source, deps.config);
     const prompts = await ask.encode();
+    const prior = await priorOf(target, deps);
     const { signal } = c.req.raw;
     if (signal.aborted) throw new GatewayError('CANCELLED', 'the client went away');
     const record = c.get('record');
@@ -55,6 +56,7 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
       tenant: c.get('tenant'),
       receivedMs: record.receivedMs,
       target,
+      prior,
       prompts,
       n: body.n ?? 1,
       tokensMax: tokensMaxOf(prompts, ask, deps.engine.base.contextMax),
@@ -70,9 +72,19 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
     return await reply(c, deps, made, ask);
   } catch (error) {
     answer?.end();
-    target.lease?.release(); // idempotent: an answer that was made has released it
+    target.release(); // idempotent: an answer that was made has released it
     throw error;
   }
+}
+
+async function priorOf(
+  { instruction }: Target,
+  { text }: ServerDeps,
+): Promise<AdapterUse['prior']> {
+  if (instruction === null) return null;
+  const tokens = Array.from(await text.encode(instruction.text));
+  if (tokens.length > 0) return { tokens, strength: instruction.strength };
+  throw invalidRequest('instruction_prior has no tokens', 'instruction_prior');
 }
 
 function tierOf(body: GenerationBody, target: Target): string | null {

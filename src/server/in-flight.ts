@@ -6,8 +6,9 @@ import type { RouteInput } from '../router/policy.ts';
 
 export interface FlyingSequence {
   readonly promptTokens: number;
-  readonly rank: number;
-  readonly generation: Generation | null;
+  /** Active ranks of all its adapters. */
+  readonly ranks: number;
+  readonly generations: readonly Generation[];
   isStarted: boolean;
 }
 
@@ -35,7 +36,7 @@ export class InFlight {
     for (const sequence of this.#sequences) {
       if (sequence.isStarted) {
         decodeRows += 1;
-        decodeRanks += sequence.rank;
+        decodeRanks += sequence.ranks;
       } else {
         waiting += 1;
         waitingPromptTokens += sequence.promptTokens;
@@ -53,8 +54,9 @@ export class InFlight {
   /** Generations that sequences wait for. */
   waitingGenerations(): ReadonlySet<Generation> {
     const generations = new Set<Generation>();
-    for (const { isStarted, generation } of this.#sequences) {
-      if (!isStarted && generation !== null) generations.add(generation);
+    for (const sequence of this.#sequences) {
+      if (sequence.isStarted) continue;
+      for (const generation of sequence.generations) generations.add(generation);
     }
     return generations;
   }

@@ -4,6 +4,7 @@
 import type { Context } from 'hono';
 import type { FinishReason, GeneratedToken } from '../engine/messages.ts';
 import type { Answer } from './answer.ts';
+import type { UsedAdapter } from './blend.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { problemOf } from './problem.ts';
@@ -150,8 +151,9 @@ function figuresOf(answer: Answer): { usage: object; rankgate: object } {
       prompt_tokens_details: { cached_tokens: cachedTokens },
     },
     rankgate: {
-      adapter: report.adapter,
-      generation: report.generation,
+      adapter: listed(answer.used, 'id'),
+      generation: listed(answer.used, 'generation'),
+      adapters: answer.used.map(({ rankMax, ...rest }) => ({ ...rest, rank_max: rankMax })),
       rank: report.rank,
       rank_max: report.rankMax,
       reason: report.reason,
@@ -167,12 +169,19 @@ function figuresOf(answer: Answer): { usage: object; rankgate: object } {
 /** On a stream these are what is known before the first token; a queue time that is not known yet is left out. */
 function setDecisionHeaders(c: Context<Env>, answer: Answer): void {
   const report = answer.report();
-  if (report.adapter !== null) c.header('x-adapter-id', report.adapter);
-  if (report.generation !== null) c.header('x-adapter-generation', report.generation);
-  c.header('x-adapter-rank', `${report.rank}/${report.rankMax}`);
+  const { used } = answer;
+  const [ids, generations] = [listed(used, 'id'), listed(used, 'generation')];
+  if (ids !== null) c.header('x-adapter-id', ids);
+  if (generations !== null) c.header('x-adapter-generation', generations);
+  c.header('x-adapter-rank', used.map(({ rank, rankMax }) => `${rank}/${rankMax}`).join() || '0/0');
   c.header('x-rank-reason', report.reason);
   if (report.predictedMs !== null) c.header('x-predicted-ms', String(rounded(report.predictedMs)));
   if (report.queueMs !== null) c.header('x-queue-ms', String(rounded(report.queueMs)));
+}
+
+/** Every adapter, the system adapter last. A name holds no comma. */
+function listed(used: readonly UsedAdapter[], key: 'id' | 'generation'): string | null {
+  return used.map((one) => one[key]).join() || null;
 }
 
 /** Microseconds are noise here. */

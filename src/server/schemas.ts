@@ -3,6 +3,8 @@
 // context) are in generation.ts.
 
 import { z } from 'zod';
+import { rankMaxLimit } from '../adapters/adapter.ts';
+import { type Merge, merges, partsMax, weightMax } from '../engine/messages.ts';
 import { invalidRequest } from './problem.ts';
 
 // Characters, before tokenising; the text worker has its own, tighter limit from the context length.
@@ -83,6 +85,22 @@ const shared = z.strictObject({
     .string()
     .regex(/^[a-z0-9_-]{1,64}$/)
     .exactOptional(),
+  /** Adapters blended by weight over the base that `model` names; blend.ts has the rules across these fields. */
+  adapters: z
+    .array(
+      z.strictObject({
+        id: z.string().min(1).max(256),
+        weight: z.number().min(-weightMax).max(weightMax),
+      }),
+    )
+    .min(1)
+    .max(partsMax)
+    .exactOptional(),
+  merge: z.enum(merges).exactOptional(),
+  density: z.number().gt(0).max(1).exactOptional(),
+  fly_top_k: z.int().min(1).max(rankMaxLimit).exactOptional(),
+  instruction_prior: plainText.pipe(z.string().min(1).max(2000)).exactOptional(),
+  prior_strength: z.number().min(0).max(100).exactOptional(),
   /** Looked into by router/budget.ts, which words its errors. */
   latency: z.unknown().optional(),
 }) satisfies z.ZodType<GenerationBody>;
@@ -114,6 +132,12 @@ export interface GenerationBody {
   user?: string;
   service_tier?: string;
   latency?: unknown;
+  adapters?: Array<{ id: string; weight: number }>;
+  merge?: Merge;
+  density?: number;
+  fly_top_k?: number;
+  instruction_prior?: string;
+  prior_strength?: number;
 }
 
 /** Throws INVALID_REQUEST whose `param` is the first offending field. */

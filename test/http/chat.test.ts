@@ -1,5 +1,6 @@
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { GatewayError } from '../../src/errors.ts';
+import { useOf } from '../support/adapter-use.ts';
 import {
   createHarness,
   generationA,
@@ -59,6 +60,7 @@ describe('a whole chat answer', () => {
       rankgate: {
         adapter: 'support',
         generation: generationA,
+        adapters: [{ id: 'support', generation: generationA, rank: 16, rank_max: 16, weight: 1 }],
         rank: 16,
         rank_max: 16,
         reason: 'full',
@@ -81,7 +83,7 @@ describe('a whole chat answer', () => {
     expect(header('x-rank-reason')).toBe('reduced');
     expect(header('x-predicted-ms')).toBe('120.5');
     expect(header('x-queue-ms')).toBe('3');
-    expect(harness.engine.requests[0]!.adapter).toEqual({ generation: generationA, rank: 4 });
+    expect(harness.engine.requests[0]!.adapter).toEqual(useOf(generationA, 4));
   });
 
   it('keeps a plain request id of the caller and replaces any other', async () => {

@@ -4,6 +4,7 @@ import type { StepReport } from '../../src/engine/messages.ts';
 import { LatencyModel } from '../../src/router/latency-model.ts';
 import type { Budget, Predict, Prediction, RouteInput } from '../../src/router/policy.ts';
 import { candidateRanks, chooseRank, fits } from '../../src/router/rank-policy.ts';
+import { routedAdapter } from '../support/routed-adapter.ts';
 
 const report: fc.Arbitrary<StepReport> = fc.record({
   ms: fc.double({ min: 0.01, max: 5000, noNaN: true }),
@@ -48,13 +49,11 @@ const input: fc.Arbitrary<RouteInput> = fc
   })
   .map(({ curve: rankCurve, ...rest }) => ({
     ...rest,
-    adapter: {
-      name: 'a',
-      generation: `sha256:${'0'.repeat(64)}` as const,
-      rankMax: rankCurve.length,
-      rankCurve,
-    },
+    adapter: routedAdapter(rankCurve.length, rankCurve),
+    system: null,
   }));
+/** What may lie under it. */
+const system = fc.record({ ranks: fc.integer({ min: 1, max: 64 }), pages: fc.constant(1) });
 
 function modelOf(reports: readonly StepReport[]): Predict {
   const model = new LatencyModel({
@@ -102,6 +101,24 @@ it('a tighter budget never gets a larger rank', () => {
       };
       const loose = chooseRank(route, predict).rank;
       expect(chooseRank(tighter, predict).rank).toBeLessThanOrEqual(loose);
+    }),
+    { numRuns: 500 },
+  );
+});
+
+it('a system adapter is used where it fits beside every rank, and never costs one', () => {
+  fc.assert(
+    fc.property(trained, input, system, (predict, route, under) => {
+      const without = chooseRank(route, predict);
+      const stacked = { ...route, system: under };
+      const plan = chooseRank(stacked, predict);
+      const { rankMax } = route.adapter!;
+      const fitsBoth = fits(route.budget, predict(route, rankMax + under.ranks)!);
+      expect(plan.rank).toBe(without.rank);
+      expect(plan.hasSystem).toBe(fitsBoth);
+      expect(plan.ranks).toBe(plan.rank + (fitsBoth ? under.ranks : 0));
+      const isWhole = plan.rank === rankMax && without.reason !== 'infeasible';
+      expect(plan.reason).toBe(isWhole && !fitsBoth ? 'system-dropped' : without.reason);
     }),
     { numRuns: 500 },
   );

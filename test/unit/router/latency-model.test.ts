@@ -3,6 +3,7 @@ import type { StepReport } from '../../../src/engine/messages.ts';
 import { LatencyModel } from '../../../src/router/latency-model.ts';
 import type { RouteInput } from '../../../src/router/policy.ts';
 import { createRng } from '../../support/random.ts';
+import { routedAdapter } from '../../support/routed-adapter.ts';
 
 const chunk = 64;
 
@@ -52,7 +53,8 @@ function inputOf(load: Partial<RouteInput['load']>, tokensMax = 101): RouteInput
     },
     promptTokens: 100,
     tokensMax,
-    adapter: { name: 'a', generation: `sha256:${'0'.repeat(64)}`, rankMax: 16, rankCurve: [] },
+    adapter: { ...routedAdapter(16), name: 'a' },
+    system: null,
     load: {
       decodeRows: 0,
       decodeRanks: 0,

@@ -4,6 +4,7 @@ import type { LatencyModelOptions } from '../../../src/router/latency-model.ts';
 import type { Budget, Plan, RouteInput } from '../../../src/router/policy.ts';
 import { Router } from '../../../src/router/router.ts';
 import { createRng, type Rng } from '../../support/random.ts';
+import { routedAdapter } from '../../support/routed-adapter.ts';
 
 const options: LatencyModelOptions = {
   identity: { baseHash: 'b'.repeat(64), backend: 'test 1', threads: 2 },
@@ -18,12 +19,7 @@ const open: Budget = {
   rank: null,
   rankMin: 0,
 };
-const adapter: RouteInput['adapter'] = {
-  name: 'support',
-  generation: `sha256:${'0'.repeat(64)}`,
-  rankMax: 16,
-  rankCurve: Array.from({ length: 16 }, (_, i) => (i + 1) / 16),
-};
+const adapter = routedAdapter(16);
 
 function stepMs(report: StepReport): number {
   return (
@@ -93,6 +89,7 @@ function inputOf(job: Omit<Job, 'rank'>, budget: Partial<Budget> = {}): RouteInp
     promptTokens,
     tokensMax: tokens,
     adapter,
+    system: null,
     load: { ...idle, decodeRows: others, decodeRanks: others * 8, kvCells: others * 100 },
   };
 }
@@ -125,6 +122,8 @@ describe('the router', () => {
     expect(new Router(options).route(inputOf({ promptTokens: 5, tokens: 5, others: 0 }))).toEqual({
       rank: 16,
       rankMax: 16,
+      ranks: 16,
+      hasSystem: false,
       reason: 'full',
       prediction: null,
     });
