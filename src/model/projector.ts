@@ -63,6 +63,7 @@ export class Projector {
   readonly atomWeights: Tensor[] = [];
   readonly #ops: Ops;
   readonly #parts: ProjectorParts;
+  readonly #summaries: Tensor[] = []; // [T, 8P] of each block of layers
 
   constructor(ops: Ops, parts: ProjectorParts) {
     this.#ops = ops;
@@ -75,10 +76,32 @@ export class Projector {
     const ops = this.#ops;
     const pools = names.map((name) => this.#parts.pools[moduleIndex(block, name)]!);
     const parts = pools.map(({ a }, i) => ({ a, gate: inputs.gate(block, names[i]!) }));
-    const hs = ops.shrink(x, inputs.pages, parts, inputs.uses); // [T, 8P] each
+    let hs = ops.shrink(x, inputs.pages, parts, inputs.uses); // [T, 8P] each
+    if (inputs.routing !== null) {
+      const { groups, temperatures, bias } = inputs.routing;
+      const biases = names.map((name) => bias(block, name));
+      hs = ops.routeRanks(x, hs, { uses: inputs.uses, groups, temperatures, biases });
+    }
+    hs = this.#mix(block, names, hs);
     return names.map((name, i) => {
       const y = ops.linear(x, weights[block]![name]); // [T, out]
       return ops.expand(y, hs[i]!, inputs.pages, pools[i]!.b);
     });
+  }
+
+  /** The first projection of a block of layers chooses for all of them, from its own h and from what the blocks before made
+   *  of theirs: of the token alone, so that prefill and decode agree. */
+  #mix(block: number, names: readonly Projection[], hs: Tensor[]): Tensor[] {
+    const { inputs, bank } = this.#parts;
+    if (inputs.atoms === null || bank === null) return hs;
+    const isFirst = block % bank.blockLayers === 0 && names[0] === 'attn_q';
+    if (isFirst) {
+      const weights = this.#ops.routeAtoms(hs[0]!, this.#summaries, bank, inputs.atoms);
+      this.atomWeights.push(weights); // [T, 1+K]
+    }
+    const weights = this.atomWeights.at(-1)!;
+    const mixed = hs.map((h) => this.#ops.mixRanks(h, bank.atoms, weights)); // [T, 8P] each
+    if (isFirst) this.#summaries.push(mixed[0]!);
+    return mixed;
   }
 }

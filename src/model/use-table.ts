@@ -62,9 +62,6 @@ export function checkUse(adapter: AdapterRows, limits: UseLimits): void {
       refuse(`${name} of ${pages.length} pages are ${numbers} numbers, got ${values.length}`);
     }
   }
-  if (routing !== null || atoms !== null) {
-    throw new GatewayError('UNSUPPORTED', 'step: routing and atoms are not served yet');
-  }
   let free = 0; // the first page that no group has yet
   if (atoms !== null) {
     checkAtoms(adapter, limits.bank);
