@@ -3,7 +3,8 @@
 // in algorithms.md section 1: folding P and ordering by SVD once, at publication, is the default.
 
 import { GatewayError } from '../../errors.ts';
-import { constantGates, type Family, pairFamily, peftOf, slice } from './family.ts';
+import { servedPair } from '../served.ts';
+import { constantGates, type Family, pairFamily, peftOf, refuse, slice } from './family.ts';
 import { filled, uniform, zeros } from './matrices.ts';
 
 export type Scaling = 'none' | 'rank' | 'sqrt';
@@ -55,6 +56,10 @@ export function matryoshka(options: MatryoshkaOptions): Family {
   ) {
     throw new GatewayError('INVALID_REQUEST', `matryoshka: ranks must rise from 1 to ${maxRank}`);
   }
+  if (order === 'as-trained' && mask !== 'prefix') {
+    const message = `matryoshka: ${mask} trains a sum of prefixes, and none as it is served`;
+    throw new GatewayError('INVALID_REQUEST', message);
+  }
   const trainedGates =
     mask === 'prefix'
       ? Float64Array.from({ length: maxRank }, (_, i) =>
@@ -64,7 +69,7 @@ export function matryoshka(options: MatryoshkaOptions): Family {
   const family: Family = pairFamily({
     kind: 'matryoshka',
     describe: `Matryoshka LoRA trained at ranks ${ranks.join(', ')} (${mask}, scale ${scaling}), published ${order}`,
-    axes: { a: [maxRank, 'in'], b: [maxRank, 'out'] },
+    axes: { a: ['rank', 'in'], b: ['rank', 'out'] },
     trained: ['a', 'b'],
     // The publication draws A as a tensor (in, R), whose fan-in is R: 8.5 times PEFT's entries at in 576, R 8.
     init: (site, random) => ({
@@ -76,7 +81,9 @@ export function matryoshka(options: MatryoshkaOptions): Family {
         const { a, b } = slice(family, tensors, k);
         return constantGates(a!, b!, scaleOf(scaling, k));
       }
-      return { ...constantGates(tensors.a!, tensors.b!, 1), gates: trainedGates };
+      const { a, b } = tensors;
+      if (a!.columns > maxRank) refuse('matryoshka:', `a has ${a!.columns} ranks, want ${maxRank}`);
+      return { ...constantGates(a!, b!, 1), gates: trainedGates.slice(0, a!.columns) };
     },
     // The publication's rule for a prefix: alpha r, 1, or 1 with rsLoRA make PEFT's scale 1, 1/r, 1/√r.
     toPeft(_site, tensors, k) {
@@ -86,5 +93,13 @@ export function matryoshka(options: MatryoshkaOptions): Family {
     },
     fromPeft: () => 'which ranks it was trained at, and with which scales, a LoRA does not say',
   });
-  return family;
+  if (order === 'svd') return family;
+  return {
+    ...family,
+    serve(site, { a, b }) {
+      if (scaling === 'none') return servedPair(site, { rank: a!.columns, a: a!.data, b: b!.data });
+      const message = `matryoshka: published ${order}, every rank has a scale (${scaling}) of its own`;
+      throw new GatewayError('UNSUPPORTED', `${message}, which packed files have not: publish svd`);
+    },
+  };
 }

@@ -2,19 +2,9 @@
 // (with the diagonal, counted once) are one matrix; modules where C grows get more ranks. C starts at 0 and A and B do
 // not, so the first gradient of C is not 0 (as published all three are 0 and nothing ever moves). Published as a LoRA.
 
-import type { Columns } from '../orthogonal.ts';
 import { multiplyTransposed } from '../orthogonal.ts';
 import { type Family, pairFamily, slice, type Tensors, tensorsOf } from './family.ts';
-import {
-  beside,
-  corner,
-  filled,
-  scaled,
-  times,
-  transposedTimes,
-  uniform,
-  zeros,
-} from './matrices.ts';
+import { beside, columnsOf, filled, times, transposedTimes, uniform, zeros } from './matrices.ts';
 import type { Random } from './seeded-random.ts';
 
 export interface TriangularOptions {
@@ -23,10 +13,9 @@ export interface TriangularOptions {
   readonly alpha: number;
 }
 
-/** Rank by which the scale is divided: never 0. */
-const divisorOf = (rank: number): number => rank + 1e-5;
-
 export function triangular({ rank, alpha }: TriangularOptions): Family {
+  // r of the rank at the start: neither growth nor a prefix changes what the other ranks do.
+  const scale = alpha / (rank + 1e-5);
   const family: Family = pairFamily({
     kind: 'triangular',
     describe: `TriAdaptLoRA from rank ${rank}, alpha ${alpha}`,
@@ -38,7 +27,6 @@ export function triangular({ rank, alpha }: TriangularOptions): Family {
       b: filled(rank, site.out, uniform(1 / Math.sqrt(rank), random)),
     }),
     pair(_site, tensors, k) {
-      const scale = alpha / divisorOf(tensors.a!.columns);
       const { a, b, c } = k === null ? tensors : slice(family, tensors, k);
       return {
         a: times(a!, c!), // C·A
@@ -52,29 +40,25 @@ export function triangular({ rank, alpha }: TriangularOptions): Family {
       };
     },
     fromPeft(_site, module) {
-      const { a, b } = tensorsOf({ ...module, scale: module.scale / alpha });
+      const { a, b } = tensorsOf({ ...module, scale: module.scale / scale });
       const c = zeros(module.rank, module.rank);
-      for (let i = 0; i < module.rank; i++) c.data[i * module.rank + i] = divisorOf(module.rank);
+      for (let i = 0; i < module.rank; i++) c.data[i * module.rank + i] = 1;
       return { a, b, c };
     },
   });
   return family;
 }
 
-/** `count` more ranks, which add nothing yet: A and B as at the start, C's new entries 0. C makes up for the scale's r. */
+/** `count` more ranks, which add nothing yet: A and B as at the start, C's new entries 0. */
 export function grownTriangular({ a, b, c }: Tensors, count: number, random: Random): Tensors {
   const rank = a!.columns;
   const wider = zeros(rank + count, rank + count);
-  for (let i = 0; i < rank; i++) wider.data.set(corner(columnOf(c!, i), 1).data, i * wider.rows);
+  for (let i = 0; i < rank; i++) wider.data.set(columnsOf(c!, i, 1).data, i * wider.rows);
   return {
     a: beside(a!, filled(count, a!.rows, uniform(1 / Math.sqrt(a!.rows), random))),
-    c: scaled(wider, divisorOf(rank + count) / divisorOf(rank)),
+    c: wider,
     b: beside(b!, filled(count, b!.rows, uniform(1 / Math.sqrt(rank), random))),
   };
-}
-
-function columnOf(x: Columns, i: number): Columns {
-  return { rows: x.rows, columns: 1, data: x.data.subarray(i * x.rows, (i + 1) * x.rows) };
 }
 
 /** ‖C‖_F per entry; a module's score is how much it rose since it was last looked at (or grew). */
