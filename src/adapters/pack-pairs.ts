@@ -30,9 +30,15 @@ export interface Packed {
   readonly bytes: Uint8Array;
 }
 
-/** Takes modules one at a time, so that a caller need not hold them all. Throws INVALID_ADAPTER naming the module. */
+/** A module's pair, made when it is wanted: all of them at once would be gigabytes. */
+export interface PairSource {
+  readonly module: ModuleRef;
+  squeeze(): SqueezedModule;
+}
+
+/** Takes modules one at a time. Throws INVALID_ADAPTER naming the module. */
 export function packPairs(
-  modules: Iterable<{ readonly module: ModuleRef; squeeze(): SqueezedModule }>,
+  modules: Iterable<PairSource>,
   { levels: rule, ...about }: PairsAbout,
 ): Packed & { readonly isZero: boolean } {
   const packer = createPacker();

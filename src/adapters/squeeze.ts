@@ -121,6 +121,27 @@ function orderedByOutput(
   return { us: scaled(left, lengths), v, sigma: lengths, worth };
 }
 
+/** The same for a whole matrix, of which the first `rankMax` ranks are wanted. Borrows its input. */
+export function squeezeMatrix(
+  x: Columns, // [out, in]
+  { rankMax, seed = 0, covariance }: SqueezeOptions & { readonly rankMax: number },
+): SqueezedModule {
+  const sketch = { rank: Math.min(rankMax, x.rows, x.columns), seed };
+  const { us, v, sigma, worth } =
+    covariance === undefined
+      ? withWorth(largestSvd(x, sketch))
+      : orderedByOutput(x, covariance, sketch);
+  const rank = Math.max(1, sigma.filter((value) => value > trimRatio * largestOf(sigma)).length);
+  const roots = sigma.slice(0, rank).map(Math.sqrt);
+  const b = scaled(
+    us,
+    roots.map((root) => (root === 0 ? 0 : 1 / root)),
+  );
+  const a = scaled(v, roots);
+  for (let i = 0; i < rank; i++) fixSign(a, b, i);
+  return { rank, a: a.data, b: b.data, sigma: worth.slice(0, rank) };
+}
+
 /** The same product as what it was squeezed from. */
 export function loraOf({ rank, a, b }: SqueezedModule): LoraModule {
   const sizes = { rank, in: a.length / rank, out: b.length / rank, scale: 1 };

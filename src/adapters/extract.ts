@@ -1,0 +1,113 @@
+// What a full fine-tune changed, as low-rank pairs (as FlexMoRE makes its experts): per projection, the SVD of
+// W_from − W_base. Both files have the rows of q and k in the same order, and so has the pair.
+
+import { GatewayError } from '../errors.ts';
+import { elementCount } from '../kernels/check.ts';
+import { dequantizeRows } from '../kernels/dequantize.ts';
+import { dtypeLayout, type WeightType } from '../kernels/kernels.ts';
+import {
+  type DecoderConfig,
+  expectedTensors,
+  projections,
+  readDecoderConfig,
+} from '../model/decoder-config.ts';
+import type { GgufFile } from '../model/gguf.ts';
+import type { ModuleRef } from '../model/stepper.ts';
+import { rankMaxLimit } from './adapter.ts';
+import type { Columns } from './orthogonal.ts';
+import { firstRanks, type PairSource } from './pack-pairs.ts';
+import { squeezeMatrix } from './squeeze.ts';
+
+export interface FilePair {
+  /** The fine-tune, or the file of higher precision. */
+  readonly from: GgufFile;
+  readonly base: GgufFile;
+}
+
+/** Ranks of each module, or the fewest that hold this share of what it changed: at most 256. */
+export type ExtractTarget = { readonly rank: number } | { readonly energy: number };
+
+/** The modules that differ, each as a pair when it is asked for. Throws BASE_MISMATCH for files of other sizes. */
+export function extractModules(files: FilePair, target: ExtractTarget): PairSource[] {
+  return changedModules(files).map((module) => ({
+    module,
+    squeeze: () => {
+      const change = weightChange(files, module);
+      if ('rank' in target) return squeezeMatrix(change, { rankMax: target.rank });
+      const squeezed = squeezeMatrix(change, { rankMax: rankMaxLimit });
+      const all = change.data.reduce((sum, value) => sum + value * value, 0);
+      const held = squeezed.sigma.reduce((sum, value) => sum + value * value, 0);
+      if (held < target.energy * all) {
+        const share = (held / all).toFixed(4);
+        const message = `${rankMaxLimit} ranks hold ${share} of the change, ${target.energy} is wanted`;
+        throw new GatewayError('INVALID_ADAPTER', message);
+      }
+      return firstRanks(squeezed, (target.energy * all) / held);
+    },
+  }));
+}
+
+/** Throws BASE_MISMATCH unless both are the same decoder but for their numbers. */
+export function checkSameSizes({ from, base }: FilePair): DecoderConfig {
+  const [theirs, ours] = [readDecoderConfig(from), readDecoderConfig(base)];
+  for (const [key, value] of Object.entries(ours)) {
+    if (key === 'name' || key === 'contextLength') continue; // They change no number of a short text.
+    const other = theirs[key as keyof DecoderConfig];
+    if (other === value) continue;
+    throw new GatewayError('BASE_MISMATCH', `${key} is ${other}, the base's is ${value}`);
+  }
+  return ours;
+}
+
+export function changedModules(files: FilePair): ModuleRef[] {
+  const { blocks } = checkSameSizes(files);
+  return Array.from({ length: blocks }, (_, block) =>
+    projections.map((projection) => ({ block, projection })),
+  )
+    .flat()
+    .filter((module) => differs(files, weightName(module)));
+}
+
+/** Tensors that differ and that no adapter can change: norms, embeddings, the output. */
+export function changedOutsideModules(files: FilePair): string[] {
+  const names = [...expectedTensors(checkSameSizes(files)).keys()];
+  return names.filter(
+    (name) => !projections.some((p) => name.includes(`.${p}.`)) && differs(files, name),
+  );
+}
+
+/** W_from − W_base of a projection. */
+export function weightChange({ from, base }: FilePair, module: ModuleRef): Columns {
+  const name = weightName(module);
+  const [width, out] = base.tensors.get(name)!.shape as [number, number];
+  const [theirs, ours] = [numbersOf(from, name), numbersOf(base, name)]; // [out, in]
+  const data = new Float64Array(out * width);
+  for (let o = 0; o < out; o++) {
+    for (let i = 0; i < width; i++) {
+      data[i * out + o] = theirs[o * width + i]! - ours[o * width + i]!;
+    }
+  }
+  return { rows: out, columns: width, data };
+}
+
+function weightName({ block, projection }: ModuleRef): string {
+  return `blk.${block}.${projection}.weight`;
+}
+
+function differs({ from, base }: FilePair, name: string): boolean {
+  const [theirs, ours] = [numbersOf(from, name), numbersOf(base, name)];
+  return theirs.some((value, i) => value !== ours[i]);
+}
+
+function numbersOf(file: GgufFile, name: string): Float32Array {
+  const tensor = file.tensors.get(name)!;
+  const type = tensor.type.toLowerCase();
+  if (!(type in dtypeLayout) || type.startsWith('i')) {
+    throw new GatewayError('UNSUPPORTED', `${name}: weights of type ${tensor.type}`);
+  }
+  const numbers = new Float32Array(elementCount(tensor.shape));
+  dequantizeRows(type as WeightType, file.read(tensor.offset, tensor.bytes), numbers);
+  const bad = numbers.find((value) => !Number.isFinite(value));
+  if (bad !== undefined) throw new GatewayError('INVALID_MODEL_FILE', `${name} has ${bad}`);
+  return numbers;
+}
