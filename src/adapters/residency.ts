@@ -1,24 +1,44 @@
 // Which adapters are in the engine's memory: pages of a Stepper handed to generations, use counts, eviction of the unused.
-// Pure bookkeeping apart from Stepper.writePage; the engine's loop owns it and calls it between steps only.
+// Pure bookkeeping apart from the Stepper's memory; the engine's loop owns it and calls it between steps only.
+//
+// A resident has the pages of its first ranks, as many as were asked for; asked for more, it grows while it is in use.
+// svfit's adapters have no pages: they are numbers beside the pages of their basis, which is a resident of its own.
 //
 // Invariants (faults.md section 2): a page with a use is never reassigned (I2); uses are zero when nobody holds one (I3);
-// a generation is handed out only when every module of every page was written, zeroes included; page 0 is nobody's.
+// ranks are handed out only when every module of their pages was written, zeroes included; page 0 is nobody's.
 
+import { LRUCache } from 'lru-cache';
 import { GatewayError } from '../errors.ts';
-import { type Projection, projectionShape, projections } from '../model/decoder-config.ts';
-import type { ModuleRef, Stepper } from '../model/stepper.ts';
-import { type AdapterManifest, type Generation, pageRanks } from './adapter.ts';
-import type { PackedAdapter } from './pack.ts';
+import { projections } from '../model/decoder-config.ts';
+import type { AdapterRows, AtomBank, Stepper } from '../model/stepper.ts';
+import { type Generation, type PackedKind, pageRanks } from './adapter.ts';
+import { Load, type LoadHost } from './adapter-load.ts';
+import type { BlendKey } from './blend-key.ts';
+import type { Floats, PackedAdapter } from './pack.ts';
+import { atomBankOf, type PageMemory } from './page-writing.ts';
+import type { RowMaker, RowsSource } from './rows.ts';
 
-/** Why a generation left the memory: room was needed, it was unloaded, or its load ended early. */
-export type DisposalReason = 'evicted' | 'unloaded' | 'load-abandoned' | 'load-failed';
+/** What can be resident: a packed file, or what is made of several when it is asked for. */
+export type ResidentKey = Generation | BlendKey;
 
-/** The right to read a generation's pages until `release`, which is idempotent. */
-export interface ResidentUse extends Disposable {
-  readonly generation: Generation;
-  /** In rank order: page i holds ranks 8i … 8i+7. A row of rank k needs the first ceil(k / 8). */
-  readonly pages: readonly number[];
+/** Why a generation left the memory: room was needed, it was unloaded, what it needs left, or its load ended early. */
+export type DisposalReason =
+  | 'evicted'
+  | 'unloaded'
+  | 'basis-evicted'
+  | 'bank-replaced'
+  | 'load-abandoned'
+  | 'load-failed';
+
+/** The right to use a generation's rows until `release`, which is idempotent. */
+export interface ResidentUse extends RowsSource, Disposable {
+  readonly generation: ResidentKey;
+  readonly kind: PackedKind;
   readonly rankMax: number;
+  /** queryable: [K, width], the token embeddings' mean of each atom's label. */
+  readonly labels: Floats | null;
+  /** The same object for the same rank while it is kept. Throws INTERNAL for a rank that was not acquired. */
+  rows(rank: number): AdapterRows;
   release(): void;
 }
 
@@ -27,16 +47,18 @@ export interface ResidentUse extends Disposable {
 export type LoadProgress = 'reading' | 'no-room' | 'more' | 'done';
 
 export interface AdapterLoad {
-  readonly generation: Generation;
-  /** Writes modules until `bytesMax` is reached, one at least. Throws ADAPTER_NOT_FOUND, ADAPTER_CORRUPT or UNSUPPORTED
-   *  (more pages than the engine has); the load is over then and a later beginLoad starts afresh. */
+  readonly generation: ResidentKey;
+  /** Writes modules until `bytesMax` is reached, one at least. Throws ADAPTER_NOT_FOUND, ADAPTER_CORRUPT, BASE_MISMATCH,
+   *  UNSUPPORTED (more pages than the engine has; a second bank) or NO_CAPACITY (all that is left is pinned); the load is
+   *  over then and a later beginLoad starts afresh. */
   advance(bytesMax: number): LoadProgress;
   /** Ends the load for everyone who waits for it and frees its pages. No effect once it is done. */
   abandon(): void;
 }
 
 export interface ResidentState {
-  readonly generation: Generation;
+  readonly generation: ResidentKey;
+  /** Ranks that are loaded. */
   readonly rank: number;
   readonly bytes: number;
   readonly uses: number;
@@ -45,55 +67,68 @@ export interface ResidentState {
 export interface Residency {
   readonly pagesMax: number;
   readonly pagesFree: number;
-  /** null when the generation is not resident (never, evicted, still loading). */
-  acquire(generation: Generation): ResidentUse | null;
-  /** One load per generation: a second call returns the first's. A resident generation answers `done` at once, and is
-   *  kept although it was to be unloaded. `onProgress` is called when the file has been read or failed to be. */
-  beginLoad(generation: Generation, onProgress: () => void): AdapterLoad;
+  /** null when the first `rank` ranks (all, when absent) are not resident: never, evicted, still loading. */
+  acquire(generation: ResidentKey, rank?: number): ResidentUse | null;
+  /** One load per generation: a second call returns the first's, which goes on to the larger rank. What is resident
+   *  answers `done` at once, and is kept although it was to be unloaded. `onProgress` is called when the file has been
+   *  read or failed to be. */
+  beginLoad(generation: ResidentKey, onProgress: () => void, rank?: number): AdapterLoad;
   /** Forgets a resident generation at its last use, at once when there is none. One that is loading is forgotten after
    *  the use that it is loaded for. */
   unload(generation: Generation): void;
+  /** These are not evicted from now on, and no others are kept. */
+  pin(generations: readonly Generation[]): void;
   /** Every resident generation, least recently used first. */
   list(): readonly ResidentState[];
 }
 
 export interface ResidencyOptions {
-  readonly stepper: Pick<Stepper, 'config' | 'pages' | 'pageBytes' | 'writePage'>;
+  readonly stepper: PageMemory & Pick<Stepper, 'setAtomBank'>;
   /** SHA-256 of the base model file, hex: an adapter that was checked against another is refused. */
   readonly baseHash: string;
-  /** Reads and verifies a packed file (pack.ts, readPacked). */
-  readonly open: (generation: Generation) => Promise<PackedAdapter>;
-  readonly onDispose?: (generation: Generation, reason: DisposalReason) => void;
+  /** Reads and verifies a packed file (pack.ts, readPacked), or makes a blend. */
+  readonly open: (generation: ResidentKey) => Promise<PackedAdapter>;
+  /** Of what residents keep outside the pages. */
+  readonly floatBytesMax?: number;
+  readonly onDispose?: (generation: ResidentKey, reason: DisposalReason) => void;
 }
 
-interface Resident {
-  readonly generation: Generation;
-  readonly pages: readonly number[];
-  readonly rankMax: number;
+export interface Resident {
+  readonly key: ResidentKey;
+  readonly maker: RowMaker;
+  /** Its own, as far as it is loaded. */
+  readonly pages: number[];
+  /** svfit's basis, whose pages it uses. */
+  readonly basis: Resident | null;
+  readonly labels: Floats | null;
+  readonly rows: LRUCache<number, AdapterRows>;
   uses: number;
   unloadAtLastUse: boolean;
+  /** More of its pages are being written: it stays. */
+  isGrowing: boolean;
 }
 
-interface Loading {
-  readonly load: AdapterLoad;
-  readonly listeners: Array<() => void>;
-  unloadAtLastUse: boolean;
-}
+/** Guess: 1,000 svfit adapters of rank 64 of the default model, with their rows, take 108 MB. */
+const floatBytesMaxDefault = 256 * 1024 * 1024;
+/** Ranks whose rows are kept per resident; a sequence keeps its own. */
+const rowsKept = 8;
 
 export function createResidency(options: ResidencyOptions): Residency {
   return new PagedResidency(options);
 }
 
-class PagedResidency implements Residency {
+class PagedResidency implements Residency, LoadHost {
   readonly pagesMax: number;
-  readonly #options: ResidencyOptions;
+  readonly options: ResidencyOptions;
   readonly #free: number[] = [];
   /** Insertion order is the order of last use: a touched entry is deleted and set again. */
-  readonly #residents: Map<Generation, Resident> = new Map();
-  readonly #loading: Map<Generation, Loading> = new Map();
+  readonly residents: Map<ResidentKey, Resident> = new Map();
+  readonly loading: Map<ResidentKey, Load> = new Map();
+  #pinned: ReadonlySet<ResidentKey> = new Set();
+  #bank: AtomBank | null = null;
 
   constructor(options: ResidencyOptions) {
-    this.#options = options;
+    this.options = options;
     this.pagesMax = options.stepper.pages - 1;
     for (let page = options.stepper.pages - 1; page >= 1; page--) this.#free.push(page);
   }
@@ -102,229 +137,220 @@ class PagedResidency implements Residency {
     return this.#free.length;
   }
 
-  acquire(generation: Generation): ResidentUse | null {
-    const resident = this.#residents.get(generation);
-    if (resident === undefined) return null;
-    resident.uses += 1;
-    this.#touch(resident);
+  acquire(generation: ResidentKey, rank = Number.POSITIVE_INFINITY): ResidentUse | null {
+    const resident = this.residents.get(generation);
+    if (resident === undefined || !this.has(resident, rank)) return null;
+    const { basis, maker, labels } = resident;
+    for (const one of [resident, basis]) {
+      if (one === null) continue;
+      one.uses += 1;
+      this.#touch(one);
+    }
     let open = true;
     const release = (): void => {
       if (!open) return;
       open = false;
-      resident.uses -= 1;
-      this.#touch(resident);
-      if (resident.uses === 0 && resident.unloadAtLastUse) this.#dispose(resident, 'unloaded');
+      for (const one of [resident, basis]) {
+        if (one === null) continue;
+        one.uses -= 1;
+        this.#touch(one);
+        this.#unloadIfDue(one);
+      }
     };
-    const { pages, rankMax } = resident;
-    return { generation, pages, rankMax, release, [Symbol.dispose]: release };
+    return {
+      generation,
+      kind: maker.manifest.kind,
+      rankMax: maker.manifest.rankMax,
+      labels,
+      moduleCount: this.options.stepper.config.blocks * projections.length,
+      rows: (wanted) => rowsOf(resident, wanted),
+      release,
+      [Symbol.dispose]: release,
+    };
   }
 
-  beginLoad(generation: Generation, onProgress: () => void): AdapterLoad {
-    const resident = this.#residents.get(generation);
+  beginLoad(
+    generation: ResidentKey,
+    onProgress: () => void,
+    rank = Number.POSITIVE_INFINITY,
+  ): AdapterLoad {
+    const resident = this.residents.get(generation);
     if (resident !== undefined) {
       resident.unloadAtLastUse = false;
-      return { generation, advance: () => 'done', abandon: () => {} };
+      if (this.has(resident, rank)) {
+        return { generation, advance: () => 'done', abandon: () => {} };
+      }
     }
-    const running = this.#loading.get(generation);
+    const running = this.loading.get(generation);
     if (running !== undefined) {
-      running.unloadAtLastUse = false;
-      running.listeners.push(onProgress);
-      return running.load;
+      running.want(rank, onProgress);
+      return running;
     }
-    const loading: Loading = {
-      load: this.#startLoad(generation),
-      listeners: [onProgress],
-      unloadAtLastUse: false,
-    };
-    this.#loading.set(generation, loading);
-    return loading.load;
+    const load = new Load(this, generation);
+    this.loading.set(generation, load);
+    load.want(rank, onProgress);
+    return load;
   }
 
   unload(generation: Generation): void {
-    const loading = this.#loading.get(generation);
-    if (loading !== undefined) loading.unloadAtLastUse = true;
-    const resident = this.#residents.get(generation);
+    const load = this.loading.get(generation);
+    if (load !== undefined) load.unloadAtLastUse = true;
+    const resident = this.residents.get(generation);
     if (resident === undefined) return;
-    if (resident.uses === 0) this.#dispose(resident, 'unloaded');
-    else resident.unloadAtLastUse = true;
+    resident.unloadAtLastUse = true;
+    this.#unloadIfDue(resident);
+  }
+
+  pin(generations: readonly Generation[]): void {
+    this.#pinned = new Set(generations);
   }
 
   list(): readonly ResidentState[] {
-    return [...this.#residents.values()].map(({ generation, pages, rankMax, uses }) => ({
-      generation,
-      rank: rankMax,
-      bytes: pages.length * this.#options.stepper.pageBytes,
-      uses,
-    }));
-  }
-
-  #startLoad(generation: Generation): AdapterLoad {
-    let state: LoadState = { kind: 'reading' };
-    const settle = (next: LoadState): void => {
-      if (state.kind !== 'reading') return; // Abandoned while the file was being read.
-      state = next;
-      for (const listener of this.#loading.get(generation)?.listeners ?? []) listener();
-    };
-    this.#options.open(generation).then(
-      (packed) => settle({ kind: 'read', packed }),
-      (error: unknown) => settle({ kind: 'failed', error }),
-    );
-    const advance = (bytesMax: number): LoadProgress => {
-      try {
-        state = this.#advance(state, bytesMax);
-      } catch (error) {
-        this.#endLoad(generation, state, 'load-failed');
-        state = { kind: 'failed', error };
-        throw error;
-      }
-      if (state.kind === 'writing') return 'more';
-      if (state.kind === 'read') return 'no-room';
-      if (state.kind === 'reading') return 'reading';
-      return 'done';
-    };
-    const abandon = (): void => {
-      if (state.kind === 'done' || state.kind === 'failed') return;
-      this.#endLoad(generation, state, 'load-abandoned');
-      const error = new GatewayError('CANCELLED', `the load of ${generation} was abandoned`);
-      state = { kind: 'failed', error };
-    };
-    return { generation, advance, abandon };
-  }
-
-  /** The state after writing up to `bytesMax`; `read` again when there is no room. */
-  #advance(state: LoadState, bytesMax: number): LoadState {
-    if (state.kind === 'failed') throw state.error;
-    if (state.kind === 'reading' || state.kind === 'done') return state;
-    const writing = state.kind === 'read' ? this.#startWriting(state.packed) : state;
-    if (writing === null) return state;
-    let bytes = 0;
-    while (bytes < bytesMax || bytes === 0) {
-      const next = writing.plan.next();
-      if (next.done === true) return this.#finish(writing);
-      bytes += next.value;
-    }
-    return writing;
-  }
-
-  #startWriting(packed: PackedAdapter): Writing | null {
-    checkBase(packed.manifest, this.#options);
-    const pages = this.#takePages(packed.pages);
-    if (pages === null) return null;
-    return { kind: 'writing', packed, pages, plan: writePages(this.#options, packed, pages) };
-  }
-
-  #finish(writing: Writing): LoadState {
-    const { generation, manifest } = writing.packed;
-    const unloadAtLastUse = this.#loading.get(generation)?.unloadAtLastUse ?? false;
-    this.#loading.delete(generation);
-    this.#residents.set(generation, {
-      generation,
-      pages: writing.pages,
-      rankMax: manifest.rankMax,
-      uses: 0,
-      unloadAtLastUse,
+    return [...this.residents.values()].map((resident) => {
+      const { key, uses, maker, pages, basis } = resident;
+      return {
+        generation: key,
+        rank: Math.min(maker.manifest.rankMax, pageRanks * (basis ?? resident).pages.length),
+        bytes: pages.length * this.options.stepper.pageBytes + floatBytes(resident),
+        uses,
+      };
     });
-    return { kind: 'done' };
+  }
+
+  has({ maker, pages, basis }: Resident, rank: number): boolean {
+    const wanted = Math.min(rank, maker.manifest.rankMax);
+    return maker.pagesFor(wanted) <= (basis?.pages ?? pages).length;
   }
 
   /** Evicts the least recently used only when that makes enough room: nothing is thrown away in vain. */
-  #takePages(count: number): readonly number[] | null {
-    if (count > this.pagesMax) {
-      const got = `the adapter has ${count * pageRanks} ranks`;
-      throw new GatewayError(
-        'UNSUPPORTED',
-        `${got}, the engine has room for ${this.pagesMax * pageRanks}`,
-      );
+  takePages(count: number, owner: Resident | null): readonly number[] | null {
+    const total = count + (owner?.pages.length ?? 0);
+    if (total > this.pagesMax) {
+      const got = `the adapter has ${total * pageRanks} ranks`;
+      const room = `the engine has room for ${this.pagesMax * pageRanks}`;
+      throw new GatewayError('UNSUPPORTED', `${got}, ${room}`);
     }
-    const unused = [...this.#residents.values()].filter((resident) => resident.uses === 0);
-    const evictable = unused.reduce((sum, resident) => sum + resident.pages.length, 0);
-    if (this.#free.length + evictable < count) return null;
+    const others = [...this.residents.values()].filter(
+      (resident) => resident !== owner && resident.pages.length > 0,
+    );
+    const pinned = pageCount(others.filter((resident) => this.#isPinned(resident)));
+    if (total > this.pagesMax - pinned) {
+      const message = `pinned adapters leave room for ${(this.pagesMax - pinned) * pageRanks} ranks`;
+      throw new GatewayError('NO_CAPACITY', message);
+    }
+    const unused = others.filter((resident) => this.#isEvictable(resident));
+    if (this.#free.length + pageCount(unused) < count) return null;
     for (const resident of unused) {
       if (this.#free.length >= count) break;
-      this.#dispose(resident, 'evicted');
+      this.dispose(resident, 'evicted');
     }
     return this.#free.splice(this.#free.length - count, count).reverse();
   }
 
-  #touch(resident: Resident): void {
-    this.#residents.delete(resident.generation);
-    this.#residents.set(resident.generation, resident);
+  givePages(pages: readonly number[]): void {
+    this.#free.push(...pages);
   }
 
-  #endLoad(generation: Generation, state: LoadState, reason: DisposalReason): void {
-    if (state.kind === 'writing') this.#free.push(...state.pages);
-    if (this.#loading.delete(generation)) this.#options.onDispose?.(generation, reason);
-  }
-
-  #dispose(resident: Resident, reason: DisposalReason): void {
-    this.#residents.delete(resident.generation);
-    this.#free.push(...resident.pages);
-    this.#options.onDispose?.(resident.generation, reason);
-  }
-}
-
-interface Writing {
-  readonly kind: 'writing';
-  readonly packed: PackedAdapter;
-  readonly pages: readonly number[];
-  /** Yields the bytes of the file that each module's page took. */
-  readonly plan: Iterator<number>;
-}
-
-type LoadState =
-  | { readonly kind: 'reading' }
-  | { readonly kind: 'read'; readonly packed: PackedAdapter }
-  | Writing
-  | { readonly kind: 'failed'; readonly error: unknown }
-  | { readonly kind: 'done' };
-
-/** Every module of the base, also those that the adapter lacks: the pages may hold another adapter's ranks. */
-function* writePages(
-  { stepper }: ResidencyOptions,
-  packed: PackedAdapter,
-  pages: readonly number[],
-): Generator<number, void> {
-  const bytes = moduleBytes(stepper);
-  for (const [index, page] of pages.entries()) {
-    for (const module of allModules(stepper)) {
-      stepper.writePage(page, module, packed.page(module, index));
-      yield bytes(module);
+  add(resident: Resident): void {
+    this.residents.set(resident.key, resident);
+    let bytes = 0;
+    for (const one of this.residents.values()) bytes += floatBytes(one);
+    for (const one of this.residents.values()) {
+      if (bytes <= (this.options.floatBytesMax ?? floatBytesMaxDefault)) break;
+      if (one === resident || !this.#isEvictable(one) || floatBytes(one) === 0) continue;
+      bytes -= floatBytes(one);
+      this.dispose(one, 'evicted');
     }
   }
-}
 
-/** Shapes again, although import checked them: a wrong page would be written over a neighbour's memory. */
-function checkBase(manifest: AdapterManifest, { stepper, baseHash }: ResidencyOptions): void {
-  if (manifest.baseHash !== baseHash) {
-    throw new GatewayError(
-      'BASE_MISMATCH',
-      `the adapter is for base ${manifest.baseHash}, the engine runs ${baseHash}`,
+  /** A load of it has ended. */
+  settle(resident: Resident): void {
+    resident.isGrowing = false;
+    this.#unloadIfDue(resident);
+  }
+
+  /** Makes this bank the one of the stepper. Throws UNSUPPORTED while sequences use another. */
+  useBank(packed: PackedAdapter): AtomBank {
+    if (this.#bank?.id === packed.generation) return this.#bank;
+    const old = [...this.residents.values()].filter(
+      ({ maker }) => maker.manifest.kind === 'queryable',
+    );
+    if (old.some((resident) => resident.uses > 0 || this.#isPinned(resident))) {
+      throw new GatewayError('UNSUPPORTED', 'adapters of another atom bank are in use or pinned');
+    }
+    const bank = atomBankOf(packed);
+    for (const resident of old) this.dispose(resident, 'bank-replaced');
+    this.options.stepper.setAtomBank(bank);
+    this.#bank = bank;
+    return bank;
+  }
+
+  dispose(resident: Resident, reason: DisposalReason): void {
+    this.residents.delete(resident.key);
+    this.givePages(resident.pages);
+    this.options.onDispose?.(resident.key, reason);
+    // None of them is in use: a use of theirs is a use of the basis.
+    for (const one of [...this.residents.values()]) {
+      if (one.basis === resident) this.dispose(one, 'basis-evicted');
+    }
+  }
+
+  #touch(resident: Resident): void {
+    if (!this.residents.delete(resident.key)) return;
+    this.residents.set(resident.key, resident);
+  }
+
+  #unloadIfDue(resident: Resident): void {
+    const { uses, unloadAtLastUse, isGrowing } = resident;
+    if (uses === 0 && unloadAtLastUse && !isGrowing) this.dispose(resident, 'unloaded');
+  }
+
+  #isEvictable(resident: Resident): boolean {
+    return resident.uses === 0 && !resident.isGrowing && !this.#isPinned(resident);
+  }
+
+  #isPinned(resident: Resident): boolean {
+    if (this.#pinned.has(resident.key)) return true;
+    if (resident.maker.manifest.kind !== 'basis') return false;
+    return [...this.residents.values()].some(
+      (one) => one.basis === resident && this.#pinned.has(one.key),
     );
   }
-  for (const { block, projection, in: width, out } of manifest.modules) {
-    const want = projectionShape(stepper.config, projection);
-    if (block < stepper.config.blocks && width === want.in && out === want.out) continue;
-    throw new GatewayError(
-      'BASE_MISMATCH',
-      `blk.${block}.${projection}: got ${width} → ${out}, the base has ${want.in} → ${want.out} ` +
-        `and ${stepper.config.blocks} blocks`,
-    );
-  }
 }
 
-function allModules({ config }: Pick<Stepper, 'config'>): readonly ModuleRef[] {
-  const modules: ModuleRef[] = [];
-  for (let block = 0; block < config.blocks; block++) {
-    for (const projection of projections) modules.push({ block, projection });
-  }
-  return modules;
+function pageCount(residents: readonly Resident[]): number {
+  return residents.reduce((sum, { pages }) => sum + pages.length, 0);
 }
 
-function moduleBytes({ config }: Pick<Stepper, 'config'>): (module: ModuleRef) => number {
-  const sizes = new Map<Projection, number>();
-  for (const projection of projections) {
-    const shape = projectionShape(config, projection);
-    sizes.set(projection, 2 * pageRanks * (shape.in + shape.out));
+/** Numbers of its own beside pages, and the rows that were made of them. */
+function floatBytes({ maker, rows }: Resident): number {
+  return maker.bytes + rows.calculatedSize;
+}
+
+function rowsOf(resident: Resident, rank: number): AdapterRows {
+  const known = resident.rows.get(rank);
+  if (known !== undefined) return known;
+  const { maker, basis, pages: own } = resident;
+  const count = maker.pagesFor(rank);
+  const pages = (basis?.pages ?? own).slice(0, count);
+  if (!(rank >= 1 && rank <= maker.manifest.rankMax) || pages.length < count) {
+    throw new GatewayError('INTERNAL', `rank ${rank} of ${resident.key} is not resident`);
   }
-  return ({ projection }) => sizes.get(projection) ?? 0;
+  const rows = maker.make(rank, pages);
+  resident.rows.set(rank, rows);
+  return rows;
+}
+
+export function createResident(
+  key: ResidentKey,
+  parts: Pick<Resident, 'maker' | 'basis' | 'labels'>,
+): Resident {
+  const sizeCalculation = ({ gates, routing }: AdapterRows): number =>
+    1 + (gates?.byteLength ?? 0) + (routing?.bias.byteLength ?? 0);
+  const rows = new LRUCache<number, AdapterRows>({
+    max: rowsKept,
+    maxSize: 2 ** 30,
+    sizeCalculation,
+  });
+  return { key, ...parts, rows, pages: [], uses: 0, unloadAtLastUse: false, isGrowing: false };
 }

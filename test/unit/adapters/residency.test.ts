@@ -7,11 +7,12 @@ import {
   createResidency,
   type DisposalReason,
   type Residency,
+  type ResidentKey,
   type ResidentUse,
 } from '../../../src/adapters/residency.ts';
 import { GatewayError } from '../../../src/errors.ts';
 import { projectionShape, projections } from '../../../src/model/decoder-config.ts';
-import type { ModuleRef, PageData } from '../../../src/model/stepper.ts';
+import type { AtomBank, ModuleRef, PageData } from '../../../src/model/stepper.ts';
 import { fakeGeneration, fakeManifest } from '../../support/fake-registry.ts';
 import { tinyBase } from '../../support/tiny-base.ts';
 
@@ -59,6 +60,7 @@ class Pages {
   readonly pages: number;
   readonly pageBytes = 1000;
   readonly held: Map<string, number | null> = new Map();
+  bank: AtomBank | null = null;
 
   constructor(pages: number) {
     this.pages = pages;
@@ -70,6 +72,10 @@ class Pages {
     this.held.set(`${page}.${block}.${projection}`, data === null ? null : data.a[0]!);
   }
 
+  setAtomBank(bank: AtomBank | null): void {
+    this.bank = bank;
+  }
+
   at(page: number, { block, projection }: ModuleRef): number | null | undefined {
     return this.held.get(`${page}.${block}.${projection}`);
   }
@@ -77,7 +83,7 @@ class Pages {
 
 function setUp(pages: number, adapters: readonly PackedAdapter[]) {
   const stepper = new Pages(pages);
-  const disposed: [Generation, DisposalReason][] = [];
+  const disposed: [ResidentKey, DisposalReason][] = [];
   const residency = createResidency({
     stepper,
     baseHash,
@@ -110,7 +116,7 @@ describe('residency', () => {
     const { residency, stepper } = setUp(2, adapters);
     (await loadWhole(residency, generationAt(0))).release();
     const use = await loadWhole(residency, generationAt(1));
-    expect(use.pages).toEqual([1]);
+    expect(use.rows(8).pages).toEqual([1]);
     expect(stepper.at(1, q0)).toBe(100);
     for (const module of all.slice(1)) expect(stepper.at(1, module)).toBeNull();
   });
@@ -125,7 +131,7 @@ describe('residency', () => {
     }
     // 2 pages × 2 blocks of 14,848 bytes.
     expect(pieces).toBeGreaterThan(4);
-    expect(residency.acquire(generationAt(0))?.pages).toEqual([1, 2]);
+    expect(residency.acquire(generationAt(0))?.rows(16).pages).toEqual([1, 2]);
   });
 
   it('evicts the least recently used, only what is unused, and only when that helps', async () => {
@@ -296,7 +302,7 @@ describe('residency under any order of calls', () => {
         check(residency, stepper, uses);
         for (const { generation, uses: left } of residency.list()) {
           expect(left).toBe(0); // I3
-          residency.unload(generation);
+          residency.unload(generation as Generation);
         }
         expect(residency.pagesFree).toBe(5);
         for (const [, reason] of disposed) seen.add(reason);
@@ -317,8 +323,9 @@ describe('residency under any order of calls', () => {
     const owners = new Map<number, number>();
     for (const { use, i, open } of uses) {
       if (!open) continue;
-      expect(use.pages).toHaveLength(Math.ceil(ranks[i]! / 8));
-      use.pages.forEach((page, index) => {
+      const { pages } = use.rows(ranks[i]!);
+      expect(pages).toHaveLength(Math.ceil(ranks[i]! / 8));
+      pages.forEach((page, index) => {
         expect(owners.get(page) ?? i).toBe(i); // I2: nobody else's
         owners.set(page, i);
         for (const module of all) {
