@@ -4,7 +4,7 @@
 import { createHash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
 import { join } from 'node:path';
-import { modelInfo } from '@huggingface/hub';
+import { HubApiError, modelInfo } from '@huggingface/hub';
 import { GatewayError } from '../errors.ts';
 import { appendRest, describeHubFile, type HubAccess, hubFailure } from '../model/hub-source.ts';
 import { configBytesMax } from './peft-config.ts';
@@ -29,7 +29,7 @@ export function parseHubAdapter(source: string): HubAdapter {
 }
 
 /** Writes the adapter's two files into an empty `folder`; answers the commit that they are of. Throws INVALID_ADAPTER,
- *  PAYLOAD_TOO_LARGE, DISK_FULL, or NO_CAPACITY when the hub does not answer. */
+ *  INVALID_REQUEST when the hub has none or refuses it, PAYLOAD_TOO_LARGE, DISK_FULL, or NO_CAPACITY when the hub does not answer. */
 export async function fetchHubAdapter(
   { repo, revision }: HubAdapter,
   folder: string,
@@ -43,7 +43,7 @@ export async function fetchHubAdapter(
     const file = { repo, path, revision: commit };
     const info = await describeHubFile(file, options).catch((error: unknown) => {
       const isMissing = error instanceof GatewayError && error.code === 'INVALID_REQUEST';
-      throw isMissing ? invalid(`${path} is missing`, error) : error;
+      throw isMissing ? invalid(`${path} is missing`, error) : refusal(error);
     });
     if (info.size > bytesMax) {
       const message = `${path} has ${info.size} bytes, at most ${bytesMax}`;
@@ -69,10 +69,19 @@ async function commitOf(repo: string, revision: string, options: HubAccess): Pro
     ...(options.hubToken === undefined ? {} : { accessToken: options.hubToken }),
     fetch: (url, init) => fetch(url, { ...init, signal: options.signal ?? null }),
   }).catch((error: unknown) => {
-    throw options.signal?.aborted ? error : hubFailure(error, file);
+    throw options.signal?.aborted ? error : refusal(hubFailure(error, file));
   });
   if (commitPattern.test(info.sha)) return info.sha;
   throw hubFailure(new Error('no commit'), file);
+}
+
+/** A hub that says no is not one that is down. */
+function refusal(error: unknown): unknown {
+  const cause = error instanceof GatewayError ? error.cause : null;
+  const status = cause instanceof HubApiError ? cause.statusCode : 0;
+  if (status < 400 || status >= 500 || status === 429) return error;
+  const message = `the hub answered ${status}: it has no such adapter, or not for this server`;
+  return new GatewayError('INVALID_REQUEST', message, { param: 'source', cause });
 }
 
 /** The hub's entity tag is the SHA-256 of a large file, and git's hash of a small one. */

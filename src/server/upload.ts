@@ -80,20 +80,20 @@ export async function receiveUpload<T>(
   };
   checkUncompressed(c.req.raw.headers);
   const body = pacedBytes(c.req.raw, clock, paceOf(uploadBytesMax + 4 * configBytesMax));
-  const texts: Record<string, string> = {};
+  const texts = new Map<string, string>();
   const received = new Map<string, { bytes: number; sha256: string }>();
   let accepted: { readonly value: T } | null = null;
   for await (const part of readMultipart(body, boundary)) {
     const bytesMax = Object.hasOwn(bytesMaxOf, part.name) ? bytesMaxOf[part.name] : undefined;
-    if (Object.hasOwn(texts, part.name) || received.has(part.name)) {
+    if (texts.has(part.name) || received.has(part.name)) {
       throw invalidRequest(`${part.name} is there twice`, part.name);
     }
     if (bytesMax === undefined) {
       if (accepted !== null) throw invalidRequest('fields come before files', part.name);
-      texts[part.name] = await readText(part, 1024);
+      texts.set(part.name, await readText(part, 1024));
       continue;
     }
-    accepted ??= { value: accept(texts) };
+    accepted ??= { value: accept(Object.fromEntries(texts)) };
     const path = join(folder, part.name);
     received.set(part.name, await writePart(part, { path, bytesMax, files }));
   }
