@@ -15,7 +15,8 @@ export interface StoredBank extends Pick<AtomBank, 'id' | 'r' | 'dq' | 'K' | 'bl
 /** Sizes of banks that a decoder has memory for in its life. */
 const sizesMax = 8;
 
-type BankMemory = Pick<StoredBank, 'atoms' | 'query' | 'summary' | 'context'>;
+const memoryNames = ['atoms', 'query', 'summary', 'context'] as const;
+type BankMemory = Pick<StoredBank, (typeof memoryNames)[number]>;
 
 export class AtomMemory {
   bank: StoredBank | null = null;
@@ -26,17 +27,13 @@ export class AtomMemory {
     this.#kernels = kernels;
   }
 
-  /** Throws SHAPE_MISMATCH for numbers that do not fit the sizes, UNSUPPORTED after too many sizes. */
-  set(bank: AtomBank | null): void {
-    if (bank === null) {
-      this.bank = null;
-      return;
-    }
+  /** Throws SHAPE_MISMATCH for numbers that do not fit the sizes, UNSUPPORTED after too many sizes. The bank before stays
+   *  until `fill`. */
+  reserve(bank: AtomBank): StoredBank {
     const { id, r, dq, K, blockLayers } = bank;
     const shapes = { atoms: [K, r, r], query: [dq, r], summary: [r, r], context: [dq, r] } as const;
-    const names = Object.keys(shapes) as ReadonlyArray<keyof BankMemory>;
     const isWhole = [r, dq, K, blockLayers].every((size) => Number.isInteger(size) && size >= 1);
-    for (const name of names) {
+    for (const name of memoryNames) {
       const count = shapes[name].reduce((product, size) => product * size, 1);
       if (isWhole && bank[name].length === count && bank[name].every(Number.isFinite)) continue;
       throw new GatewayError(
@@ -44,12 +41,16 @@ export class AtomMemory {
         `atom bank ${id}: ${name} wants ${shapes[name].join('×')} finite numbers, got ${bank[name].length}`,
       );
     }
-    const memory = this.#memory(shapes);
-    for (const name of names) {
+    return { id, r, dq, K, blockLayers, ...this.#memory(shapes) };
+  }
+
+  fill(room: StoredBank | null, bank: AtomBank | null): void {
+    this.bank = room;
+    for (const name of memoryNames) {
+      if (room === null || bank === null) return;
       const { buffer, byteOffset, byteLength } = bank[name];
-      this.#kernels.write(memory[name], new Uint8Array(buffer, byteOffset, byteLength), 0);
+      this.#kernels.write(room[name], new Uint8Array(buffer, byteOffset, byteLength), 0);
     }
-    this.bank = { id, r, dq, K, blockLayers, ...memory };
   }
 
   #memory(shapes: Readonly<Record<keyof BankMemory, readonly number[]>>): BankMemory {

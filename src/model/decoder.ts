@@ -4,7 +4,7 @@
 
 import { GatewayError } from '../errors.ts';
 import type { Kernels, Ops, Program, StoredTensor, Tensor } from '../kernels/kernels.ts';
-import { AtomMemory } from './atom-memory.ts';
+import { AtomMemory, type StoredBank } from './atom-memory.ts';
 import { decoderBlock } from './decoder-block.ts';
 import { type DecoderConfig, moduleIndex, type Projection } from './decoder-config.ts';
 import { type ModulePools, type PoolOptions, Projector, storePools } from './projector.ts';
@@ -14,6 +14,7 @@ import {
   placeRows,
   programSize,
   scrapCells,
+  smallestWithAtoms,
   usesOf,
   writeInputs,
 } from './step-inputs.ts';
@@ -141,12 +142,15 @@ export class Decoder implements Stepper {
     }
     const [oldest] = this.#programs.keys();
     if (this.#programs.size >= programsMax && oldest !== undefined) this.#forget(oldest);
-    const program = this.#kernels.compile((ops) => this.#forward(ops, size), {
-      segments: size.segments,
-    });
+    const program = this.#compile(size, this.#atoms.bank);
     const made = { program, size, uses: [] };
     this.#programs.set(key, made);
     return made;
+  }
+
+  #compile(size: ProgramSize, bank: StoredBank | null): Program {
+    const { segments } = size;
+    return this.#kernels.compile((ops) => this.#forward(ops, size, bank), { segments });
   }
 
   #forget(key: string): void {
@@ -154,7 +158,7 @@ export class Decoder implements Stepper {
     this.#programs.delete(key);
   }
 
-  #forward(ops: Ops, size: ProgramSize): Readonly<Record<string, Tensor>> {
+  #forward(ops: Ops, size: ProgramSize, bank: StoredBank | null): Readonly<Record<string, Tensor>> {
     const { config } = this;
     const { rows } = size;
     const kvWidth = config.kvHeads * config.headSize;
@@ -162,7 +166,7 @@ export class Decoder implements Stepper {
     const positions = ops.input('positions', 'i32', [rows]);
     const cells = ops.input('cells', 'i64', [rows]);
     const outputRows = ops.input('outputRows', 'i32', [size.outputs]);
-    const projector = this.#projector(ops, size);
+    const projector = this.#projector(ops, size, bank);
 
     let x = ops.embed(this.#weights.tokenEmbedding, tokens); // [T, E]
     this.#weights.blocks.forEach((block, i) => {
@@ -184,9 +188,8 @@ export class Decoder implements Stepper {
   }
 
   /** null: no row has an adapter. */
-  #projector(ops: Ops, size: ProgramSize): Projector | null {
+  #projector(ops: Ops, size: ProgramSize, bank: StoredBank | null): Projector | null {
     if (size.pages === 0) return null;
-    const bank = size.hasAtoms ? this.#atoms.bank : null;
     const inputs = declareUses(ops, size, { config: this.config, pages: this.pages, bank });
     return new Projector(ops, { weights: this.#weights.blocks, pools: this.#pools, inputs, bank });
   }
@@ -209,8 +212,13 @@ export class Decoder implements Stepper {
   }
 
   setAtomBank(bank: AtomBank | null): void {
+    const room = bank === null ? null : this.#atoms.reserve(bank);
+    // A bank that the kernels cannot use is refused here, and not in its first step.
+    if (room !== null && this.#pools.length > 0) {
+      this.#compile(smallestWithAtoms(room), room)[Symbol.dispose]();
+    }
     for (const [key, { size }] of this.#programs) if (size.hasAtoms) this.#forget(key);
-    this.#atoms.set(bank);
+    this.#atoms.fill(room, bank);
   }
 
   embeddings(ids: Int32Array): Float32Array {

@@ -1,9 +1,10 @@
 // One step's segments → the inputs of a program: checked against the decoder's limits, sized, ordered and written.
 
 import { GatewayError } from '../errors.ts';
-import type { Program } from '../kernels/kernels.ts';
+import { type Program, ranksPerPage } from '../kernels/kernels.ts';
 import type { AdapterRows, Segment, Stepper } from './stepper.ts';
 import {
+  type BankSizes,
   checkUse,
   pagesOf,
   pagesPerRowMax,
@@ -91,6 +92,13 @@ export function programSize(batch: Batch, limits: StepLimits): ProgramSize {
     outputs: roundUpPower(Math.max(batch.segments, batch.outputs), limits.segmentsMax),
     pages: batch.pages === 0 ? 0 : roundUpPower(batch.pages, pagesPerRowMax),
   };
+}
+
+/** One row of a use that is just large enough for the bank. */
+export function smallestWithAtoms({ r }: BankSizes): ProgramSize {
+  const one = { rows: 1, segments: 1, outputs: 1, uses: 2 };
+  const pages = roundUpPower(Math.ceil(r / ranksPerPage), pagesPerRowMax);
+  return { ...one, pages, gates: 'shared', isRouted: false, hasAtoms: true };
 }
 
 export interface PlacedSegment {

@@ -51,6 +51,7 @@ function open(): { kernels: WatchedKernels; decoder: Decoder; book: PageBook } {
   const kernels = new WatchedKernels();
   const decoder = openDeepTiny(kernels, { blocks: tinyBlocks, pages: 20 });
   decoder.setAtomBank(bank);
+  kernels.programs = 0; // without the one that it was tried with
   return { kernels, decoder, book: new PageBook(decoder, 5) };
 }
 
@@ -217,6 +218,19 @@ describe('the atom bank', () => {
       expect(() => owned.setAtomBank({ ...bank, [size]: 1.5 })).toThrow(/wants/);
     }
     owned.step(segments(use));
+  });
+
+  it('is refused when the kernels cannot choose by it, and not in its first step', () => {
+    const decoder = openDeepTiny(new ReferenceKernels(), { blocks: 16, pages: 4 });
+    using owned = decoder;
+    const wide = randomBank({ r: 8, dq: 4, K: 3, blockLayers: 4 });
+    owned.setAtomBank(wide);
+    // 16 blocks of one layer each; more ranks than a row has.
+    expect(() => owned.setAtomBank({ ...wide, id: 'b', blockLayers: 1 })).toThrow(/summaries/);
+    const huge = randomBank({ r: 257, dq: 1, K: 1, blockLayers: 4 });
+    expect(() => owned.setAtomBank(huge)).toThrow(/257 ranks/);
+    const pages = new PageBook(owned, 1).take(1);
+    owned.step(segments({ ...uniformRows(pages, 8), atoms: randomAtoms(wide, 2, 1) }));
   });
 
   it('has memory for a few sizes only: stored tensors are never given back', () => {
