@@ -244,6 +244,7 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
     closers.push(async () => (await closeText)());
     const engine = await startEngine(config, model, paths);
     closers.push(() => engine.close());
+    engine.pin(registry.pinned());
     const text = await textStart;
     const { config: decoderConfig, hash } = engine.base;
     const base = { config: decoderConfig, hash, names };

@@ -55,12 +55,16 @@ export function rollBackAdapter(c: Context<Env>, deps: ServerDeps): Response {
 
 export function pinAdapter(c: Context<Env>, deps: ServerDeps): Response {
   recordOf(c, deps);
-  return c.json(describeAdapter(deps.registry.pin(nameOf(c)), deps));
+  const record = deps.registry.pin(nameOf(c));
+  deps.engine.pin(deps.registry.pinned());
+  return c.json(describeAdapter(record, deps));
 }
 
 export function unpinAdapter(c: Context<Env>, deps: ServerDeps): Response {
   recordOf(c, deps);
-  return c.json(describeAdapter(deps.registry.unpin(nameOf(c)), deps));
+  const record = deps.registry.unpin(nameOf(c));
+  deps.engine.pin(deps.registry.pinned());
+  return c.json(describeAdapter(record, deps));
 }
 
 export async function aliasAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
@@ -150,8 +154,10 @@ function expectedOf(c: Context<Env>): Generation | null {
   throw invalidRequest('if-match: one generation is wanted', 'if-match');
 }
 
-/** The engine forgets a generation that no name points at; sequences that run with it keep it to their end. */
+/** After a name left a generation: the engine forgets it when no name points at it, while sequences that run with it keep it
+ *  to their end; and a pin goes with its name. */
 export function unloadUnused(generation: Generation, { registry, engine }: ServerDeps): void {
+  engine.pin(registry.pinned());
   if (!registry.isNamed(generation)) engine.unload(generation);
 }
 

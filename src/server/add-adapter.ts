@@ -5,6 +5,7 @@ import { mkdir, open, realpath, rm } from 'node:fs/promises';
 import { isAbsolute, resolve, sep } from 'node:path';
 import type { Context } from 'hono';
 import { z } from 'zod';
+import type { Generation } from '../adapters/adapter.ts';
 import { fetchHubAdapter, parseHubAdapter } from '../adapters/hub-adapter.ts';
 import type { AdapterRecord } from '../adapters/registry.ts';
 import { type ErrorCode, GatewayError } from '../errors.ts';
@@ -30,7 +31,7 @@ const addSchema = z.strictObject({
   source: directoryName,
   replace: z.boolean().exactOptional(),
 });
-const uploadSchema = z.strictObject({
+const uploadSchema: z.ZodType<Addition> = z.strictObject({
   ...fields,
   replace: z
     .enum(['true', 'false'])
@@ -38,7 +39,13 @@ const uploadSchema = z.strictObject({
     .exactOptional(),
 });
 
-export type Addition = z.infer<typeof uploadSchema>;
+export interface Addition {
+  name: string;
+  accept_base_name?: string;
+  if_generation?: Generation;
+  levels?: 'uniform';
+  replace?: boolean;
+}
 
 export function createAddAdapter(files: UploadFiles = { mkdir, open, rm }): Handle {
   const inFolder = createFolders(files);

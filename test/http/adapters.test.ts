@@ -280,7 +280,14 @@ describe('the life of an adapter', () => {
       status: 200,
       body: { pinned: true },
     });
+    expect(harness.engine.pinned).toEqual([generationA]);
+    await call('PUT', '/v1/adapters/support', { generation: generationB });
+    expect(harness.engine.pinned).toEqual([generationB]);
+    await call('POST', '/v1/adapters/support/rollback');
+    expect(harness.engine.pinned).toEqual([generationA]);
     expect((await call('POST', '/v1/adapters/support/unpin')).body.pinned).toBe(false);
+    expect(harness.engine.pinned).toEqual([]);
+    harness.engine.unloaded.length = 0;
     const base = await call('PUT', '/v1/adapters/tiny-base/alias', { target: 'support' });
     expect(base).toMatchObject({ status: 409, body: { error: { code: 'adapter_exists' } } });
     for (const body of [{}, { target: 'Not A Name' }, { target: 'support', extra: 1 }]) {
