@@ -1,19 +1,30 @@
-// Brings the generations that sequences wait for into adapter memory: one at a time, a bounded number of bytes a tick, so
+// Brings the adapters that sequences wait for into adapter memory: one at a time, a bounded number of bytes a tick, so
 // that a load never stops the streams that run (sglang#8162). Works for one sequence's set at a time and keeps a use of
 // what it has of it until the sequence has its own: else the next load could evict the last one and two waiting sequences
 // would load against each other for ever. Nobody else holds pages while waiting for more, so no two wait for each other.
 
-import type { Generation } from '../adapters/adapter.ts';
-import type { AdapterLoad, LoadProgress, Residency, ResidentUse } from '../adapters/residency.ts';
+import type {
+  AdapterLoad,
+  LoadProgress,
+  Residency,
+  ResidentKey,
+  ResidentUse,
+} from '../adapters/residency.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
+
+/** What a sequence needs of one resident: its first ranks. */
+export interface Want {
+  readonly key: ResidentKey;
+  readonly rank: number;
+}
 
 export interface LoadListener {
   /** A file has been read: a tick of the loop would move the load on. */
   readonly wake: () => void;
   /** Whether a sequence waits for just this set. */
-  readonly isAwaited: (generations: readonly Generation[]) => boolean;
-  /** Nobody who wants all of these can have them. */
-  readonly onFailed: (generations: readonly Generation[], error: GatewayError) => void;
+  readonly isAwaited: (set: readonly Want[]) => boolean;
+  /** Nobody who wants all of these can have them; less of one of them may be had. */
+  readonly onFailed: (set: readonly Want[], error: GatewayError) => void;
 }
 
 /** Bytes written between two steps: 3 ms (measured 0.25 ms per MB), and rank 16 of the default model (9.8 MB) at once, so
@@ -24,7 +35,7 @@ export class AdapterLoader {
   readonly #residency: Residency;
   readonly #listener: LoadListener;
   /** Empty: nothing is wanted. */
-  #set: readonly Generation[] = [];
+  #set: readonly Want[] = [];
   #uses: ResidentUse[] = [];
   #load: AdapterLoad | null = null;
   #progress: LoadProgress = 'done';
@@ -41,9 +52,9 @@ export class AdapterLoader {
   }
 
   /** Starts on a set unless one is under way. Admission asks again each tick, most urgent first. */
-  want(generations: readonly Generation[]): void {
+  want(set: readonly Want[]): void {
     if (this.#set.length > 0) return;
-    this.#set = generations;
+    this.#set = set;
     this.advance();
   }
 
@@ -53,13 +64,13 @@ export class AdapterLoader {
       if (this.#load !== null) {
         this.#progress = this.#load.advance(bytesPerTick);
         if (this.#progress !== 'done') return;
-        this.#hold(this.#load.generation);
+        this.#hold();
       }
       this.#load = this.#next();
       // Not advanced at once: this tick has had its bytes. A file that is in memory already would wake nobody.
       this.#progress = 'more';
     } catch (error) {
-      const failed = this.#load === null ? this.#set : [this.#load.generation];
+      const failed = this.#set.slice(this.#uses.length, this.#uses.length + 1);
       this.#load = null;
       this.#release();
       this.#listener.onFailed(failed, asGatewayError(error));
@@ -84,16 +95,17 @@ export class AdapterLoader {
 
   /** Takes what is resident of the set, up to the first that is not: its load. */
   #next(): AdapterLoad | null {
-    for (const generation of this.#set.slice(this.#uses.length)) {
-      const use = this.#residency.acquire(generation);
-      if (use === null) return this.#residency.beginLoad(generation, this.#listener.wake);
+    for (const { key, rank } of this.#set.slice(this.#uses.length)) {
+      const use = this.#residency.acquire(key, rank);
+      if (use === null) return this.#residency.beginLoad(key, this.#listener.wake, rank);
       this.#uses.push(use);
     }
     return null;
   }
 
-  #hold(generation: Generation): void {
-    const use = this.#residency.acquire(generation);
+  #hold(): void {
+    const { key, rank } = this.#set[this.#uses.length]!;
+    const use = this.#residency.acquire(key, rank);
     if (use === null) throw new GatewayError('INTERNAL', 'a loaded adapter is not resident');
     this.#uses.push(use);
   }
@@ -107,7 +119,14 @@ export class AdapterLoader {
   }
 }
 
-/** Of two sets in the order of Sequence.generations. */
-export function isSame(a: readonly Generation[], b: readonly Generation[]): boolean {
-  return a.length === b.length && a.every((generation, i) => generation === b[i]);
+/** Of two sets in the order of Sequence.wants. */
+export function isSame(a: readonly Want[], b: readonly Want[]): boolean {
+  return (
+    a.length === b.length && a.every(({ key, rank }, i) => key === b[i]!.key && rank === b[i]!.rank)
+  );
+}
+
+/** Whether who wants `all` wants no less than `some`. */
+export function isWithin(some: readonly Want[], all: readonly Want[]): boolean {
+  return some.every(({ key, rank }) => all.some((one) => one.key === key && one.rank >= rank));
 }

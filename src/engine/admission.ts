@@ -2,11 +2,12 @@
 // them in hand could keep the other from the one before it in line, for ever. Order is scheduler.ts's; whoever does not
 // fit is passed over, but only so often: then everybody behind it waits until it fits.
 
-import { type Generation, pageRanks } from '../adapters/adapter.ts';
 import type { Residency, ResidentUse } from '../adapters/residency.ts';
+import { composeRows } from '../adapters/rows.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
-import { type AdapterRows, type Stepper, uniformRows } from '../model/stepper.ts';
-import type { AdapterLoader } from './adapter-loading.ts';
+import type { AdapterRows, Stepper } from '../model/stepper.ts';
+import type { AdapterLoader, Want } from './adapter-loading.ts';
+import { atomLogits } from './instruction-prior.ts';
 import { blockCells, blocksFor, reservedBlocks } from './kv-pool.ts';
 import { type AdapterUse, type BaseInfo, type GenerateRequest, weightMax } from './messages.ts';
 import type { CellAdmission, PrefixCache } from './prefix-cache.ts';
@@ -95,13 +96,13 @@ export class Admission {
   }
 
   #tryOne(sequence: Sequence): GatewayError | null | 'no-cells' | 'no-adapter' {
-    const adapters = this.#acquireAll(sequence.generations);
+    const adapters = this.#acquireAll(sequence.wants);
     if (adapters === null) {
-      this.#options.loader.want(sequence.generations);
+      this.#options.loader.want(sequence.wants);
       return 'no-adapter';
     }
     try {
-      const rows = rowsOf(sequence.use, adapters);
+      const rows = this.#rowsOf(sequence, adapters);
       const cells = this.#takeCells(sequence);
       if (cells !== null) {
         sequence.holdings = { cells, adapters, rows };
@@ -117,10 +118,10 @@ export class Admission {
   }
 
   /** All or none. */
-  #acquireAll(generations: readonly Generation[]): ResidentUse[] | null {
+  #acquireAll(wants: readonly Want[]): ResidentUse[] | null {
     const uses: ResidentUse[] = [];
-    for (const generation of generations) {
-      const use = this.#options.residency.acquire(generation);
+    for (const { key, rank } of wants) {
+      const use = this.#options.residency.acquire(key, rank);
       if (use === null) {
         releaseAll(uses);
         return null;
@@ -128,6 +129,32 @@ export class Admission {
       uses.push(use);
     }
     return uses;
+  }
+
+  /** `uses`: of all that the sequence wants. */
+  #rowsOf(sequence: Sequence, uses: readonly ResidentUse[]): AdapterRows | null {
+    const { use } = sequence;
+    if (use === null) return null;
+    const parts = sequence.loadable.map(({ key, rank, weight }) => {
+      const resident = uses.find((one) => one.generation === key)!;
+      const { rankMax } = resident;
+      if (Number.isFinite(rank) && rank > rankMax) {
+        throw new GatewayError('INVALID_REQUEST', `rank ${rank} of an adapter that has ${rankMax}`);
+      }
+      return { use: resident, rank: Math.min(rank, rankMax), weight };
+    });
+    sequence.atomBias ??= this.#atomBias(use, uses);
+    return composeRows(parts, { flyTopK: use.flyTopK, atomBias: sequence.atomBias });
+  }
+
+  #atomBias({ prior }: AdapterUse, uses: readonly ResidentUse[]): readonly number[] | null {
+    if (prior === null) return null;
+    const labels = uses.find((one) => one.labels !== null)?.labels ?? null;
+    if (labels === null) {
+      throw new GatewayError('INVALID_REQUEST', 'a prior over atoms, and no queryable adapter');
+    }
+    const words = this.#options.stepper.embeddings(Int32Array.from(prior.tokens)); // [ids, width]
+    return atomLogits(words, labels, prior.strength);
   }
 
   #takeCells(sequence: Sequence): CellAdmission | null {
@@ -151,19 +178,4 @@ export class Admission {
 
 function releaseAll(uses: readonly ResidentUse[]): void {
   for (const use of uses) use.release();
-}
-
-/** `uses`: of every generation in `use`. */
-function rowsOf(use: AdapterUse | null, uses: readonly ResidentUse[]): AdapterRows | null {
-  if (use === null) return null;
-  const [part, ...others] = allParts(use);
-  const resident = uses.find(({ generation }) => generation === part?.generation);
-  if (part === undefined || resident === undefined || others.length > 0 || part.weight !== 1) {
-    throw new GatewayError('UNSUPPORTED', 'blends of adapters are not served');
-  }
-  if (part.rank > resident.rankMax) {
-    const message = `rank ${part.rank} of an adapter that has ${resident.rankMax}`;
-    throw new GatewayError('INVALID_REQUEST', message);
-  }
-  return uniformRows(resident.pages.slice(0, Math.ceil(part.rank / pageRanks)), part.rank);
 }

@@ -8,7 +8,7 @@ import type { Residency } from '../adapters/residency.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
 import type { RowMath } from '../kernels/row-math.ts';
 import type { Stepper, StepResult } from '../model/stepper.ts';
-import { AdapterLoader, isSame } from './adapter-loading.ts';
+import { AdapterLoader, isSame, isWithin, type Want } from './adapter-loading.ts';
 import { Admission } from './admission.ts';
 import { type Chosen, chooseSegment, describeToken, workOf } from './batch.ts';
 import type { EngineClock } from './clock.ts';
@@ -78,9 +78,8 @@ export class EngineLoop {
     this.#sampler = new Sampler(base.config.vocabSize, options.rowMath);
     this.#loader = new AdapterLoader(options.residency, {
       wake: () => this.#wake(),
-      isAwaited: (set) =>
-        [...this.#waiting.values()].some(({ generations }) => isSame(generations, set)),
-      onFailed: (generations, error) => this.#failWaiting(generations, error),
+      isAwaited: (set) => [...this.#waiting.values()].some(({ wants }) => isSame(wants, set)),
+      onFailed: (set, error) => this.#failWaiting(set, error),
     });
     this.#admission = new Admission({ ...options, loader: this.#loader });
   }
@@ -120,6 +119,11 @@ export class EngineLoop {
 
   unload(generation: Generation): void {
     this.#options.residency.unload(generation);
+    this.#wake();
+  }
+
+  pin(generations: readonly Generation[]): void {
+    this.#options.residency.pin(generations);
     this.#wake();
   }
 
@@ -350,9 +354,9 @@ export class EngineLoop {
     else this.#options.cache.drop(holdings.cells.hold);
   }
 
-  #failWaiting(generations: readonly Generation[], error: GatewayError): void {
+  #failWaiting(set: readonly Want[], error: GatewayError): void {
     for (const sequence of [...this.#waiting.values()]) {
-      if (!generations.every((one) => sequence.generations.includes(one))) continue;
+      if (!isWithin(set, sequence.wants)) continue;
       this.#waiting.delete(sequence.id);
       this.#outbox.failed(sequence.id, error);
     }

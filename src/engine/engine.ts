@@ -19,6 +19,8 @@ export interface Engine {
   submit(request: GenerateRequest, signal: AbortSignal): AsyncIterable<EngineEvent>;
   /** The generation's memory is freed at its last use, not before. */
   unload(generation: Generation): void;
+  /** These, and no others, stay in memory once loaded. */
+  pin(generations: readonly Generation[]): void;
   stats(): EngineStats;
   /** Every step's figures, for the latency model. Returns the function that stops it. */
   onStep(listener: (report: StepReport) => void): () => void;

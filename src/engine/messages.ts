@@ -2,6 +2,7 @@
 // that both sides share. Plain data only (structured clone); no tensors, no functions.
 
 import type { Generation } from '../adapters/adapter.ts';
+import type { ResidentKey } from '../adapters/residency.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
 
 export interface Sampling {
@@ -110,7 +111,7 @@ export interface StepReport extends StepWork {
 }
 
 export interface ResidentAdapter {
-  readonly generation: Generation;
+  readonly generation: ResidentKey;
   readonly rank: number;
   readonly bytes: number;
   /** Sequences that use it now. */
@@ -157,6 +158,8 @@ export type ToEngine =
   | { readonly kind: 'cancel'; readonly id: string }
   /** Forget a generation as soon as no sequence uses it. */
   | { readonly kind: 'unload'; readonly generation: Generation }
+  /** These, and no others, stay in memory once loaded. */
+  | { readonly kind: 'pin'; readonly generations: readonly Generation[] }
   | { readonly kind: 'shutdown' };
 
 export type FromEngine =

@@ -2,6 +2,7 @@
 // The one place that knows which implementations stand behind the loop.
 
 import { cpus } from 'node:os';
+import { isBlendKey } from '../adapters/blend-key.ts';
 import { blobPath } from '../adapters/blobs.ts';
 import { createPackReader } from '../adapters/pack-reader.ts';
 import { createResidency } from '../adapters/residency.ts';
@@ -123,7 +124,11 @@ export async function openLoop(
       residency: createResidency({
         stepper: decoder,
         baseHash: modelHash,
-        open: (generation) => readPacked(blobPath(config.blobDirectory, generation), generation),
+        open: (key) => {
+          if (isBlendKey(key))
+            throw new GatewayError('UNSUPPORTED', 'merged blends are not served');
+          return readPacked(blobPath(config.blobDirectory, key), key);
+        },
       }),
       cache: new PrefixCache({ pool, tenantShareMax: config.tenantShareMax }),
       limits: config.limits,

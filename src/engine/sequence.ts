@@ -2,9 +2,10 @@
 // nothing of other sequences. A sequence resumed after an engine death starts with the tokens that its reader already
 // has: they are replayed through the detokeniser and the stop matcher without being shown again, so text goes on exactly.
 
-import type { Generation } from '../adapters/adapter.ts';
-import type { ResidentUse } from '../adapters/residency.ts';
+import { blendKey } from '../adapters/blend-key.ts';
+import type { ResidentKey, ResidentUse } from '../adapters/residency.ts';
 import type { AdapterRows } from '../model/stepper.ts';
+import type { Want } from './adapter-loading.ts';
 import { createDetokenizer, type Detokenizer } from './detokenizer.ts';
 import type { AdapterPart, AdapterUse, FinishReason, GenerateRequest } from './messages.ts';
 import { type SampleHistory, usesHistory } from './penalties.ts';
@@ -57,8 +58,12 @@ export class Sequence {
   readonly use: AdapterUse | null;
   /** Ranks of all its parts, which is what its rows cost. */
   readonly rank: number;
-  /** Each once, in an order that does not depend on the request's. */
-  readonly generations: readonly Generation[];
+  /** Its parts as residents. */
+  readonly loadable: readonly Loadable[];
+  /** Each resident once, in an order that does not depend on the request's. */
+  readonly wants: readonly Want[];
+  /** Computed from its prior when it is first tried. */
+  atomBias: readonly number[] | null = null;
   /** Sequences behind it that were admitted while it found no cells. */
   passes = 0;
   readonly #counts: Map<number, number> = new Map();
@@ -72,9 +77,8 @@ export class Sequence {
     this.use = activeUse(request.adapter);
     const parts = this.use === null ? [] : allParts(this.use);
     this.rank = parts.reduce((sum, part) => sum + part.rank, 0);
-    this.generations = [...new Set(parts.map((part) => part.generation))].sort((a, b) =>
-      a < b ? -1 : 1,
-    );
+    this.loadable = this.use === null ? [] : loadables(this.use);
+    this.wants = wantsOf(this.loadable);
     this.arrival = options.arrival;
     this.submittedMs = options.submittedMs;
     this.tokens = new Int32Array(request.tokens.length + request.tokensMax);
@@ -143,10 +147,36 @@ export function allParts({ parts, system }: AdapterUse): readonly AdapterPart[] 
   return system === null ? parts : [...parts, system];
 }
 
+/** One resident of a use at a rank: a part, or what parts were merged into. */
+export interface Loadable {
+  readonly key: ResidentKey;
+  /** Infinity: all that it has. */
+  readonly rank: number;
+  readonly weight: number;
+}
+
+function loadables(use: AdapterUse): readonly Loadable[] {
+  const { parts, system, merge, density } = use;
+  const single = ({ generation: key, rank, weight }: AdapterPart): Loadable => ({
+    ...{ key, rank, weight },
+  });
+  if (merge === 'linear' || parts.length === 0) return allParts(use).map(single);
+  const key = blendKey({ merge, density, parts });
+  const merged = { key, rank: Number.POSITIVE_INFINITY, weight: 1 };
+  return [merged, ...(system === null ? [] : [single(system)])];
+}
+
+function wantsOf(loadable: readonly Loadable[]): readonly Want[] {
+  const ranks = new Map<ResidentKey, number>();
+  for (const { key, rank } of loadable) ranks.set(key, Math.max(rank, ranks.get(key) ?? 0));
+  return [...ranks].map(([key, rank]) => ({ key, rank })).sort((a, b) => (a.key < b.key ? -1 : 1));
+}
+
 /** Without what has rank 0; null when nothing is left. */
 function activeUse(use: AdapterUse | null): AdapterUse | null {
   if (use === null) return null;
   const parts = use.parts.filter((part) => part.rank > 0);
   const system = use.system !== null && use.system.rank > 0 ? use.system : null;
-  return parts.length === 0 && system === null ? null : { ...use, parts, system };
+  if (parts.length === 0 && system === null) return null;
+  return { ...use, parts, system, prior: parts.length === 0 ? null : use.prior };
 }

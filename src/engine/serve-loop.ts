@@ -37,6 +37,9 @@ function handle(loop: EngineLoop, message: ToEngine): void {
     case 'unload':
       loop.unload(message.generation);
       break;
+    case 'pin':
+      loop.pin(message.generations);
+      break;
     case 'shutdown':
       loop.stop();
       process.exit(0);

@@ -44,6 +44,7 @@ export class Supervisor implements Engine {
   readonly #stepListeners: Set<(report: StepReport) => void> = new Set();
   #life: Life = { kind: 'down', cancelRestart: () => {} };
   #base: BaseInfo | null = null;
+  #pinned: readonly Generation[] = [];
   #stats: EngineStats = noStats;
   #lastTokenMs: number | null = null;
   #isCrashLooping = false;
@@ -109,6 +110,17 @@ export class Supervisor implements Engine {
 
   unload(generation: Generation): void {
     if (this.#life.kind === 'ready') this.#life.child.send({ kind: 'unload', generation });
+  }
+
+  pin(generations: readonly Generation[]): void {
+    this.#pinned = generations;
+    this.#sendPins();
+  }
+
+  /** Every life is told: it knows nothing of what the one before it was told. */
+  #sendPins(): void {
+    if (this.#life.kind !== 'ready') return;
+    this.#life.child.send({ kind: 'pin', generations: this.#pinned });
   }
 
   stats(): EngineStats {
@@ -224,6 +236,7 @@ export class Supervisor implements Engine {
     this.#isCrashLooping = false;
     this.#settleStart?.resolve();
     this.#settleStart = null;
+    this.#sendPins();
     this.#dispatch();
   }
 

@@ -3,8 +3,8 @@
 // resident, as the extension's protocol means it (vLLM's own shows what is in flight), and is always stamped with the present time.
 
 import { monitorEventLoopDelay } from 'node:perf_hooks';
-import type { Generation } from '../adapters/adapter.ts';
 import type { Registry } from '../adapters/registry.ts';
+import type { ResidentKey } from '../adapters/residency.ts';
 import { onEvent, type RequestEnd } from '../channels.ts';
 import type { EngineStats } from '../engine/messages.ts';
 import type { ServerDeps } from './deps.ts';
@@ -115,11 +115,11 @@ function addEngineState(page: Page, source: MetricsSource, sees: (name: string) 
 
 /** Names, not generations: what a scheduler matches with the `model` of a request. CSV; names hold no comma. */
 function namesOf(
-  generations: readonly Generation[],
+  generations: readonly ResidentKey[],
   registry: Registry,
   sees: (name: string) => boolean,
 ): string {
-  const wanted = new Set(generations);
+  const wanted = new Set<ResidentKey>(generations);
   return registry
     .list()
     .filter((record) => wanted.has(record.generation))

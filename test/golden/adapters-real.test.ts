@@ -5,7 +5,6 @@ import { describe, expect, it } from 'vitest';
 import { generationOf, openPacked } from '../../src/adapters/pack.ts';
 import { packPeft } from '../../src/adapters/pack-peft.ts';
 import { createResidency } from '../../src/adapters/residency.ts';
-import { uniformRows } from '../../src/model/stepper.ts';
 import { logitsPerToken } from '../support/generate.ts';
 import { makePeftAdapter, smolAdapter } from '../support/make-peft-adapter.ts';
 import { openBase } from '../support/open-test-decoder.ts';
@@ -54,12 +53,12 @@ describe('the real base under an imported adapter', () => {
       residency.beginLoad(generation, resolve);
     });
     residency.beginLoad(generation, () => {}).advance(Number.POSITIVE_INFINITY);
-    const { pages } = residency.acquire(generation)!;
+    const { rows } = residency.acquire(generation)!;
 
     const errors: Record<string, number> = {};
     for (const [rank, answers] of Object.entries(golden.answers)) {
       const k = Number(rank);
-      const adapter = k === 0 ? null : uniformRows(pages.slice(0, Math.ceil(k / 8)), k);
+      const adapter = k === 0 ? null : rows(k);
       golden.prompts.forEach((prompt, i) => {
         const got = logitsPerToken(stepper, prompt, adapter);
         errors[rank] = Math.max(errors[rank] ?? 0, largestDifference(got, answers[i]!));

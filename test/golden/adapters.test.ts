@@ -4,7 +4,7 @@ import { describe, expect, it } from 'vitest';
 import { generationOf, openPacked } from '../../src/adapters/pack.ts';
 import { packPeft } from '../../src/adapters/pack-peft.ts';
 import { createResidency } from '../../src/adapters/residency.ts';
-import { type Stepper, uniformRows } from '../../src/model/stepper.ts';
+import type { AdapterRows, Stepper } from '../../src/model/stepper.ts';
 import { openTiny } from '../support/open-test-decoder.ts';
 
 // PEFT's own logits for every adapter of test/golden/adapters (test/oracle/peft-golden.py): at full rank, and at each
@@ -46,13 +46,13 @@ async function load(stepper: Stepper, name: string) {
     residency.beginLoad(generation, resolve);
   });
   expect(residency.beginLoad(generation, () => {}).advance(Number.POSITIVE_INFINITY)).toBe('done');
-  return { manifest, pages: residency.acquire(generation)!.pages };
+  const { rows } = residency.acquire(generation)!;
+  return { manifest, rows: (rank: number) => (rank === 0 ? null : rows(rank)) };
 }
 
 /** Logits of every position, one token a step (reference), or of the last one after a single prefill (ggml). */
 function logitsAt(stepper: Stepper, ids: readonly number[], use: Use): readonly Float32Array[] {
-  const { rank, pages } = use;
-  const adapter = rank === 0 ? null : uniformRows(pages.slice(0, Math.ceil(rank / 8)), rank);
+  const { adapter } = use;
   const step = (tokens: readonly number[], position: number): Float32Array => {
     const sequence = { tokens: Int32Array.from(tokens), cellBase: 16, position };
     return Float32Array.from(stepper.step([{ ...sequence, adapter, wantsLogits: true }]).logits(0));
@@ -61,8 +61,7 @@ function logitsAt(stepper: Stepper, ids: readonly number[], use: Use): readonly 
 }
 
 interface Use {
-  readonly rank: number;
-  readonly pages: readonly number[];
+  readonly adapter: AdapterRows | null;
   readonly steps: 'one' | 'many';
 }
 
@@ -85,13 +84,13 @@ describe('logits under an imported adapter', () => {
         const { decoder } = await openTiny({ backend, pages: 9 });
         using stepper = decoder;
         const golden = readGolden(name);
-        const { manifest, pages } = await load(stepper, name);
+        const { manifest, rows } = await load(stepper, name);
         expect(golden.rows.at(-2)).toBe(manifest.rankMax);
         // f16 keeps 11 bits: 0.0005 of each factor's entries. Seen: at most 0.0007 of the adapter's whole effect.
         const room = 0.001 * golden.effect[0]!;
         golden.rows.forEach((row, index) => {
           const rank = row === 'peft' ? manifest.rankMax : row;
-          const got = logitsAt(stepper, golden.ids, { rank, pages, steps });
+          const got = logitsAt(stepper, golden.ids, { adapter: rows(rank), steps });
           const error = largestDifference(got, golden.row(index));
           expect(error, `rank ${row}`).toBeLessThan(rank === 0 ? 1e-4 : room);
           // The comparison tells ranks apart: the next rank's answer would not pass for this one's.

@@ -129,6 +129,7 @@ export class FakeEngine implements Engine {
   readonly requests: GenerateRequest[] = [];
   readonly cancelled: string[] = [];
   readonly unloads: Generation[] = [];
+  pinned: readonly Generation[] = [];
   isUp = true;
   isClosed = false;
   readonly #options: FakeEngineOptions;
@@ -309,6 +310,10 @@ export class FakeEngine implements Engine {
   unload(generation: Generation): void {
     this.unloads.push(generation);
     this.#residents.delete(generation);
+  }
+
+  pin(generations: readonly Generation[]): void {
+    this.pinned = generations;
   }
 
   stats(): EngineStats {

@@ -4,6 +4,7 @@
 
 import { type AdapterManifest, type Generation, noOptions } from '../../src/adapters/adapter.ts';
 import type { PackedAdapter } from '../../src/adapters/pack.ts';
+import type { ResidentKey } from '../../src/adapters/residency.ts';
 import type { BaseInfo } from '../../src/engine/messages.ts';
 import { GatewayError } from '../../src/errors.ts';
 import {
@@ -221,9 +222,10 @@ export class FakeStepper implements Stepper {
   }
 }
 
-const moduleKeys = Array.from({ length: fakeConfig.blocks }, (_, block) =>
-  projections.map((projection) => `${block}.${projection}`),
+const moduleRefs: readonly ModuleRef[] = Array.from({ length: fakeConfig.blocks }, (_, block) =>
+  projections.map((projection) => ({ block, projection })),
 ).flat();
+const moduleKeys = moduleRefs.map(({ block, projection }) => `${block}.${projection}`);
 
 function hashOf(numbers: Float32Array): number {
   return new Uint32Array(numbers.slice().buffer).reduce(mix, numbers.length);
@@ -233,12 +235,14 @@ function indexOfMax(values: Float32Array): number {
   return values.reduce((best, x, i) => (x > values[best]! ? i : best), 0);
 }
 
-/** The n-th fake generation; its packed contents are a function of the id and the rank only. */
+/** The n-th fake generation. */
 export function fakeGeneration(n: number): Generation {
   return `sha256:${n.toString(16).padStart(64, '0')}`;
 }
 
-export function fakePacked(generation: Generation, rankMax: number): PackedAdapter {
+/** Its contents are a function of the key and the rank only, also those of a blend. */
+export function fakePacked(key: ResidentKey, rankMax: number): PackedAdapter {
+  const generation = key as Generation;
   const seed = [...generation].reduce((h, character) => mix(h, character.charCodeAt(0)), 7);
   const manifest: AdapterManifest = {
     format: 'rankgate-adapter/3',
@@ -248,7 +252,11 @@ export function fakePacked(generation: Generation, rankMax: number): PackedAdapt
     options: noOptions,
     baseHash: fakeBaseHash,
     rankMax,
-    modules: [],
+    modules: moduleRefs.map((module) => ({
+      ...module,
+      ...projectionShape(fakeConfig, module.projection),
+      rank: rankMax,
+    })),
     rankCurve: Array.from({ length: rankMax }, (_, i) => (i + 1) / rankMax),
     source: {
       format: 'peft',

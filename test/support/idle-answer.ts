@@ -1,7 +1,8 @@
 // What a request gets from an engine that does nothing else: the model alone, one sequence, the whole prompt at once, no
 // prefix cache, no residency, no loop. The oracle that every busy run is compared with.
 
-import type { Generation } from '../../src/adapters/adapter.ts';
+import type { PackedAdapter } from '../../src/adapters/pack.ts';
+import type { ResidentKey } from '../../src/adapters/residency.ts';
 import type { GenerateRequest } from '../../src/engine/messages.ts';
 import { Sampler } from '../../src/engine/sampler.ts';
 import { projections } from '../../src/model/decoder-config.ts';
@@ -17,12 +18,12 @@ export interface IdleAnswer {
 
 export function idleAnswer(
   request: GenerateRequest,
-  rankOf: (generation: Generation) => number,
+  rankOf: (key: ResidentKey) => number,
   endTokens: readonly number[],
 ): IdleAnswer {
   const { sampling, tokens: prompt, tokensMax } = request;
   const length = prompt.length + tokensMax;
-  const stepper = new FakeStepper({ cells: length + 32, pages: 40, tokensMax: length });
+  const stepper = new FakeStepper({ cells: length + 32, pages: 64, tokensMax: length });
   const adapter = loadAlone(stepper, request, rankOf);
   const sampler = new Sampler(fakeConfig.vocabSize);
   const history = { prompt: new Set(prompt), counts: new Map<number, number>() };
@@ -66,17 +67,45 @@ function stopAt(request: GenerateRequest, text: string): string | null {
   return ends[0] === undefined ? null : text.slice(0, ends[0].at);
 }
 
+/** Every part in pages of its own, one after another; a merge has the pages that its key names. */
 function loadAlone(
   stepper: FakeStepper,
-  request: GenerateRequest,
-  rankOf: (generation: Generation) => number,
+  { adapter }: GenerateRequest,
+  rankOf: (key: ResidentKey) => number,
 ): AdapterRows | null {
-  const [part, ...others] = request.adapter?.parts ?? [];
-  if (part === undefined || part.rank === 0) return null;
-  if (others.length > 0) throw new Error('one part only');
-  const { generation, rank } = part;
-  const packed = fakePacked(generation, rankOf(generation));
-  const pages = Array.from({ length: Math.ceil(rank / 8) }, (_, i) => i + 3);
+  if (adapter === null) return null;
+  const { merge, density, system } = adapter;
+  let parts = adapter.parts
+    .filter(({ rank }) => rank > 0)
+    .map(({ generation, ...rest }) => ({ key: generation as ResidentKey, ...rest }));
+  if (merge !== 'linear' && parts.length > 0) {
+    const texts = parts.map(({ key, rank, weight }) => `${key}*${rank}*${weight}`);
+    const key: ResidentKey = `blend:${merge}:${density}:${texts.join()}`;
+    parts = [{ key, rank: rankOf(key), weight: 1 }];
+  }
+  if (system !== null) parts.push({ ...system, key: system.generation });
+  if (parts.length === 0) return null;
+  const pages = parts.map(({ key, rank }, i) => {
+    const own = Array.from({ length: Math.ceil(rank / 8) }, (_, page) => 3 + 6 * i + page);
+    writeAll(stepper, fakePacked(key, rankOf(key)), own);
+    return own;
+  });
+  const [first] = parts;
+  if (parts.length === 1) return { ...uniformRows(pages[0]!, first!.rank), scale: first!.weight };
+  const gates = parts.flatMap(({ rank, weight }, i) =>
+    Array.from({ length: 8 * pages[i]!.length }, (_, r) => (r < rank ? weight : 0)),
+  );
+  const modules = fakeConfig.blocks * projections.length;
+  return {
+    ...uniformRows(
+      pages.flat(),
+      parts.reduce((sum, { rank }) => sum + rank, 0),
+    ),
+    gates: Float32Array.from(Array.from({ length: modules }, () => gates).flat()),
+  };
+}
+
+function writeAll(stepper: FakeStepper, packed: PackedAdapter, pages: readonly number[]): void {
   for (const [i, page] of pages.entries()) {
     for (let block = 0; block < fakeConfig.blocks; block++) {
       for (const projection of projections) {
@@ -84,5 +113,4 @@ function loadAlone(
       }
     }
   }
-  return uniformRows(pages, rank);
 }

@@ -108,6 +108,10 @@ class LocalEngine implements Engine {
     this.#loop.unload(generation);
   }
 
+  pin(generations: readonly Generation[]): void {
+    this.#loop.pin(generations);
+  }
+
   stats(): EngineStats {
     return this.#loop.stats();
   }

@@ -1,7 +1,7 @@
 // An EngineLoop over the fake stepper, with everything that a test may want to look at or to break.
 
-import type { Generation } from '../../src/adapters/adapter.ts';
-import { createResidency, type Residency } from '../../src/adapters/residency.ts';
+import { isBlendKey } from '../../src/adapters/blend-key.ts';
+import { createResidency, type Residency, type ResidentKey } from '../../src/adapters/residency.ts';
 import { EngineLoop, type LoopLimits } from '../../src/engine/engine-loop.ts';
 import { KvPool } from '../../src/engine/kv-pool.ts';
 import type {
@@ -52,8 +52,9 @@ export function makeRequest(over: Partial<GenerateRequest> & { id: string }): Ge
 }
 
 /** Generation n of the fakes has this rank: 1 to 40, so 1 to 5 pages. */
-export function fakeRankOf(generation: Generation): number {
-  return 1 + ((Number.parseInt(generation.slice(-6), 16) * 7) % 40);
+export function fakeRankOf(key: ResidentKey): number {
+  const n = isBlendKey(key) ? key.length : Number.parseInt(key.slice(-6), 16);
+  return 1 + ((n * 7) % 40);
 }
 
 /** What one request was told. */
@@ -70,7 +71,7 @@ export interface HarnessOptions {
   readonly tenantShareMax?: number;
   readonly stepper?: FakeStepper;
   readonly speculation?: SpeculationWish;
-  readonly open?: (generation: Generation) => Promise<ReturnType<typeof fakePacked>>;
+  readonly open?: (key: ResidentKey) => Promise<ReturnType<typeof fakePacked>>;
   /** Put something faulty between the loop and what it stands on. */
   readonly wrapStepper?: (stepper: FakeStepper) => Stepper;
   readonly wrapResidency?: (residency: Residency) => Residency;

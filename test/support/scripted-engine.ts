@@ -42,6 +42,7 @@ export class ScriptedEngine implements Engine {
   readonly base: BaseInfo = fakeBase;
   readonly requests: GenerateRequest[] = [];
   readonly unloaded: Generation[] = [];
+  pinned: readonly Generation[] = [];
   script: Script;
   live = 0;
   ready = true;
@@ -76,6 +77,10 @@ export class ScriptedEngine implements Engine {
 
   unload(generation: Generation): void {
     this.unloaded.push(generation);
+  }
+
+  pin(generations: readonly Generation[]): void {
+    this.pinned = generations;
   }
 
   stats(): EngineStats {

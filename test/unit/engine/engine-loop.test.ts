@@ -307,12 +307,15 @@ describe('EngineLoop', () => {
   it('refuses a rank that the adapter does not have, and an adapter larger than the memory', async () => {
     const harness = new LoopHarness({ pages: 4 });
     const generation = fakeGeneration(5); // rank 36: five pages, three there are
-    const large = harness.submit(makeRequest({ id: 'large', adapter: useOf(generation, 1) }));
+    const large = harness.submit(makeRequest({ id: 'large', adapter: useOf(generation, 36) }));
+    const first = makeRequest({ id: 'first', adapter: useOf(generation, 1) });
+    const firstHeard = harness.submit(first);
     const small = fakeGeneration(3);
     const rank = fakeRankOf(small);
     const much = harness.submit(makeRequest({ id: 'much', adapter: useOf(small, rank + 1) }));
     await harness.drain();
     expect(large.failure?.code).toBe('UNSUPPORTED');
+    expect(idsOf(firstHeard)).toEqual(idle(first).tokens); // its first page has room
     expect(much.failure?.code).toBe('INVALID_REQUEST');
     expectClean(harness);
   });

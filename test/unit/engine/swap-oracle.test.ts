@@ -1,5 +1,4 @@
 import { describe, expect, it } from 'vitest';
-import type { Generation } from '../../../src/adapters/adapter.ts';
 import type { Residency } from '../../../src/adapters/residency.ts';
 import type { AdapterPart, AdapterUse, GenerateRequest } from '../../../src/engine/messages.ts';
 import {
@@ -182,13 +181,14 @@ function forgetful(residency: Residency): Residency {
     get pagesFree() {
       return residency.pagesFree;
     },
-    acquire(generation: Generation) {
-      const use = residency.acquire(generation);
+    acquire(key, rank) {
+      const use = residency.acquire(key, rank);
       use?.release();
       return use;
     },
-    beginLoad: (generation, onProgress) => residency.beginLoad(generation, onProgress),
+    beginLoad: (key, onProgress, rank) => residency.beginLoad(key, onProgress, rank),
     unload: (generation) => residency.unload(generation),
+    pin: (generations) => residency.pin(generations),
     list: () => residency.list(),
   };
 }
