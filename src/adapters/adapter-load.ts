@@ -137,8 +137,7 @@ export class Load implements AdapterLoad {
         return 'no-room';
       case 'needing': {
         const progress = state.basis.advance(bytesMax);
-        if (progress === 'done') this.#finishTenant(state.files.packed);
-        return progress;
+        return progress === 'done' ? this.#finishTenant(state.files) : progress;
       }
       case 'writing':
         return this.#write(state, bytesMax);
@@ -201,10 +200,15 @@ export class Load implements AdapterLoad {
     return 'more';
   }
 
-  /** Its basis is resident. */
-  #finishTenant(packed: PackedAdapter): void {
+  #finishTenant(files: Files): LoadProgress {
+    const { packed } = files;
     const basis = this.#host.residents.get(packed.manifest.options.needs!);
-    if (basis === undefined) throw new GatewayError('INTERNAL', 'a loaded basis is not resident');
+    const rank = Math.min(this.#rank, packed.manifest.rankMax);
+    if (basis === undefined || !this.#host.has(basis, rank)) {
+      // Another brought it in, and it left again; or more ranks were asked for meanwhile.
+      this.#state = { kind: 'read', files };
+      return 'more';
+    }
     checkBasis(packed.manifest, basis.maker.manifest);
     const maker = createRowMaker(packed, this.#host.options.stepper.config.blocks);
     const resident =
@@ -213,6 +217,7 @@ export class Load implements AdapterLoad {
     resident.unloadAtLastUse ||= this.unloadAtLastUse;
     this.#host.add(resident);
     this.#state = { kind: 'done' };
+    return 'done';
   }
 
   /** Frees what it had taken, when it did not come to its end. */
