@@ -7,6 +7,7 @@ import type { DecoderConfig } from '../model/decoder-config.ts';
 import type { Generation } from './adapter.ts';
 import { blobPath, createBlobStore } from './blobs.ts';
 import { readPacked } from './pack.ts';
+import type { LevelRule } from './pack-pairs.ts';
 import { packPeft, unpackPeft } from './pack-peft.ts';
 import type { AdapterBase } from './peft.ts';
 import { readPeftDirectory } from './peft-directory.ts';
@@ -19,6 +20,7 @@ export type ImportJob =
       readonly blobDirectory: string;
       readonly base: AdapterBase;
       readonly acceptBaseName: string | null;
+      readonly levels: LevelRule;
     }
   | {
       readonly kind: 'export';
@@ -46,9 +48,9 @@ async function answer(job: ImportJob): Promise<ImportAnswer> {
     const packed = await readPacked(path, job.generation);
     return { kind: 'exported', files: unpackPeft(packed, job.rank, job.base) };
   }
-  const { base, acceptBaseName } = job;
+  const { base, acceptBaseName, levels } = job;
   const input = await readPeftDirectory(job.directory);
-  const { manifest, bytes, warnings } = packPeft({ ...input, base, acceptBaseName });
+  const { manifest, bytes, warnings } = packPeft({ ...input, base, acceptBaseName }, levels);
   const generation = await createBlobStore(job.blobDirectory).put(bytes);
   const adapter = { manifest, generation, bytes: bytes.length, warnings };
   return { kind: 'imported', adapter };

@@ -48,10 +48,9 @@ class ThreadedImporter implements Importer {
 
   async importPeft(directory: string, options: ImportOptions = {}): Promise<ImportedAdapter> {
     const { base, blobDirectory } = this.#options;
-    const acceptBaseName = options.acceptBaseName ?? null;
-    return this.#queue(() =>
-      this.#importAndRegister({ kind: 'import', directory, blobDirectory, base, acceptBaseName }),
-    );
+    const { acceptBaseName = null, levels = 'energy' } = options;
+    const job = { kind: 'import', directory, blobDirectory, base, acceptBaseName, levels } as const;
+    return this.#queue(() => this.#importAndRegister(job));
   }
 
   async exportPeft(generation: Generation, rank: number): Promise<PeftFiles> {

@@ -75,6 +75,19 @@ describe('the importer', () => {
     expect(record).toMatchObject({ bytes: adapter.bytes, manifest: adapter.manifest });
   });
 
+  it('shares ranks out among modules unless levels are to be uniform', async () => {
+    const from = goldenDirectory('patterns-r16');
+    const shared = await importer.importPeft(from, { acceptBaseName });
+    const uniform = await importer.importPeft(from, { acceptBaseName, levels: 'uniform' });
+    expect([shared.manifest.levels === null, uniform.manifest.levels]).toEqual([false, null]);
+    // At the same bytes, more is kept, and at a low level visibly more.
+    const [more, less] = [shared.manifest.rankCurve, uniform.manifest.rankCurve];
+    less.forEach((share, i) => {
+      expect(more[i]).toBeGreaterThanOrEqual(share - 1e-12);
+    });
+    expect(more[3]! - less[3]!).toBeGreaterThan(0.001);
+  });
+
   it('gives the same generation for the same files', async () => {
     const imports = [1, 2].map(() =>
       importer.importPeft(goldenDirectory('qv-r8'), { acceptBaseName }),
