@@ -96,7 +96,11 @@ function runOften(kernels: Kernels, count: () => number): { before: number; afte
       'page',
       Int32Array.from({ length: rows * 2 }, () => rng.below(pages)),
     );
-    program.write('gate', normals(rng, rows * 16));
+    program.write('gate', normals(rng, 2 * rows * 16));
+    program.write(
+      'uses',
+      Int32Array.from({ length: rows }, () => rng.below(rows)),
+    );
     program.run([
       { rowStart: 0, rowCount: 2, cellBase: base, cells: 2 + (i % 30) },
       { rowStart: 2, rowCount: 1, cellBase: base, cells: 1 + (i % 30) },
