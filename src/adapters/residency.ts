@@ -75,7 +75,7 @@ export interface Residency {
   beginLoad(generation: ResidentKey, onProgress: () => void, rank?: number): AdapterLoad;
   /** Forgets a resident generation at its last use, at once when there is none. One that is loading is forgotten after
    *  the use that it is loaded for. */
-  unload(generation: Generation): void;
+  unload(generation: ResidentKey): void;
   /** These are not evicted from now on, and no others are kept. */
   pin(generations: readonly Generation[]): void;
   /** Every resident generation, least recently used first. */
@@ -192,7 +192,7 @@ class PagedResidency implements Residency, LoadHost {
     return load;
   }
 
-  unload(generation: Generation): void {
+  unload(generation: ResidentKey): void {
     const load = this.loading.get(generation);
     if (load !== undefined) load.unloadAtLastUse = true;
     const resident = this.residents.get(generation);

@@ -39,6 +39,7 @@ export class AdapterLoader {
   #uses: ResidentUse[] = [];
   #load: AdapterLoad | null = null;
   #progress: LoadProgress = 'done';
+  #isAfresh = false;
 
   constructor(residency: Residency, listener: LoadListener) {
     this.#residency = residency;
@@ -85,10 +86,17 @@ export class AdapterLoader {
     return true;
   }
 
-  /** No sequence runs, so nobody will make room. */
+  /** No sequence runs, so nobody will make room. What is resident may have more ranks than the set wants, and keeps them
+   *  while it is held: it is forgotten and loaded again, once. */
   refuse(): void {
-    const set = this.#set;
+    const [set, isAfresh] = [this.#set, this.#isAfresh];
     this.#release();
+    if (!isAfresh) {
+      for (const { key } of set) this.#residency.unload(key);
+      this.want(set);
+      this.#isAfresh = true;
+      return;
+    }
     const message = `the engine has no room for ${set.length} adapters together`;
     this.#listener.onFailed(set, new GatewayError('UNSUPPORTED', message));
   }
@@ -116,6 +124,7 @@ export class AdapterLoader {
     this.#load = null;
     this.#uses = [];
     this.#set = [];
+    this.#isAfresh = false;
   }
 }
 
