@@ -1,4 +1,5 @@
-// The client side of the adapter calls, for the command line. Errors keep the server's message and code.
+// The client side of the adapter calls, for the command line. Errors keep the server's message and code; an upload is
+// streamed.
 
 export interface ClientOptions {
   readonly url: string;
@@ -21,7 +22,10 @@ export class CommandError extends Error {
 export interface Call {
   readonly method: 'GET' | 'POST' | 'PUT' | 'DELETE';
   readonly path: string;
+  /** Sent as JSON, or as a form. */
   readonly body?: object;
+  /** Told how much of a form was taken from its files. */
+  readonly onProgress?: (bytes: number) => void;
   /** Generation that the name must point at, else 409. */
   readonly ifMatch?: string | undefined;
 }
@@ -30,14 +34,15 @@ export interface Call {
 export async function callGateway(options: ClientOptions, call: Call): Promise<Response> {
   const headers = new Headers();
   if (options.apiKey !== null) headers.set('authorization', `Bearer ${options.apiKey}`);
-  if (call.body !== undefined) headers.set('content-type', 'application/json');
+  const body = encodeBody(call, headers);
   if (call.ifMatch !== undefined) headers.set('if-match', call.ifMatch);
   let response: Response;
   try {
     response = await fetch(new URL(call.path, options.url), {
       method: call.method,
       headers,
-      ...(call.body === undefined ? {} : { body: JSON.stringify(call.body) }),
+      body,
+      duplex: 'half',
       signal: AbortSignal.timeout(options.timeoutMs),
     });
   } catch {
@@ -56,4 +61,27 @@ export async function callGateway(options: ClientOptions, call: Call): Promise<R
     typeof error.code === 'string' ? error.code : `http_${response.status}`,
     typeof error.message === 'string' ? error.message : `the server answered ${response.status}`,
   );
+}
+
+/** Sets the content type with it. */
+function encodeBody(
+  { body, onProgress }: Call,
+  headers: Headers,
+): string | ReadableStream<Uint8Array> | null {
+  if (body === undefined) return null;
+  if (!(body instanceof FormData)) {
+    headers.set('content-type', 'application/json');
+    return JSON.stringify(body);
+  }
+  const form = new Response(body);
+  headers.set('content-type', form.headers.get('content-type')!);
+  let done = 0;
+  const count = new TransformStream<Uint8Array, Uint8Array>({
+    transform(chunk, controller) {
+      done += chunk.length;
+      onProgress?.(done);
+      controller.enqueue(chunk);
+    },
+  });
+  return form.body!.pipeThrough(count);
 }

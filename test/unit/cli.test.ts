@@ -1,8 +1,9 @@
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { createHash } from 'node:crypto';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createServer, type Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
-import { join, resolve } from 'node:path';
+import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { runCommand, usage } from '../../src/commands.ts';
 import { curlOf } from '../../src/serve.ts';
@@ -22,7 +23,10 @@ const adapter = {
   generation,
   rank_max: 16,
   bytes: 9_800_000,
+  kind: 'lora',
   leases: 0,
+  aliases: [],
+  pinned: false,
   residency: { tier: 'disk' },
 };
 
@@ -41,12 +45,13 @@ beforeEach(async () => {
     request.on('data', (chunk: Buffer) => chunks.push(chunk));
     request.on('end', () => {
       const text = Buffer.concat(chunks).toString();
+      const isJson = request.headers['content-type'] === 'application/json';
       seen.push({
         method: request.method,
         path: request.url,
         authorization: request.headers.authorization,
         ifMatch: request.headers['if-match'],
-        body: text === '' ? null : JSON.parse(text),
+        body: isJson ? JSON.parse(text) : text === '' ? null : text,
       });
       response.writeHead(reply.status).end(reply.body);
     });
@@ -81,16 +86,24 @@ describe('the adapters commands', () => {
     [['list'], { method: 'GET', path: '/v1/adapters' }],
     [['show', 'support'], { method: 'GET', path: '/v1/adapters/support' }],
     [
-      ['add', 'support', 'some/where', '--accept-base-name', 'org/base'],
+      ['add', 'support', 'some/where', '--on-server', '--accept-base-name', 'org/base'],
       {
         method: 'POST',
         path: '/v1/adapters',
-        body: { name: 'support', source: resolve('some/where'), accept_base_name: 'org/base' },
+        body: { name: 'support', source: 'some/where', accept_base_name: 'org/base' },
       },
     ],
     [
-      ['add', 'support', '/a', '--replace', '--expect', generation],
-      { body: { name: 'support', source: '/a', replace: true, if_generation: generation } },
+      ['add', 'support', 'hf:org/a@v1', '--replace', '--expect', generation, '--levels', 'uniform'],
+      {
+        body: {
+          name: 'support',
+          source: 'hf:org/a@v1',
+          replace: true,
+          if_generation: generation,
+          levels: 'uniform',
+        },
+      },
     ],
     [
       ['swap', 'support', generation, '--expect', generation],
@@ -100,6 +113,12 @@ describe('the adapters commands', () => {
         ifMatch: generation,
         body: { generation },
       },
+    ],
+    [['pin', 'acme/support'], { method: 'POST', path: '/v1/adapters/acme%2Fsupport/pin' }],
+    [['unpin', 'support'], { method: 'POST', path: '/v1/adapters/support/unpin' }],
+    [
+      ['alias', 'second', 'support'],
+      { method: 'PUT', path: '/v1/adapters/second/alias', body: { target: 'support' } },
     ],
     [['rollback', 'support'], { method: 'POST', path: '/v1/adapters/support/rollback' }],
     [
@@ -119,15 +138,66 @@ describe('the adapters commands', () => {
     reply.body = JSON.stringify({ object: 'list', data: [adapter, { ...adapter, name: 'sales' }] });
     const plain = await run('adapters', 'list');
     expect(plain.out.trim().split('\n')).toHaveLength(2);
-    expect(plain.out).toContain('sales  sha256:aaaaaaaaaaaa…  rank 16  9.8 MB  disk');
+    expect(plain.out).toContain('sales  sha256:aaaaaaaaaaaa…  lora  rank 16  9.8 MB  disk');
     expect((await run('adapters', 'list', '--json')).out).toBe(`${reply.body}\n`);
   });
 
   it('show the warnings of an import beside its result', async () => {
     reply.body = JSON.stringify({ ...adapter, warnings: ['3 modules did not match'] });
-    const { out, err } = await run('adapters', 'add', 'support', '/a');
+    const { out, err } = await run('adapters', 'add', 'support', '/a', '--on-server');
     expect(out).toContain('support');
     expect(err).toBe('warning: 3 modules did not match\n');
+  });
+
+  it('add sends the files of a directory with its progress, and compares what arrived', async () => {
+    const weights = Buffer.alloc(300_000, 'w');
+    writeFileSync(join(dir, 'adapter_config.json'), '{"r": 8}');
+    writeFileSync(join(dir, 'adapter_model.safetensors'), weights);
+    writeFileSync(join(dir, 'README.md'), 'stays here');
+    const sha256 = createHash('sha256').update(weights).digest('hex');
+    reply.body = JSON.stringify({ ...adapter, upload: { bytes: weights.length, sha256 } });
+    const sent = await run('adapters', 'add', 'acme/support', dir, '--replace');
+    expect(sent).toMatchObject({ exitCode: 0, out: expect.stringContaining('support  sha256:') });
+    const bars = sent.err.trim().split('\n');
+    expect(bars.length).toBeGreaterThan(1);
+    expect(bars.at(-1)).toMatch(/100 % 0\.3 of 0\.3 MB$/);
+    const body = String(seen[0]!.body);
+    expect([...body.matchAll(/ name="([^"]+)"/g)].map((match) => match[1])).toEqual([
+      'name',
+      'replace',
+      'adapter_config.json',
+      'adapter_model.safetensors',
+    ]);
+    expect(body).toContain('\r\n\r\nacme/support\r\n');
+    expect(body).toContain(weights.toString());
+    const quiet = await run('adapters', 'add', 'support', dir, '--json');
+    expect(quiet).toEqual({ exitCode: 0, out: `${reply.body}\n`, err: '' });
+    reply.body = JSON.stringify({ ...adapter, upload: { bytes: 1, sha256: '0'.repeat(64) } });
+    expect(await run('adapters', 'add', 'support', dir)).toMatchObject({
+      exitCode: 1,
+      err: expect.stringContaining('the server got other weights'),
+    });
+  });
+
+  it('add sends nothing of a directory without weights', async () => {
+    const { exitCode, err } = await run('adapters', 'add', 'support', join(dir, 'nothing'));
+    expect([exitCode, seen]).toEqual([1, []]);
+    expect(err).toContain('there is no adapter_model.safetensors');
+  });
+
+  it('show says what is pinned, what follows, and what was before', async () => {
+    const past = { generation: `sha256:${'b'.repeat(64)}`, kind: 'fly', rank_max: 32 };
+    reply.body = JSON.stringify({
+      ...adapter,
+      pinned: true,
+      aliases: ['second', 'third'],
+      generations: [adapter, past],
+    });
+    const { out } = await run('adapters', 'show', 'support');
+    expect(out.split('\n').slice(0, 2)).toEqual([
+      expect.stringMatching(/in use 0 {2}pinned {2}also second, third$/),
+      `  before: ${past.generation}  fly  rank 32`,
+    ]);
   });
 
   it('export to a file, and never over one that is there', async () => {
