@@ -57,7 +57,8 @@ export class Admission {
       );
     }
     const { vocabSize } = base.config;
-    if (tokens.some((token) => token < 0 || token >= vocabSize)) {
+    const isForeign = (token: number): boolean => token < 0 || token >= vocabSize;
+    if (tokens.some(isForeign) || request.adapter?.prior?.tokens.some(isForeign)) {
       throw new GatewayError('INVALID_REQUEST', `a prompt token is not in 0…${vocabSize - 1}`);
     }
     for (const { rank, weight } of request.adapter === null ? [] : allParts(request.adapter)) {
@@ -152,6 +153,13 @@ export class Admission {
     const labels = uses.find((one) => one.labels !== null)?.labels ?? null;
     if (labels === null) {
       throw new GatewayError('INVALID_REQUEST', 'a prior over atoms, and no queryable adapter');
+    }
+    const { width } = this.#options.base.config;
+    if (labels.shape[1] !== width) {
+      throw new GatewayError(
+        'ADAPTER_CORRUPT',
+        `labels of ${labels.shape[1]} numbers, want ${width}`,
+      );
     }
     const words = this.#options.stepper.embeddings(Int32Array.from(prior.tokens)); // [ids, width]
     return atomLogits(words, labels, prior.strength);

@@ -9,7 +9,7 @@ import type { EngineEvent, GenerateRequest } from '../../../src/engine/messages.
 import { Supervisor, type SupervisorOptions } from '../../../src/engine/supervisor.ts';
 import { GatewayError } from '../../../src/errors.ts';
 import { entryExecArgv, entryUrl } from '../../../src/model/spawn-entry.ts';
-import { useOf } from '../../support/adapter-use.ts';
+import { blendOf, useOf } from '../../support/adapter-use.ts';
 import type { FakeProcessOptions } from '../../support/fake-engine-process.ts';
 import { fakeGeneration } from '../../support/fake-stepper.ts';
 import { idleAnswer } from '../../support/idle-answer.ts';
@@ -190,6 +190,36 @@ describe('Supervisor: deaths', () => {
     expect(engine.restarts).toBe(1);
     expectUndisturbed(answer, request);
     expect(engine.stats().residents.map((one) => one.generation)).toEqual([fakeGeneration(3)]);
+  });
+
+  it('a blend goes on after a death with all its parts, and pins are told to every life', async () => {
+    const engine = await start();
+    engine.pin([fakeGeneration(2)]);
+    const request = makeRequest({
+      id: 'blend',
+      tokens: range(20, 1),
+      tokensMax: 400,
+      adapter: blendOf(
+        [
+          [fakeGeneration(3), 9, 0.5],
+          [fakeGeneration(2), 15, -1],
+        ],
+        { system: { generation: fakeGeneration(1), rank: 4, weight: 1 } },
+      ),
+    });
+    const answer = await read(engine.submit(request, never), (_event, index) => {
+      if (index === 4) process.kill(engine.pid!, 'SIGKILL');
+    });
+    expect(engine.restarts).toBe(1);
+    expectUndisturbed(answer, request);
+    const resident = () => engine.stats().residents.map((one) => one.generation);
+    expect(new Set(resident())).toEqual(new Set([1, 2, 3].map(fakeGeneration)));
+    // Eleven pages: the next two take nine of them, and only what is pinned stays beside.
+    for (const n of [5, 10]) {
+      const whole = useOf(fakeGeneration(n), fakeRankOf(fakeGeneration(n)));
+      await read(engine.submit(makeRequest({ id: `takes ${n}`, adapter: whole }), never));
+    }
+    expect(new Set(resident())).toEqual(new Set([2, 5, 10].map(fakeGeneration)));
   });
 
   it('a poison request is refused after its second death; those beside it go on', async () => {
