@@ -152,6 +152,28 @@ describe.each(['reference', 'ggml'] as const)('queryable adapters on %s', (backe
     );
   });
 
+  it('tells the weights of the last token that is no guess', () => {
+    decoder.setAtomBank(bank);
+    const use = queried(randomAtoms(bank, 2, 1));
+    const weights = (tokens: Int32Array, drafts: number, wantsLogits = true): Float32Array => {
+      const result = decoder.step([
+        { ...segment(use, tokens), drafts, wantsLogits },
+        segment(lora(), prompt, 1),
+      ]);
+      expect(result.atomWeights(1)).toBeNull();
+      return result.atomWeights(0)!;
+    };
+    const last = weights(prompt.subarray(0, 3), 0);
+    const guessed = weights(prompt, 2);
+    const unread = weights(prompt.subarray(0, 3), 0, false);
+    for (const other of [guessed, unread]) {
+      other.forEach((share, i) => {
+        expect(share).toBeCloseTo(last[i]!, 5);
+      });
+    }
+    expect(weights(prompt, 0)).not.toEqual(last);
+  });
+
   it('one tenant’s keys change no bit of another’s answer beside it', () => {
     decoder.setAtomBank(bank);
     const own = queried(randomAtoms(bank, 2, 1));
