@@ -93,6 +93,7 @@ async function show(response: Response, { flags, terminal }: Invocation): Promis
 }
 
 const weightsFile = 'adapter_model.safetensors';
+/** What an import reads of a directory. */
 const adapterFiles = ['adapter_config.json', 'rankgate.json', weightsFile];
 
 /** Fields first: the server judges them before it takes a file. */
@@ -106,8 +107,8 @@ async function formOf(
   }
   for (const name of adapterFiles) {
     const path = join(directory, name);
-    if ((await stat(path).catch(() => null))?.isFile())
-      form.set(name, await openAsBlob(path), name);
+    const isThere = (await stat(path).catch(() => null))?.isFile() ?? false;
+    if (isThere) form.set(name, await openAsBlob(path), name);
   }
   if (form.has(weightsFile)) return form;
   throw new CommandError(1, 'INVALID_ADAPTER', `there is no ${weightsFile} in ${directory}`);

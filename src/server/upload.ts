@@ -59,12 +59,14 @@ interface Receiving<T> {
 
 interface Received<T> {
   readonly accepted: T;
-  /** Of adapter_model.safetensors: the sender can tell that what arrived is what it sent. */
+  /** Of the file with the weights: the sender can tell that what arrived is what it sent. */
   readonly bytes: number;
   readonly sha256: string;
 }
 
+/** What an import reads: the weights, and one that says what they are. */
 const weightsFile = 'adapter_model.safetensors';
+const configFiles = ['adapter_config.json', 'rankgate.json'];
 
 /** Fields first, so that a taken name is refused before gigabytes are sent for it; then the files. */
 export async function receiveUpload<T>(
@@ -73,21 +75,20 @@ export async function receiveUpload<T>(
   { boundary, folder, files, accept }: Receiving<T>,
 ): Promise<Received<T>> {
   const { uploadBytesMax } = config;
-  const bytesMaxOf: Readonly<Record<string, number>> = {
-    'adapter_config.json': configBytesMax,
-    'rankgate.json': configBytesMax,
-    [weightsFile]: uploadBytesMax,
-  };
+  const bytesMaxOf = new Map([
+    ...configFiles.map((name) => [name, configBytesMax] as const),
+    [weightsFile, uploadBytesMax] as const,
+  ]);
   checkUncompressed(c.req.raw.headers);
-  const body = pacedBytes(c.req.raw, clock, paceOf(uploadBytesMax + 4 * configBytesMax));
+  const body = pacedBytes(c.req.raw, clock, paceOf(uploadBytesMax + 2 * configBytesMax));
   const texts = new Map<string, string>();
   const received = new Map<string, { bytes: number; sha256: string }>();
   let accepted: { readonly value: T } | null = null;
   for await (const part of readMultipart(body, boundary)) {
-    const bytesMax = Object.hasOwn(bytesMaxOf, part.name) ? bytesMaxOf[part.name] : undefined;
     if (texts.has(part.name) || received.has(part.name)) {
       throw invalidRequest(`${part.name} is there twice`, part.name);
     }
+    const bytesMax = bytesMaxOf.get(part.name);
     if (bytesMax === undefined) {
       if (accepted !== null) throw invalidRequest('fields come before files', part.name);
       texts.set(part.name, await readText(part, 1024));
@@ -98,8 +99,9 @@ export async function receiveUpload<T>(
     received.set(part.name, await writePart(part, { path, bytesMax, files }));
   }
   const weights = received.get(weightsFile);
-  if (accepted === null || weights === undefined || received.size < 2) {
-    throw invalidRequest(`want the files adapter_config.json and ${weightsFile}`, weightsFile);
+  if (accepted === null || weights === undefined || received.size !== 2) {
+    const wanted = `${configFiles.join(' or ')}, and ${weightsFile}`;
+    throw invalidRequest(`the files that are wanted: ${wanted}`, weightsFile);
   }
   return { accepted: accepted.value, ...weights };
 }
