@@ -46,7 +46,21 @@ function buildStep(
   const gate = ops.slice(ops.input('gate', 'f32', [2, rows, 16]), 1);
   const uses = ops.input('uses', 'i32', [rows]);
   const [h] = ops.shrink(seen, page, [{ a: stored.a!, gate }], uses);
-  const y = ops.expand(ops.linear(seen, stored.w!), h!, page, stored.b!);
+  const [kept] = ops.routeRanks(seen, [h!], {
+    uses,
+    groups: ops.input('groups', 'i32', [rows, 2]),
+    temperatures: ops.input('temperatures', 'f32', [rows, 2]),
+    biases: [gate],
+  });
+  const router = { query: stored.query!, summary: stored.summary!, context: stored.query! };
+  const shares = ops.routeAtoms(kept!, [h!], router, {
+    uses,
+    keys: ops.input('keys', 'f32', [rows, 2, 8]),
+    bias: ops.input('bias', 'f32', [rows, 2]),
+    topK: ops.input('topK', 'i32', [rows]),
+  });
+  const mixed = ops.mixRanks(kept!, stored.atoms!, shares);
+  const y = ops.expand(ops.linear(seen, stored.w!), mixed, page, stored.b!);
   return { y: ops.add(y, ops.linear(ops.rmsNorm(x, stored.norm!, 1e-5), stored.w!)) };
 }
 
@@ -70,6 +84,9 @@ function storeAll(kernels: Kernels): Record<string, StoredTensor> {
     v: kernels.store('f16', [cells, width], 'undefined'),
     a: write(a, pageBytes),
     b: write(b, pageBytes),
+    query: write(kernels.store('f32', [8, 12])),
+    summary: write(kernels.store('f32', [12, 12])),
+    atoms: write(kernels.store('f32', [2, 12, 12])),
   };
 }
 
@@ -78,6 +95,20 @@ function runOften(kernels: Kernels, count: () => number): { before: number; afte
   using program = kernels.compile((ops) => buildStep(ops, stored), { segments: 2 });
   const rng = createRng(6);
   const out = new Float32Array(rows * width);
+  program.write(
+    'groups',
+    Int32Array.from({ length: rows * 2 }, (_, i) => i % 4),
+  ); // k of a page
+  program.write(
+    'temperatures',
+    Float32Array.from({ length: rows * 2 }, (_, i) => i % 2),
+  );
+  program.write('keys', normals(rng, rows * 2 * 8));
+  program.write('bias', normals(rng, rows * 2));
+  program.write(
+    'topK',
+    Int32Array.from({ length: rows }, (_, i) => i % 3),
+  );
   const step = (i: number): void => {
     const base = (i * 7) % (cells - 40);
     program.write(
