@@ -92,6 +92,7 @@ async function startEngine(config: Config, model: ModelFile, paths: Paths): Prom
     blobDirectory: paths.blobs,
     cells: config.kvCells,
     pages: config.adapterPages,
+    hostBytesMax: config.hostBytesMax,
     tokensMax: config.stepTokensMax,
     segmentsMax: config.stepRowsMax,
     limits: {

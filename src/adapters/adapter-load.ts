@@ -29,12 +29,12 @@ export interface LoadHost {
   givePages(pages: readonly number[]): void;
   add(resident: Resident): void;
   settle(resident: Resident): void;
-  useBank(packed: PackedAdapter): AtomBank;
+  useBank(packed: PackedAdapter<ResidentKey>): AtomBank;
 }
 
 interface Files {
-  readonly packed: PackedAdapter;
-  readonly bank: PackedAdapter | null;
+  readonly packed: PackedAdapter<ResidentKey>;
+  readonly bank: PackedAdapter<ResidentKey> | null;
 }
 
 type LoadState =

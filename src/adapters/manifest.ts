@@ -108,8 +108,8 @@ function checkKind({ kind, modules, rankCurve, options: given }: AdapterManifest
   }
 }
 
-/** Kinds whose ranks mean the same alone as together. */
-const levelled: readonly string[] = [
+/** Kinds that are low-rank pairs and nothing else once published: their ranks mean the same alone as together. */
+export const pairKinds: readonly string[] = [
   'lora',
   'matryoshka',
   'hydra',
@@ -121,7 +121,7 @@ const levelled: readonly string[] = [
 
 function checkLevels({ kind, modules, levels, rankMax }: AdapterManifest): void {
   if (levels === null) return;
-  if (!levelled.includes(kind)) throw new Error(`levels of a ${kind}`);
+  if (!pairKinds.includes(kind)) throw new Error(`levels of a ${kind}`);
   if (levels.length !== modules.length) throw new Error('levels of other modules');
   for (const [i, level] of levels.entries()) {
     const isOrdered = level.every((k, r) => k <= rankMax && k >= (level[r - 1] ?? 1));

@@ -1,31 +1,36 @@
-// Packed files read, hashed and parsed on a thread of its own while the engine's thread is inside a step. Done there
+// Packed files read, hashed, parsed and, for a blend, merged on a thread of its own while the engine's thread is inside a step. Done there
 // instead, every await of the reading would wait for a step to end: seven steps for one file.
 
 import { Worker } from 'node:worker_threads';
 import { GatewayError } from '../errors.ts';
 import { workerUrl } from '../model/spawn-entry.ts';
 import type { Generation } from './adapter.ts';
+import { isBlendKey, parseBlendKey } from './blend-key.ts';
 import { type PackedAdapter, packedAdapter } from './pack.ts';
 import type { PackAnswer, PackTask } from './pack-worker.ts';
+import type { ResidentKey } from './residency.ts';
 
-/** Throws ADAPTER_NOT_FOUND or ADAPTER_CORRUPT, or INTERNAL when the thread ended. */
-export type ReadPacked = (path: string, generation: Generation) => Promise<PackedAdapter>;
+/** Throws ADAPTER_NOT_FOUND, ADAPTER_CORRUPT or what blendContents throws, or INTERNAL when the thread ended. */
+export type ReadPacked = (key: ResidentKey) => Promise<PackedAdapter<ResidentKey>>;
 
 interface Reading {
-  readonly generation: Generation;
-  resolve(packed: PackedAdapter): void;
+  readonly key: ResidentKey;
+  resolve(packed: PackedAdapter<ResidentKey>): void;
   reject(error: GatewayError): void;
 }
 
 /** The thread starts at once, so that the first load does not wait for it. Idle, it does not keep the process alive. */
-export function createPackReader(): ReadPacked {
+export function createPackReader(pathOf: (generation: Generation) => string): ReadPacked {
   let thread = startThread();
-  return (path, generation) =>
+  return (key) =>
     new Promise((resolve, reject) => {
+      const blend = isBlendKey(key) ? key : null;
+      const parts = isBlendKey(key) ? parseBlendKey(key).parts : [{ generation: key }];
+      const files = parts.map(({ generation }) => ({ generation, path: pathOf(generation) }));
       if (thread.hasEnded) thread = startThread();
-      thread.readings.push({ generation, resolve, reject });
+      thread.readings.push({ key, resolve, reject });
       thread.worker.ref();
-      thread.worker.postMessage({ path, generation } satisfies PackTask);
+      thread.worker.postMessage({ blend, files } satisfies PackTask);
     });
 }
 
@@ -49,7 +54,7 @@ function startThread(): Thread {
     const reading = readings.shift();
     if (readings.length === 0) worker.unref();
     if (answer.kind === 'failed') reading?.reject(new GatewayError(answer.code, answer.message));
-    else reading?.resolve(packedAdapter(reading.generation, answer.contents));
+    else reading?.resolve(packedAdapter(reading.key, answer.contents));
   });
   worker.on('error', end);
   worker.on('exit', (code) => end(`exit code ${code}`));

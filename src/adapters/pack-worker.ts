@@ -1,23 +1,29 @@
-// The thread that reads packed files for the engine (pack-reader.ts): one after the other, in the order of the asking.
+// The thread that reads packed files, and merges them, for the engine (pack-reader.ts): one after the other, in the order of
+// the asking.
 
 import { parentPort } from 'node:worker_threads';
 import { asGatewayError, type ErrorCode } from '../errors.ts';
 import type { Generation } from './adapter.ts';
+import { blendContents } from './blend.ts';
+import type { BlendKey } from './blend-key.ts';
 import { type PackedContents, readContents } from './pack.ts';
 
 export interface PackTask {
-  readonly path: string;
-  readonly generation: Generation;
+  /** null: the file itself. */
+  readonly blend: BlendKey | null;
+  readonly files: readonly { readonly path: string; readonly generation: Generation }[];
 }
 
 export type PackAnswer =
   | { readonly kind: 'read'; readonly contents: PackedContents }
   | { readonly kind: 'failed'; readonly code: ErrorCode; readonly message: string };
 
-parentPort?.on('message', ({ path, generation }: PackTask) => {
+parentPort?.on('message', ({ blend, files }: PackTask) => {
   let answer: PackAnswer;
   try {
-    answer = { kind: 'read', contents: readContents(path, generation) };
+    const parts = files.map(({ path, generation }) => readContents(path, generation));
+    const contents = blend === null ? parts[0]! : blendContents(blend, parts);
+    answer = { kind: 'read', contents };
   } catch (error) {
     const { code, message } = asGatewayError(error);
     answer = { kind: 'failed', code, message };

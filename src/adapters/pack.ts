@@ -14,6 +14,7 @@ import {
   type PackedKind,
   pageRanks,
 } from './adapter.ts';
+import type { BlendKey } from './blend-key.ts';
 import { sparseA } from './families/fly.ts';
 import { formatManifest, parseManifest } from './manifest.ts';
 import { corrupt, readBlob } from './pack-file.ts';
@@ -37,8 +38,8 @@ export interface Floats {
 }
 
 /** A verified packed file in memory. Its pages are views of the file's bytes: read them, never write. */
-export interface PackedAdapter {
-  readonly generation: Generation;
+export interface PackedAdapter<Key extends Generation | BlendKey = Generation> {
+  readonly generation: Key;
   readonly manifest: AdapterManifest;
   /** Pages that the widest module has: ceil(rankMax / 8). 0 when it has none of its own (svfit, a bank). */
   readonly pages: number;
@@ -249,7 +250,10 @@ function readOnce(
   return floats;
 }
 
-export function packedAdapter(generation: Generation, contents: PackedContents): PackedAdapter {
+export function packedAdapter<Key extends Generation | BlendKey>(
+  generation: Key,
+  contents: PackedContents,
+): PackedAdapter<Key> {
   const { manifest, modules, floats } = contents;
   let bytes = 0;
   for (const { values } of floats.values()) bytes += values.byteLength;

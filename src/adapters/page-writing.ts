@@ -5,6 +5,7 @@ import { type Projection, projectionShape, projections } from '../model/decoder-
 import type { AtomBank, ModuleRef, Stepper } from '../model/stepper.ts';
 import { type AdapterManifest, pageRanks } from './adapter.ts';
 import type { FloatName, PackedAdapter } from './pack.ts';
+import type { ResidentKey } from './residency.ts';
 
 export type PageMemory = Pick<Stepper, 'config' | 'pages' | 'pageBytes' | 'writePage'>;
 
@@ -12,7 +13,7 @@ export type PageMemory = Pick<Stepper, 'config' | 'pages' | 'pageBytes' | 'write
  *  Every module of the base, also those that the adapter lacks: the pages may hold another adapter's ranks. */
 export function* writePages(
   stepper: PageMemory,
-  packed: PackedAdapter,
+  packed: Pick<PackedAdapter, 'page'>,
   first: number,
   pages: readonly number[],
 ): Generator<number, void> {
@@ -58,7 +59,7 @@ export function checkBasis(tenant: AdapterManifest, basis: AdapterManifest): voi
   throw new GatewayError('ADAPTER_CORRUPT', 'the adapter has ranks that its basis lacks');
 }
 
-export function atomBankOf({ generation, manifest, floats }: PackedAdapter): AtomBank {
+export function atomBankOf({ generation, manifest, floats }: PackedAdapter<ResidentKey>): AtomBank {
   if (manifest.kind !== 'bank') {
     throw new GatewayError('ADAPTER_CORRUPT', `${generation} is a ${manifest.kind}, not a bank`);
   }

@@ -87,7 +87,7 @@ export interface ResidencyOptions {
   /** SHA-256 of the base model file, hex: an adapter that was checked against another is refused. */
   readonly baseHash: string;
   /** Reads and verifies a packed file (pack.ts, readPacked), or makes a blend. */
-  readonly open: (generation: ResidentKey) => Promise<PackedAdapter>;
+  readonly open: (generation: ResidentKey) => Promise<PackedAdapter<ResidentKey>>;
   /** Of what residents keep outside the pages. */
   readonly floatBytesMax?: number;
   readonly onDispose?: (generation: ResidentKey, reason: DisposalReason) => void;
@@ -270,7 +270,7 @@ class PagedResidency implements Residency, LoadHost {
   }
 
   /** Makes this bank the one of the stepper. Throws UNSUPPORTED while sequences use another. */
-  useBank(packed: PackedAdapter): AtomBank {
+  useBank(packed: PackedAdapter<ResidentKey>): AtomBank {
     if (this.#bank?.id === packed.generation) return this.#bank;
     const old = [...this.residents.values()].filter(
       ({ maker }) => maker.manifest.kind === 'queryable',

@@ -15,6 +15,7 @@ import {
 } from '../model/stepper.ts';
 import { type AdapterManifest, pageRanks } from './adapter.ts';
 import type { FloatName, Floats, PackedAdapter } from './pack.ts';
+import { ranksAt } from './pack-pairs.ts';
 
 /** Pages that one row may read: rank 256 (decoder). */
 const pagesPerRowMax = 32;
@@ -38,13 +39,9 @@ export function createRowMaker(
   blocks: number,
   bank: BankSizes | null = null,
 ): RowMaker {
-  const { kind, levels, modules, rankMax, options } = manifest;
+  const { kind, modules, rankMax, options } = manifest;
   const isPrefix = kind !== 'fly' && kind !== 'mora' && kind !== 'queryable';
-  /** Ranks of a module that `rank` has on. */
-  const ranksOn = (module: number, rank: number): number =>
-    levels === null
-      ? Math.min(rank, modules[module]!.rank)
-      : levels[module]!.filter((level) => level <= rank).length;
+  const ranksOn = (module: number, rank: number): number => ranksAt(manifest, module, rank);
   const widest = (rank: number): number => Math.max(...modules.map((_, i) => ranksOn(i, rank)));
   const perRank = { modules, moduleCount: blocks * projections.length };
   const atoms = bank === null ? null : atomsOf(manifest, floats, bank);

@@ -2,8 +2,8 @@
 // The one place that knows which implementations stand behind the loop.
 
 import { cpus } from 'node:os';
-import { isBlendKey } from '../adapters/blend-key.ts';
 import { blobPath } from '../adapters/blobs.ts';
+import { createHostTier } from '../adapters/host-tier.ts';
 import { createPackReader } from '../adapters/pack-reader.ts';
 import { createResidency } from '../adapters/residency.ts';
 import { GatewayError } from '../errors.ts';
@@ -40,6 +40,8 @@ export interface EngineConfig {
   readonly blobDirectory: string;
   readonly cells: number;
   readonly pages: number;
+  /** Packed adapters that are kept in memory beside the pages; none when absent. */
+  readonly hostBytesMax?: number;
   /** Most tokens, and most sequences, in one step. */
   readonly tokensMax: number;
   readonly segmentsMax: number;
@@ -111,7 +113,10 @@ export async function openLoop(
     const vocabulary = readVocabulary(file.metadata);
     const bytesOf = tokenBytes(vocabulary);
     const pool = new KvPool(decoder.cells);
-    const readPacked = createPackReader();
+    const host = createHostTier({
+      bytesMax: config.hostBytesMax ?? 0,
+      read: createPackReader((generation) => blobPath(config.blobDirectory, generation)),
+    });
     return new EngineLoop({
       base: {
         config: decoder.config,
@@ -124,11 +129,7 @@ export async function openLoop(
       residency: createResidency({
         stepper: decoder,
         baseHash: modelHash,
-        open: (key) => {
-          if (isBlendKey(key))
-            throw new GatewayError('UNSUPPORTED', 'merged blends are not served');
-          return readPacked(blobPath(config.blobDirectory, key), key);
-        },
+        open: (key) => host.open(key),
       }),
       cache: new PrefixCache({ pool, tenantShareMax: config.tenantShareMax }),
       limits: config.limits,

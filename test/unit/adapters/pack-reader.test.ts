@@ -4,8 +4,15 @@ import { join } from 'node:path';
 import type { Worker } from 'node:worker_threads';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { type Generation, noOptions } from '../../../src/adapters/adapter.ts';
+import { blendContents } from '../../../src/adapters/blend.ts';
+import { blendKey } from '../../../src/adapters/blend-key.ts';
 import { blobPath, createBlobStore } from '../../../src/adapters/blobs.ts';
-import { createPacker, readPacked } from '../../../src/adapters/pack.ts';
+import {
+  createPacker,
+  packedAdapter,
+  readContents,
+  readPacked,
+} from '../../../src/adapters/pack.ts';
 import { createPackReader } from '../../../src/adapters/pack-reader.ts';
 import { servedPair } from '../../../src/adapters/served.ts';
 
@@ -49,9 +56,9 @@ describe('createPackReader', () => {
   afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
   it('gives what readPacked gives, each answer to its own question', async () => {
-    const read = createPackReader();
+    const read = createPackReader(pathOf);
     const asked = [...generations, ...generations.toReversed()];
-    const answers = await Promise.all(asked.map((one) => read(pathOf(one), one)));
+    const answers = await Promise.all(asked.map((one) => read(one)));
     for (const [i, answer] of answers.entries()) {
       const want = await readPacked(pathOf(asked[i]!), asked[i]!);
       expect(answer.generation).toBe(want.generation);
@@ -62,12 +69,12 @@ describe('createPackReader', () => {
   });
 
   it('refuses a missing and a changed file by the code, and goes on', async () => {
-    const read = createPackReader();
+    const read = createPackReader(pathOf);
     const missing: Generation = `sha256:${'f'.repeat(64)}`;
     const changed: Generation = `sha256:${'e'.repeat(64)}`;
     writeFileSync(pathOf(changed), pack(4));
     const answers = await Promise.allSettled(
-      [missing, changed, generations[0]!].map((one) => read(pathOf(one), one)),
+      [missing, changed, generations[0]!].map((one) => read(one)),
     );
     expect(answers).toMatchObject([
       { status: 'rejected', reason: { code: 'ADAPTER_NOT_FOUND' } },
@@ -76,17 +83,43 @@ describe('createPackReader', () => {
     ]);
   });
 
+  it('merges the files of a blend, and refuses one that lacks a part', async () => {
+    const read = createPackReader(pathOf);
+    const parts = generations.slice(0, 2).map((generation) => ({ generation, rank: 9, weight: 1 }));
+    const key = blendKey({ merge: 'ties', density: 0.5, parts });
+    const merged = await read(key);
+    expect(merged.generation).toBe(key);
+    expect(merged.manifest).toMatchObject({
+      rankMax: 9,
+      source: { by: 'ties', from: generations.slice(0, 2) },
+    });
+    const contents = blendContents(
+      key,
+      parts.map(({ generation }) => readContents(pathOf(generation), generation)),
+    );
+    for (const page of [0, 1]) {
+      expect(merged.page(ref, page)).toEqual(packedAdapter(key, contents).page(ref, page));
+    }
+    const missing: Generation = `sha256:${'d'.repeat(64)}`;
+    const lacking = [...parts, { generation: missing, rank: 1, weight: 1 }];
+    await expect(
+      read(blendKey({ merge: 'ties', density: 0.5, parts: lacking })),
+    ).rejects.toMatchObject({
+      code: 'ADAPTER_NOT_FOUND',
+    });
+  });
+
   it('fails what a thread that ends was asked for, and starts another', async () => {
     const started = new Promise<Worker>((resolve) => process.once('worker', resolve));
-    const read = createPackReader();
+    const read = createPackReader(pathOf);
     const thread = await started;
     const [first] = generations as [Generation];
-    const lost = Promise.allSettled([read(pathOf(first), first), read(pathOf(first), first)]);
+    const lost = Promise.allSettled([read(first), read(first)]);
     await thread.terminate(); // before it has finished starting, so before it can have answered
     expect(await lost).toMatchObject([
       { status: 'rejected', reason: { code: 'INTERNAL' } },
       { status: 'rejected', reason: { code: 'INTERNAL' } },
     ]);
-    expect((await read(pathOf(first), first)).generation).toBe(first);
+    expect((await read(first)).generation).toBe(first);
   });
 });
