@@ -114,14 +114,11 @@ describe('an upload', () => {
     expect(JSON.stringify(added.body)).not.toContain(root);
   });
 
-  it('may be one packed file', async () => {
+  it('may have a rankgate.json in place of PEFT’s config', async () => {
     const seen = spyOnImport();
-    const added = await upload([
-      ['name', 'new'],
-      ['adapter.rankgate', 'packed'],
-    ]);
-    expect(added).toMatchObject({ status: 201, body: { upload: { bytes: 6 } } });
-    expect(seen).toEqual([{ 'adapter.rankgate': Buffer.from('packed') }]);
+    const added = await upload([whole[0]!, ['rankgate.json', '{}'], whole[2]!]);
+    expect(added.status).toBe(201);
+    expect(Object.keys(seen[0]!).sort()).toEqual(['adapter_model.safetensors', 'rankgate.json']);
   });
 
   it('replaces under the expected generation, with the options of the JSON call', async () => {
@@ -159,12 +156,6 @@ describe('an upload', () => {
     ['a path for a file', [['../../x', 'y'], ...whole], 400, null],
     ['no weights', whole.slice(0, 2), 400, 'adapter_model.safetensors'],
     ['weights alone', [whole[0]!, whole[2]!], 400, 'adapter_model.safetensors'],
-    [
-      'a packed file and another',
-      [...whole, ['adapter.rankgate', 'x']],
-      400,
-      'adapter_model.safetensors',
-    ],
     ['two configs', [...whole, ['rankgate.json', '{}']], 400, 'adapter_model.safetensors'],
     ['a prototype', [['__proto__', 'x'], ...whole], 400, '__proto__'],
   ])('is refused with %s', async (_, pieces, status, param) => {
