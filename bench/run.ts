@@ -17,6 +17,8 @@ import { describePlace, type Report, round } from './measure.ts';
 import { benchMemory } from './memory.ts';
 import { benchRanks } from './ranks.ts';
 import { benchResidency } from './residency.ts';
+import { benchSwap } from './swap.ts';
+import { benchTenants } from './tenants.ts';
 import { benchTrainstep } from './trainstep.ts';
 
 interface Settings {
@@ -42,6 +44,8 @@ const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>>
   residency: (settings) => benchResidency(settings, settings.rounds),
   load: (settings) => benchLoad(settings, settings.rounds),
   memory: (settings) => benchMemory(settings),
+  swap: (settings) => benchSwap(settings, settings.rounds),
+  tenants: (settings) => benchTenants(settings, settings.rounds),
   // Its opponent is Python: the first run makes an environment under data/ from PyPI (torch, gigabytes).
   trainstep: (settings) => benchTrainstep(settings, settings.rounds),
 };

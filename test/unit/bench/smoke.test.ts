@@ -12,6 +12,7 @@ import { benchLoad } from '../../../bench/load.ts';
 import type { Report } from '../../../bench/measure.ts';
 import { benchRanks } from '../../../bench/ranks.ts';
 import { benchResidency } from '../../../bench/residency.ts';
+import { benchTenants } from '../../../bench/tenants.ts';
 import { baseModelPath } from '../../support/base-model.ts';
 
 describe('benches in tiny sizes', () => {
@@ -87,6 +88,20 @@ describe('benches in tiny sizes', () => {
     checkNumbers(report, ['ratio']);
     expect(report.series.few!.median).toBeGreaterThan(0);
   });
+
+  it('tenants: svfit over one basis, fly from seeds', async () => {
+    const report = await benchTenants(
+      { modelPath, threads: 1, weights: 'faithful', folder: own('tenants') },
+      1,
+      {
+        ...{ tenants: 4, svfitRank: 16, flyRank: 8, flyTopK: 2, flyRoom: 3, streams: 2 },
+        ...{ requests: 4, promptTokens: 4, newTokens: 3 },
+      },
+    );
+    checkNumbers(report, ['bytes_per_tenant_svfit', 'bytes_per_tenant_fly']);
+    expect(report.figures.bytes_to_lora_fly).toBeLessThan(0.6);
+    expect(report.figures.bytes_to_lora_svfit).toBeLessThan(1 / 16);
+  }, 120_000);
 
   it('load: every visitor waits for its adapter', async () => {
     const report = await benchLoad(
