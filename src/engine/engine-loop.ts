@@ -279,6 +279,7 @@ export class EngineLoop {
       const { wantsLogits, drafts = 0 } = segment;
       this.#advance(sequence, segment.tokens.length - drafts);
       if (!wantsLogits) return;
+      sequence.noteAtoms(result.atomWeights(index));
       let accepted = 0;
       let isRight = this.#take(sequence, result.logits(index));
       while (isRight && accepted < drafts) {
@@ -325,9 +326,11 @@ export class EngineLoop {
 
   #end(sequence: Sequence, end: SequenceEnd): void {
     const nowMs = this.#options.clock.nowMs();
+    const { atoms } = sequence;
     this.#outbox.event(sequence.id, {
       kind: 'end',
       ...end,
+      ...(atoms === null ? {} : { atoms }),
       completionTokens: sequence.generatedCount,
       ttftMs: (sequence.firstTokenMs ?? nowMs) - sequence.submittedMs,
       totalMs: nowMs - sequence.submittedMs,

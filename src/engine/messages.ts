@@ -90,6 +90,8 @@ export type EngineEvent =
       readonly completionTokens: number;
       readonly ttftMs: number;
       readonly totalMs: number;
+      /** Of a queryable adapter: per block of layers, the mean weight of each atom over the tokens of this engine's life. */
+      readonly atoms?: readonly (readonly number[])[];
     };
 
 /** What one engine step had to do. */

@@ -67,6 +67,8 @@ export class Sequence {
   /** Sequences behind it that were admitted while it found no cells. */
   passes = 0;
   readonly #counts: Map<number, number> = new Map();
+  #atomSums: Float64Array | null = null; // [blocks of layers, K]
+  #atomSteps = 0;
   readonly #prefillEnd: number;
   readonly #detokenizer: Detokenizer;
   readonly #matcher: StopMatcher;
@@ -120,6 +122,24 @@ export class Sequence {
   /** Whether the token at `position` was known at the start, prompt or resumed answer. */
   isPrompt(position: number): boolean {
     return position < this.#prefillEnd;
+  }
+
+  /** How a token weighted the atoms, [blocks of layers, K]; null: it has none. */
+  noteAtoms(weights: Float32Array | null): void {
+    if (weights === null) return;
+    this.#atomSums ??= new Float64Array(weights.length);
+    for (const [i, weight] of weights.entries()) this.#atomSums[i]! += weight;
+    this.#atomSteps += 1;
+  }
+
+  /** Mean weights, a list a block of layers. */
+  get atoms(): number[][] | null {
+    const atoms = this.holdings?.rows?.atoms?.bias.length;
+    if (atoms === undefined || this.#atomSums === null) return null;
+    const means = Array.from(this.#atomSums, (sum) => sum / this.#atomSteps);
+    return Array.from({ length: means.length / atoms }, (_, block) =>
+      means.slice(block * atoms, (block + 1) * atoms),
+    );
   }
 
   /** Takes the next token of the answer; the end, when it is one, comes with the text that was still held back. */

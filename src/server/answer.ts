@@ -186,6 +186,11 @@ export class Answer {
     };
   }
 
+  /** Per choice that has ended, how it weighted a queryable adapter's atoms. */
+  get atoms(): ReadonlyArray<readonly (readonly number[])[]> {
+    return this.#sequences.flatMap(({ end }) => (end?.atoms === undefined ? [] : [end.atoms]));
+  }
+
   /** From the request's arrival. */
   get #totalMs(): number | null {
     return this.#endedMs === null ? null : this.#endedMs - this.request.receivedMs;

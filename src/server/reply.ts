@@ -162,6 +162,7 @@ function figuresOf(answer: Answer): { usage: object; rankgate: object } {
       ttft_ms: rounded(report.ttftMs),
       total_ms: rounded(report.totalMs),
       cached_tokens: cachedTokens,
+      ...(answer.atoms.length === 0 ? {} : { atoms: answer.atoms }),
     },
   };
 }

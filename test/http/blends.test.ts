@@ -1,5 +1,6 @@
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { AdapterKind, AdapterManifest, Generation } from '../../src/adapters/adapter.ts';
+import type { EngineEvent } from '../../src/engine/messages.ts';
 import { blendOf, useOf } from '../support/adapter-use.ts';
 import { fakeGeneration, fakeManifest } from '../support/fake-registry.ts';
 import {
@@ -11,6 +12,7 @@ import {
   nothingLeft,
   parseFrames,
 } from '../support/http-harness.ts';
+import { echoScript, endEvent, pieceEvent, startEvent } from '../support/scripted-engine.ts';
 
 // Several adapters in one request, over the scripted engine: it answers with the generation, rank and weight of each part
 // that it was asked for, so a part that is lost, doubled or at another rank shows in the text.
@@ -240,6 +242,32 @@ describe('options of a family', () => {
     await ask({ adapters: [{ id: 'fly', weight: 1 }, both[0]], fly_top_k: 256 });
     expect(harness.engine.requests[3]!.adapter?.flyTopK).toBe(256);
   });
+});
+
+it('tells which atoms an answer was made with, choice by choice', async () => {
+  add('asks', 'f2', { kind: 'queryable' });
+  harness.engine.script = async function* script({ sampling }) {
+    yield startEvent();
+    yield pieceEvent('a');
+    yield {
+      ...endEvent(1),
+      kind: 'end',
+      atoms: [[1, 0], sampling.seed === 7 ? [0.25, 0.75] : [0, 1]],
+    } as EngineEvent;
+  };
+  const { body } = await ask({ model: 'asks', n: 2 });
+  expect(body.rankgate.atoms).toEqual([
+    [
+      [1, 0],
+      [0.25, 0.75],
+    ],
+    [
+      [1, 0],
+      [0, 1],
+    ],
+  ]);
+  harness.engine.script = echoScript;
+  expect((await ask({ model: 'support' })).body.rankgate).not.toHaveProperty('atoms');
 });
 
 describe('a system adapter', () => {

@@ -269,6 +269,10 @@ describe("an instruction's prior", () => {
     expect(biases[0]).toEqual([0, 0, 0]);
     for (const [k, bias] of biases[1]!.entries()) expect(bias).toBeCloseTo(want[k]!, 6);
     expect(new Set(want).size).toBe(atoms);
+    // Who reads the answer is told which atoms made it: the fake's two, equally, in its one block.
+    for (const { events } of harness.heard.values()) {
+      expect(events.at(-1)).toMatchObject({ kind: 'end', atoms: [[0.5, 0.5, 0]] });
+    }
     // Cells are never shared across priors.
     const cached = [...harness.heard.values()].map(({ events: [start] }) =>
       start?.kind === 'start' ? start.cachedTokens : null,
