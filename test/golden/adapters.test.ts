@@ -18,7 +18,15 @@ interface Golden {
   readonly effect: readonly number[];
 }
 
-const names = ['plain-r4', 'rslora-r8', 'patterns-r16', 'qv-r8', 'bf16-r8', 'regex-r64'];
+const names = [
+  'plain-r4',
+  'rslora-r8',
+  'patterns-r16',
+  'qv-r8',
+  'bf16-r8',
+  'bf16-r256',
+  'regex-r64',
+];
 const folder = join(import.meta.dirname, 'adapters');
 
 function readGolden(name: string) {

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -66,7 +67,21 @@ CASES = {
     ),
     "qv-r8": dict(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
     "bf16-r8": dict(r=8, lora_alpha=8, target_modules=ALL),
+    # More ranks than any matrix has: the file keeps 256, of which 64 and 32 are there.
+    "bf16-r256": dict(r=256, lora_alpha=128, use_rslora=True, target_modules=["q_proj", "v_proj"], layers_to_transform=[1]),
     "regex-r64": dict(r=64, lora_alpha=64, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj"),
+}
+
+# Adapters that PEFT makes and rankgate refuses, by the field that it names: only their configs are kept.
+REFUSED = {
+    "use_dora": dict(r=4, use_dora=True, target_modules=["q_proj"]),
+    "bias": dict(r=4, bias="all", target_modules=["q_proj"]),
+    "lora_bias": dict(r=4, lora_bias=True, target_modules=["q_proj"]),
+    "modules_to_save": dict(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "init_lora_weights": dict(r=4, init_lora_weights="pissa", target_modules=["q_proj"]),
+    "trainable_token_indices": dict(r=4, trainable_token_indices=[1, 2], target_modules=["q_proj"]),
+    "layer_replication": dict(r=4, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]),
+    "target_parameters": dict(r=4, target_parameters=["mlp.up_proj.weight"], target_modules=[]),
 }
 
 
@@ -272,6 +287,19 @@ def adapter_golden(base, name, fields, ids):
     print(name, "rank", rank_max, "effect", info["effect"])
 
 
+def refused_configs(base):
+    configs = {}
+    for field, fields in REFUSED.items():
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **fields)
+        model = peft.get_peft_model(copy.deepcopy(base), config)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, save_embedding_layers=False)
+            saved = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text())
+        saved["base_model_name_or_path"] = "rankgate/tiny-random"
+        configs[field] = saved
+    write_json(ADAPTERS / "refused.json", {"versions": VERSIONS, "command": COMMAND, "configs": configs})
+
+
 def main():
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
@@ -284,6 +312,7 @@ def main():
     ids = bpe.encode("the answer of the 7 adapters!").ids
     for name, fields in CASES.items():
         adapter_golden(model, name, fields, ids)
+    refused_configs(model)
 
 
 main()

@@ -32,6 +32,7 @@ export const goldenAdapters: readonly string[] = [
   'patterns-r16',
   'qv-r8',
   'bf16-r8',
+  'bf16-r256',
   'regex-r64',
 ];
 
