@@ -7,8 +7,9 @@ import type { DecoderConfig } from '../model/decoder-config.ts';
 import type { Generation } from './adapter.ts';
 import { blobPath, createBlobStore } from './blobs.ts';
 import { readPacked } from './pack.ts';
-import type { LevelRule } from './pack-pairs.ts';
-import { packPeft, unpackPeft } from './pack-peft.ts';
+import { type LevelRule, type SqueezeTarget, squeezePacked } from './pack-pairs.ts';
+import { type PackedPeft, packPeft, unpackPeft } from './pack-peft.ts';
+import { importPacked } from './packed-import.ts';
 import type { AdapterBase } from './peft.ts';
 import { readPeftDirectory } from './peft-directory.ts';
 import type { ImportedAdapter, PeftFiles } from './registry.ts';
@@ -28,6 +29,12 @@ export type ImportJob =
       readonly generation: Generation;
       readonly rank: number;
       readonly base: DecoderConfig;
+    }
+  | {
+      readonly kind: 'squeeze';
+      readonly blobDirectory: string;
+      readonly generation: Generation;
+      readonly target: SqueezeTarget;
     };
 
 export type ImportAnswer =
@@ -43,15 +50,27 @@ export type ImportAnswer =
     };
 
 async function answer(job: ImportJob): Promise<ImportAnswer> {
-  if (job.kind === 'export') {
-    const path = blobPath(job.blobDirectory, job.generation);
-    const packed = await readPacked(path, job.generation);
-    return { kind: 'exported', files: unpackPeft(packed, job.rank, job.base) };
+  const { blobDirectory } = job;
+  if (job.kind === 'import') return store(await packDirectory(job), blobDirectory);
+  const packed = await readPacked(blobPath(blobDirectory, job.generation), job.generation);
+  if (job.kind === 'squeeze') {
+    return store({ ...squeezePacked(packed, job.target), warnings: [] }, blobDirectory);
   }
+  return { kind: 'exported', files: unpackPeft(packed, job.rank, job.base) };
+}
+
+async function packDirectory(job: ImportJob & { readonly kind: 'import' }): Promise<PackedPeft> {
   const { base, acceptBaseName, levels } = job;
-  const input = await readPeftDirectory(job.directory);
-  const { manifest, bytes, warnings } = packPeft({ ...input, base, acceptBaseName }, levels);
-  const generation = await createBlobStore(job.blobDirectory).put(bytes);
+  const { format, ...input } = await readPeftDirectory(job.directory);
+  if (format === 'peft') return packPeft({ ...input, base, acceptBaseName }, levels);
+  return { ...importPacked(input.config, input.weights, base), warnings: [] };
+}
+
+async function store(
+  { manifest, bytes, warnings }: PackedPeft,
+  blobDirectory: string,
+): Promise<ImportAnswer> {
+  const generation = await createBlobStore(blobDirectory).put(bytes);
   const adapter = { manifest, generation, bytes: bytes.length, warnings };
   return { kind: 'imported', adapter };
 }

@@ -7,6 +7,7 @@ import { workerUrl } from '../model/spawn-entry.ts';
 import { type Generation, isGeneration } from './adapter.ts';
 import type { BlobStore } from './blobs.ts';
 import type { ImportAnswer, ImportJob } from './import-worker.ts';
+import type { SqueezeTarget } from './pack-pairs.ts';
 import type { AdapterBase } from './peft.ts';
 import type { ImportedAdapter, Importer, ImportOptions, PeftFiles, Registry } from './registry.ts';
 
@@ -62,6 +63,12 @@ class ThreadedImporter implements Importer {
     const answer = await this.#queue(() => this.#run(job));
     if (answer.kind !== 'exported') throw new GatewayError('INTERNAL', `got ${answer.kind}`);
     return answer.files;
+  }
+
+  async squeeze(generation: Generation, target: SqueezeTarget): Promise<ImportedAdapter> {
+    const { blobDirectory } = this.#options;
+    const job = { kind: 'squeeze', blobDirectory, generation, target } as const;
+    return this.#queue(() => this.#importAndRegister(job));
   }
 
   async close(): Promise<void> {

@@ -12,6 +12,7 @@ import {
   pageRanks,
 } from './adapter.ts';
 import { planLevels } from './levels.ts';
+import { pairKinds } from './manifest.ts';
 import { createPacker, type PackedAdapter } from './pack.ts';
 import { moduleName } from './peft-names.ts';
 import { servedPair } from './served.ts';
@@ -98,23 +99,14 @@ export function prefixOf(packed: PackedAdapter, module: AdaptedModule, kept: num
 /** What to keep: so many ranks of each module, or of each module the fewest that hold this share of its energy. */
 export type SqueezeTarget = { readonly rank: number } | { readonly variance: number };
 
-/** Kinds that are nothing but low-rank pairs once published, in an order by weights. */
-const squeezable: readonly string[] = [
-  'lora',
-  'matryoshka',
-  'hydra',
-  'flexmore',
-  'salt',
-  'triangular',
-];
-
 /** The adapter with fewer ranks; the scale is in the factors, so alpha / r stays. LoRA-Squeeze's `post`: `cont` trains on
  *  afterwards, which is not served here. Throws UNSUPPORTED for kinds that are no pairs. */
 export function squeezePacked(packed: PackedAdapter, target: SqueezeTarget): Packed {
   const { manifest, generation } = packed;
   const { kind, baseHash, rankMax, modules } = manifest;
-  if (!squeezable.includes(kind)) {
-    const message = `an adapter of kind ${kind} cannot be squeezed: its ranks are no plain pairs`;
+  if (!pairKinds.includes(kind) || kind === 'eora') {
+    const why = kind === 'eora' ? 'are ordered by a text' : 'are no plain pairs';
+    const message = `an adapter of kind ${kind} cannot be squeezed: its ranks ${why}`;
     throw new GatewayError('UNSUPPORTED', message);
   }
   if ('rank' in target && target.rank > rankMax) {

@@ -1,4 +1,4 @@
-// The two files of a PEFT directory, read with bounds. Links and anything but regular files are refused; whether the
+// The two files of an adapter's directory, PEFT's or our own, read with bounds. Links and anything but regular files are refused; whether the
 // directory itself may be read is the caller's business.
 
 import { constants } from 'node:fs';
@@ -13,6 +13,8 @@ const weightsBytesMax: number = 2 * 1024 ** 3;
 const readBytesMax = 256 * 1024 * 1024;
 
 export interface PeftDirectory {
+  /** Whether `config` is adapter_config.json or rankgate.json. */
+  readonly format: 'peft' | 'rankgate';
   readonly config: string;
   readonly weights: Uint8Array;
 }
@@ -23,29 +25,38 @@ export async function readPeftDirectory(directory: string): Promise<PeftDirector
   if (stat?.isDirectory() !== true) {
     throw new GatewayError('INVALID_ADAPTER', 'the adapter is not a directory');
   }
-  const config = await readBounded(directory, 'adapter_config.json', configBytesMax);
+  const isOurs = await has(directory, 'rankgate.json');
+  if (isOurs && (await has(directory, 'adapter_config.json'))) {
+    const message = 'there is a rankgate.json beside adapter_config.json: one is wanted';
+    throw new GatewayError('INVALID_ADAPTER', message);
+  }
+  const configName = isOurs ? 'rankgate.json' : 'adapter_config.json';
+  const config = await readBounded(directory, configName, configBytesMax);
   await refusePickle(directory);
   const weights = await readBounded(directory, 'adapter_model.safetensors', weightsBytesMax);
   try {
-    return { config: new TextDecoder('utf-8', { fatal: true }).decode(config), weights };
+    const text = new TextDecoder('utf-8', { fatal: true }).decode(config);
+    return { format: isOurs ? 'rankgate' : 'peft', config: text, weights };
   } catch (cause) {
-    throw new GatewayError('INVALID_ADAPTER', 'adapter_config.json is not UTF-8', { cause });
+    throw new GatewayError('INVALID_ADAPTER', `${configName} is not UTF-8`, { cause });
   }
 }
 
 /** The file that older PEFT wrote instead; it is a program, and is never opened. */
 async function refusePickle(directory: string): Promise<void> {
-  const has = (name: string): Promise<boolean> =>
-    access(join(directory, name)).then(
-      () => true,
-      () => false,
-    );
-  if (await has('adapter_model.safetensors')) return;
+  if (await has(directory, 'adapter_model.safetensors')) return;
   for (const name of ['adapter_model.bin', 'adapter_model.pt', 'adapter_model.ckpt']) {
-    if (await has(name)) {
+    if (await has(directory, name)) {
       throw new GatewayError('INVALID_ADAPTER', `${name} is a pickle: safetensors only`);
     }
   }
+}
+
+function has(directory: string, name: string): Promise<boolean> {
+  return access(join(directory, name)).then(
+    () => true,
+    () => false,
+  );
 }
 
 async function readBounded(

@@ -2,6 +2,7 @@
 // Implemented over SQLite in sql-registry.ts.
 
 import type { AdapterManifest, Generation } from './adapter.ts';
+import type { SqueezeTarget } from './pack-pairs.ts';
 
 export interface AdapterRecord {
   readonly name: string;
@@ -73,6 +74,9 @@ export interface Importer {
   importPeft(directory: string, options?: ImportOptions): Promise<ImportedAdapter>;
   /** The PEFT files of the prefix of uniform rank `rank`, as they would be served. Throws ADAPTER_NOT_FOUND. */
   exportPeft(generation: Generation, rank: number): Promise<PeftFiles>;
+  /** A stored adapter with fewer ranks, as a generation of its own. Throws ADAPTER_NOT_FOUND, or UNSUPPORTED for a kind whose
+   *  ranks are no plain pairs. The caller leases `generation` meanwhile. */
+  squeeze(generation: Generation, target: SqueezeTarget): Promise<ImportedAdapter>;
   close(): Promise<void>;
 }
 

@@ -136,9 +136,9 @@ export async function exportAdapter(c: Context<Env>, deps: ServerDeps): Promise<
 }
 
 /** As the caller put it: an alias, maybe. */
-const nameOf = (c: Context<Env>): string => c.req.param('name') ?? '';
+export const nameOf = (c: Context<Env>): string => c.req.param('name') ?? '';
 
-function recordOf(c: Context<Env>, { registry }: ServerDeps): AdapterRecord {
+export function recordOf(c: Context<Env>, { registry }: ServerDeps): AdapterRecord {
   const name = nameOf(c);
   const record = isAdapterName(name) ? registry.find(name) : null;
   if (record === null) throw new GatewayError('ADAPTER_NOT_FOUND', 'there is no such adapter');
@@ -146,7 +146,7 @@ function recordOf(c: Context<Env>, { registry }: ServerDeps): AdapterRecord {
 }
 
 /** If-Match, with or without an entity tag's quotes. */
-function expectedOf(c: Context<Env>): Generation | null {
+export function expectedOf(c: Context<Env>): Generation | null {
   const header = c.req.header('if-match');
   if (header === undefined || header === '*') return null;
   const generation = header.replace(/^"(.*)"$/, '$1');

@@ -4,6 +4,7 @@
 
 import { type Context, Hono } from 'hono';
 import type { ContentfulStatusCode } from 'hono/utils/http-status';
+import { showAurac, squeezeAdapter } from './adapter-shape.ts';
 import * as adapters from './adapters.ts';
 import { createAddAdapter } from './add-adapter.ts';
 import { authenticate } from './auth.ts';
@@ -49,6 +50,8 @@ function routeTable(metricsPublic: boolean): readonly Route[] {
     admin('POST', '/v1/adapters/:name/pin', adapters.pinAdapter),
     admin('POST', '/v1/adapters/:name/unpin', adapters.unpinAdapter),
     admin('GET', '/v1/adapters/:name/export', adapters.exportAdapter),
+    admin('GET', '/v1/adapters/:name/aurac', showAurac),
+    admin('POST', '/v1/adapters/:name/squeeze', squeezeAdapter),
     admin('POST', '/v1/load_lora_adapter', loadLora),
     admin('POST', '/v1/unload_lora_adapter', unloadLora),
     open('GET', '/livez', livez),

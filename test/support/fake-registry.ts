@@ -1,4 +1,5 @@
 import { type AdapterManifest, type Generation, noOptions } from '../../src/adapters/adapter.ts';
+import type { SqueezeTarget } from '../../src/adapters/pack-pairs.ts';
 import type {
   AdapterRecord,
   ImportedAdapter,
@@ -189,6 +190,7 @@ export class FakeRegistry implements Registry {
 export class FakeImporter implements Importer {
   readonly directories: string[] = [];
   readonly options: Array<ImportOptions | undefined> = [];
+  readonly squeezed: Array<{ generation: Generation; target: SqueezeTarget }> = [];
   readonly #registry: Registry;
   next: ImportedAdapter | GatewayError;
 
@@ -210,6 +212,13 @@ export class FakeImporter implements Importer {
       config: JSON.stringify({ r: rank, generation }),
       weights: new Uint8Array(1000).fill(rank),
     };
+  }
+
+  async squeeze(generation: Generation, target: SqueezeTarget): Promise<ImportedAdapter> {
+    this.squeezed.push({ generation, target });
+    if (this.next instanceof GatewayError) throw this.next;
+    this.#registry.store(this.next.generation, this.next.manifest, this.next.bytes);
+    return this.next;
   }
 
   async close(): Promise<void> {}
