@@ -17,9 +17,11 @@ static const ints lanes = {0, 1, 2, 3,
 #endif
 };
 
-// Whether fewer than k of n come before each: larger scores, and equal ones at lower indices. `score` has room for whole vectors.
-static void among_largest(const float *score, int64_t n, int32_t k, int32_t *stays) {
-  for (int64_t i = 0; i < n; i += LANES) {
+// Whether fewer than k of n ≥ 1 come before each: larger scores, and equal ones at lower indices. Both have room for whole vectors.
+static void among_largest(float *score, int64_t n, int32_t k, int32_t *stays) {
+  *(vec *)(score + n) = (vec){0}; // what else the last vector has
+  int64_t i = 0;
+  do {
     const vec own = *(const vec *)(score + i);
     const ints at = lanes + (int32_t)i;
     ints before = {0};
@@ -28,7 +30,7 @@ static void among_largest(const float *score, int64_t n, int32_t k, int32_t *sta
       before -= (other > own) | ((other == own) & (at > (int32_t)j));
     }
     *(ints *)(stays + i) = before < k;
-  }
+  } while ((i += LANES) < n);
 }
 
 // exp of what stays as shares of their sum, 0 elsewhere.

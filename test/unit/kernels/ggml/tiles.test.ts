@@ -2,23 +2,16 @@
 // not only the best one, which is all that the conformance suite sees.
 
 import { execFileSync } from 'node:child_process';
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { describe, expect, it } from 'vitest';
+import { instructionLevels } from '../../../support/instruction-levels.ts';
 
 const root = join(import.meta.dirname, '../../../..');
-const cpu = process.platform === 'linux' ? readFileSync('/proc/cpuinfo', 'latin1') : '';
-const levels = [
-  { name: 'AVX-512 with VNNI', wants: /avx512_vnni/, flags: ['-march=x86-64-v4', '-mavx512vnni'] },
-  { name: 'AVX-512', wants: /avx512bw/, flags: ['-march=x86-64-v4'] },
-  { name: 'AVX2', wants: /avx2/, flags: ['-march=x86-64-v3'] },
-  { name: 'the baseline', wants: /^/, flags: [] },
-];
 
 describe('tiles', () => {
-  for (const { name, wants, flags } of levels) {
-    const lacks = wants.test(cpu) ? '' : ' (skipped: not on this machine)';
+  for (const { name, lacks, flags } of instructionLevels) {
     it.skipIf(lacks !== '')(
       `give what linears give with ${name}${lacks}`,
       { timeout: 120_000 },
