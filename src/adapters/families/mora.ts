@@ -14,7 +14,7 @@ import {
   type Tensors,
   tensorsOf,
 } from './family.ts';
-import { beside, columnsOf, filled, picked, uniform, zeros } from './matrices.ts';
+import { beside, filled, picked, uniform, zeros } from './matrices.ts';
 import type { Random } from './seeded-random.ts';
 
 export interface MoraOptions {
@@ -141,19 +141,24 @@ export function mora(options: MoraOptions): Family {
   };
 }
 
-/** `count` ranks for a new task, after the old ones, with B = 0. Their directions are inputs of that task at random: where
- *  tasks differ, the new ranks then hardly score on the old ones' inputs. */
+/** `count` ranks for a new task, after the old ones, with B = 0. Their directions are inputs of that task at random, as long as
+ *  at the start: where tasks differ, the new ranks then hardly score on the old ones' inputs. */
 export function grownMora(
   { a, b }: Tensors,
   inputs: Columns,
   count: number,
   random: Random,
 ): Tensors {
-  let wider = a!;
-  for (let n = 0; n < count; n++) {
-    wider = beside(wider, columnsOf(inputs, random.below(inputs.columns), 1));
-  }
-  return { a: wider, b: beside(b!, zeros(count, b!.rows)) };
+  const chosen = picked(
+    inputs,
+    Array.from({ length: count }, () => random.below(inputs.columns)),
+  );
+  const sizes = lengths(chosen);
+  const directions = {
+    ...chosen,
+    data: chosen.data.map((value, i) => value / (Math.sqrt(3) * sizes[Math.floor(i / a!.rows)]!)),
+  };
+  return { a: beside(a!, directions), b: beside(b!, zeros(count, b!.rows)) };
 }
 
 /** Cosine from which two directions count as one. */
