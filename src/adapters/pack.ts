@@ -51,6 +51,8 @@ export interface PackedAdapter<Key extends Generation | BlendKey = Generation> {
   page(module: ModuleRef, index: number): PageData | null;
 }
 
+/** What a few bytes of a fly file may grow to. */
+const seededBytesMax: number = 1024 ** 3;
 const headerBytesMax = 16 * 1024 * 1024;
 
 export function generationOf(bytes: Uint8Array): Generation {
@@ -97,7 +99,7 @@ export function createPacker(): Packer {
       }
       const bytes = writeSafetensors(tensors, new Map([['manifest', formatManifest(manifest)]]));
       // Whoever reads it would refuse it: better now.
-      parseContents(bytes, invalidAdapter);
+      checkContents(bytes, invalidAdapter);
       return { manifest, bytes };
     },
   };
@@ -136,6 +138,10 @@ export function openPacked(bytes: Uint8Array, generation: Generation): PackedAda
   return packedAdapter(generation, parseContents(bytes, fail));
 }
 
+interface CheckedContents extends PackedContents {
+  readonly floats: Map<FloatName, Floats>;
+}
+
 type Refuse = (what: string, cause?: unknown) => GatewayError;
 
 function invalidAdapter(what: string, cause?: unknown): GatewayError {
@@ -146,6 +152,19 @@ function invalidAdapter(what: string, cause?: unknown): GatewayError {
 }
 
 function parseContents(bytes: Uint8Array, refuse: Refuse): PackedContents {
+  const checked = checkContents(bytes, refuse);
+  const { manifest, modules, floats } = checked;
+  if (manifest.kind === 'mora') floats.set('bias', normsOf(manifest, modules));
+  if (manifest.kind !== 'fly') return checked;
+  const made = manifest.modules.map((module) => {
+    const name = tensorName(module, 'a');
+    return [name, { ...modules.get(name)!, a: seededHalves(manifest, module) }] as const;
+  });
+  return { manifest, modules: new Map(made), floats };
+}
+
+/** What the file itself says: fly's A is empty. */
+function checkContents(bytes: Uint8Array, refuse: Refuse): CheckedContents {
   const { metadata, tensors } = readSafetensors(bytes, { headerBytesMax, code: 'ADAPTER_CORRUPT' });
   let manifest: AdapterManifest;
   try {
@@ -158,10 +177,14 @@ function parseContents(bytes: Uint8Array, refuse: Refuse): PackedContents {
   if (tensors.size !== count) throw refuse(`${tensors.size} tensors, want ${count}`);
   const floats = readOnce(manifest, tensors, refuse);
   if (sides.length === 0) return { manifest, modules: new Map(), floats };
+  const seededBytes = manifest.modules.reduce((sum, m) => sum + 2 * m.rank * m.in, 0);
+  if (!sides.includes('a') && seededBytes > seededBytesMax) {
+    throw refuse(`its A would take ${seededBytes} bytes`);
+  }
   const modules = new Map<string, PagedModule>();
   for (const module of manifest.modules) {
     const view = (side: 'a' | 'b', width: number): Uint16Array => {
-      if (!sides.includes(side)) return seededHalves(manifest, module);
+      if (!sides.includes(side)) return new Uint16Array(0);
       const name = tensorName(module, side);
       const found = readHalves(tensors.get(name), pagedShape(module.rank, width));
       // Ranks beyond the module's own would be served with the ranks of others.
@@ -174,7 +197,7 @@ function parseContents(bytes: Uint8Array, refuse: Refuse): PackedContents {
     const paged = { pages, a: view('a', module.in), b: view('b', module.out) };
     modules.set(tensorName(module, 'a'), paged);
   }
-  return { manifest, modules, floats: withNorms(manifest, modules, floats) };
+  return { manifest, modules, floats };
 }
 
 /** Which tensors a kind has: of every module, and once. */
@@ -206,12 +229,7 @@ function seededHalves({ options }: AdapterManifest, module: AdaptedModule): Uint
 }
 
 /** mora scores a rank by |a_i·x| / ‖a_i‖: the norms are of A as it is stored. */
-function withNorms(
-  { kind, modules }: AdapterManifest,
-  paged: ReadonlyMap<string, PagedModule>,
-  floats: Map<FloatName, Floats>,
-): Map<FloatName, Floats> {
-  if (kind !== 'mora') return floats;
+function normsOf({ modules }: AdapterManifest, paged: ReadonlyMap<string, PagedModule>): Floats {
   const bias = modules.flatMap((module) => {
     const { a } = paged.get(tensorName(module, 'a'))!;
     return Array.from({ length: module.rank }, (_, r) => {
@@ -220,7 +238,7 @@ function withNorms(
       return norm === 0 ? 0 : 1 / norm;
     });
   });
-  return floats.set('bias', { shape: [bias.length], values: Float32Array.from(bias) });
+  return { shape: [bias.length], values: Float32Array.from(bias) };
 }
 
 /** Sizes that are free (K, dq, the width of a label) are what the first tensor says. */

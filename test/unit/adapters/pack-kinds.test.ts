@@ -187,6 +187,13 @@ describe('a packed file whose meaning is wrong', () => {
     ],
     ['a seed of 15 digits', 'fly', (_, m) => (m.options.seed = 'f'.repeat(15))],
     ['a seed that is code', 'fly', (_, m) => (m.options.seed = '0x00000000000000')],
+    [
+      'an A from the seed that no memory would hold',
+      'fly',
+      (_, m) => {
+        for (const module of m.modules as { in: number }[]) module.in = 2 ** 24;
+      },
+    ],
     ['more kept than there is', 'fly', (_, m) => (m.options.topK = 13)],
     ['a temperature of 0', 'mora', (_, m) => (m.options.temperature = 0)],
     [
