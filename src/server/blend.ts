@@ -8,6 +8,7 @@ import {
   type Generation,
   pageRanks,
 } from '../adapters/adapter.ts';
+import { pairKinds } from '../adapters/manifest.ts';
 import type { Lease, Registry } from '../adapters/registry.ts';
 import type { AdapterUse, Merge } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
@@ -44,13 +45,6 @@ interface Known {
 
 /** λ of algorithms.md section 6. */
 const strengthDefault = 0.5;
-/** Kinds whose ranks are more than a plain product, so that their numbers cannot be merged one by one. */
-const routedKinds: readonly string[] = [
-  'fly',
-  'mora',
-  'svfit',
-  'queryable',
-] satisfies AdapterKind[];
 
 /** Leases every adapter; the caller releases the target. */
 export function resolveTarget(body: GenerationBody, known: Known, registry: Registry): Target {
@@ -133,9 +127,9 @@ function optionsOf(
   if (isMerged !== (density !== undefined)) {
     throw invalidRequest('density goes with ties, dare_linear and dare_ties', 'density');
   }
-  const routed = parts.find(({ lease }) => routedKinds.includes(lease.manifest.kind));
-  if (isMerged && routed !== undefined) {
-    const { name, manifest } = routed.lease;
+  const other = parts.find(({ lease }) => !pairKinds.includes(lease.manifest.kind));
+  if (isMerged && other !== undefined) {
+    const { name, manifest } = other.lease;
     const message = `${merge} merges plain low-rank adapters; ${name} is ${manifest.kind}`;
     throw new GatewayError('UNSUPPORTED', message, { param: 'merge' });
   }
@@ -156,8 +150,9 @@ function optionsOf(
   };
 }
 
-/** What the router must know of it. A blend at rank k is every part at rank k, or at its own largest. */
-export function routedAs({ parts, system }: Target): Pick<RouteInput, 'adapter' | 'system'> {
+/** What the router must know of it. A blend at rank k is every part at rank k, or at its own largest: their sum, or what
+ *  they are merged into, which is as large as the largest. */
+export function routedAs({ parts, system, merge }: Target): Pick<RouteInput, 'adapter' | 'system'> {
   const underneath = system === null ? null : costOf(system.manifest, system.manifest.rankMax);
   if (parts.length === 0) return { adapter: null, system: underneath };
   const manifests = parts.map(({ lease }) => lease.manifest);
@@ -165,15 +160,17 @@ export function routedAs({ parts, system }: Target): Pick<RouteInput, 'adapter' 
   const costs = Array.from({ length: rankMax }, (_, i) =>
     manifests.map((one) => costOf(one, i + 1)),
   );
-  const sum = (key: 'ranks' | 'pages') =>
-    costs.map((parts) => parts.reduce((total, one) => total + one[key], 0));
+  const total = (key: 'ranks' | 'pages') =>
+    costs
+      .map((parts) => parts.map((one) => one[key]))
+      .map((each) => (merge === 'linear' ? each.reduce((a, b) => a + b, 0) : Math.max(...each)));
   return {
     adapter: {
       name: namesOf(parts),
       rankMax,
       rankCurve: costs.map((_, i) => meanEnergy(manifests, i)),
-      ranks: sum('ranks'),
-      pages: sum('pages'),
+      ranks: total('ranks'),
+      pages: total('pages'),
     },
     system: underneath,
   };

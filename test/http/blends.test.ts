@@ -148,6 +148,7 @@ describe('a blend', () => {
   ])('is merged by %s', async (merge, density) => {
     expect((await ask({ adapters: both, merge, density })).status).toBe(200);
     expect(harness.engine.requests[0]!.adapter).toMatchObject({ merge, density });
+    expect(harness.routed[0]?.adapter?.ranks.at(-1)).toBe(16); // as large as the largest part
   });
 });
 

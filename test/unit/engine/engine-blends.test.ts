@@ -78,9 +78,14 @@ describe('blends in the loop', () => {
     );
     harness.submit(makeRequest({ id: 'r', tokens: range(10), tokensMax: 2, adapter }));
     await harness.drain();
+    const merged = { ...adapter, merge: 'dare_linear', density: 0.5 } as const;
+    harness.submit(makeRequest({ id: 'm', tokens: range(10, 1), tokensMax: 2, adapter: merged }));
+    await harness.drain();
     expect(harness.reports).toMatchObject([
       { prefillTokens: 10, prefillRanks: 180 },
       { decodeRows: 1, decodeRanks: 18 },
+      { prefillTokens: 10, prefillRanks: 130 }, // the larger of both, and the system adapter
+      { decodeRows: 1, decodeRanks: 13 },
     ]);
   });
 
