@@ -2,6 +2,7 @@
 // program is recorded once per shape (ProgramSize) and replayed; adapters are the same ops at every projection, whatever
 // the rows use (projector.ts).
 
+import { LRUCache } from 'lru-cache';
 import { GatewayError } from '../errors.ts';
 import type { Kernels, Ops, Program, StoredTensor, Tensor } from '../kernels/kernels.ts';
 import { AtomMemory, type StoredBank } from './atom-memory.ts';
@@ -28,7 +29,7 @@ import type {
   Stepper,
   StepResult,
 } from './stepper.ts';
-import { declareUses, writeUses } from './use-table.ts';
+import { declareUses, tableBytes, writeUses } from './use-table.ts';
 
 export type BlockWeights = Readonly<Record<Projection | 'attn_norm' | 'ffn_norm', StoredTensor>>;
 
@@ -48,8 +49,10 @@ export interface DecoderOptions extends PoolOptions {
   readonly segmentsMax: number;
 }
 
-/** Programs kept: decode shapes 1…32 rows, prefill shapes, with and without adapters. A record costs about 5 ms. */
+/** Programs kept: decode shapes 1…32 rows, prefill shapes, each with what its rows' adapters need. A record costs about 5 ms. */
 const programsMax = 48;
+/** What their use tables may take together: a program of 32 rows at rank 256 has 14 MB of gates and biases by module. */
+const tableBytesMax = 256 * 1024 * 1024;
 
 interface StepProgram {
   readonly program: Program;
@@ -71,7 +74,7 @@ export class Decoder implements Stepper {
   readonly #values: readonly StoredTensor[];
   readonly #pools: readonly ModulePools[]; // by module
   readonly #atoms: AtomMemory;
-  readonly #programs: Map<string, StepProgram> = new Map();
+  readonly #programs: LRUCache<string, StepProgram>;
   readonly #rows: Float32Array[] = []; // [V] each, of the last step's logits
 
   constructor(options: DecoderOptions) {
@@ -98,6 +101,12 @@ export class Decoder implements Stepper {
     this.#values = caches();
     this.#pools = pages > 1 ? storePools(options) : [];
     this.#atoms = new AtomMemory(kernels);
+    this.#programs = new LRUCache<string, StepProgram>({
+      max: programsMax,
+      maxSize: tableBytesMax,
+      sizeCalculation: ({ size }) => 1 + Math.min(tableBytes(size, config), tableBytesMax - 1),
+      dispose: ({ program }) => program[Symbol.dispose](),
+    });
     this.pageBytes = this.#pools.reduce((sum, { a, b }) => sum + (a.bytes + b.bytes) / pages, 0);
   }
 
@@ -135,15 +144,8 @@ export class Decoder implements Stepper {
   #program(size: ProgramSize): StepProgram {
     const key = Object.values(size).join('/');
     const known = this.#programs.get(key);
-    if (known !== undefined) {
-      this.#programs.delete(key); // most recently used last
-      this.#programs.set(key, known);
-      return known;
-    }
-    const [oldest] = this.#programs.keys();
-    if (this.#programs.size >= programsMax && oldest !== undefined) this.#forget(oldest);
-    const program = this.#compile(size, this.#atoms.bank);
-    const made = { program, size, uses: [] };
+    if (known !== undefined) return known;
+    const made = { program: this.#compile(size, this.#atoms.bank), size, uses: [] };
     this.#programs.set(key, made);
     return made;
   }
@@ -151,11 +153,6 @@ export class Decoder implements Stepper {
   #compile(size: ProgramSize, bank: StoredBank | null): Program {
     const { segments } = size;
     return this.#kernels.compile((ops) => this.#forward(ops, size, bank), { segments });
-  }
-
-  #forget(key: string): void {
-    this.#programs.get(key)?.program[Symbol.dispose]();
-    this.#programs.delete(key);
   }
 
   #forward(ops: Ops, size: ProgramSize, bank: StoredBank | null): Readonly<Record<string, Tensor>> {
@@ -217,7 +214,9 @@ export class Decoder implements Stepper {
     if (room !== null && this.#pools.length > 0) {
       this.#compile(smallestWithAtoms(room), room)[Symbol.dispose]();
     }
-    for (const [key, { size }] of this.#programs) if (size.hasAtoms) this.#forget(key);
+    for (const [key, { size }] of [...this.#programs.entries()]) {
+      if (size.hasAtoms) this.#programs.delete(key);
+    }
     this.#atoms.fill(room, bank);
   }
 
@@ -240,7 +239,7 @@ export class Decoder implements Stepper {
   }
 
   [Symbol.dispose](): void {
-    for (const key of [...this.#programs.keys()]) this.#forget(key);
+    this.#programs.clear();
     this.#kernels[Symbol.dispose]();
   }
 }

@@ -156,6 +156,15 @@ export function declareUses(
   };
 }
 
+/** Of the inputs per module, which are nearly all of a table. */
+export function tableBytes(
+  { uses, pages, gates, isRouted }: UseTableSize,
+  { blocks }: Pick<DecoderConfig, 'blocks'>,
+): number {
+  const inputs = (gates === 'modules' ? 1 : 0) + (isRouted ? 1 : 0);
+  return inputs * blocks * projections.length * uses * pages * ranksPerPage * 4;
+}
+
 /** Entry g of the table is `uses[g - 1]`. */
 export function writeUses(
   program: Program,

@@ -36,7 +36,7 @@ describe.each(['reference', 'ggml'] as const)('queryable adapters on %s', (backe
 
   const lora = (): AdapterRows => uniformRows(pages, 8);
   const queried = (atoms: AtomRouting): AdapterRows => ({ ...lora(), atoms });
-  const segment = (adapter: AdapterRows, tokens = prompt, run = 0): Segment => {
+  const segment = (adapter: AdapterRows, tokens: Int32Array = prompt, run = 0): Segment => {
     const cellBase = scrapCells + 8 * run;
     return { tokens, cellBase, position: 0, adapter, wantsLogits: true };
   };

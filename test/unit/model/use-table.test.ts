@@ -20,6 +20,8 @@ import { openTiny, tinyPath } from '../../support/open-test-decoder.ts';
 class WatchedKernels extends ReferenceKernels {
   readonly #names: Set<string> = new Set();
   programs = 0;
+  /** Programs that nobody has disposed of. */
+  alive = 0;
 
   override compile(
     build: (ops: Ops) => Readonly<Record<string, Tensor>>,
@@ -28,7 +30,11 @@ class WatchedKernels extends ReferenceKernels {
     const program = super.compile(build, shape);
     const write = program.write.bind(program);
     this.programs += 1;
+    this.alive += 1;
     return Object.assign(program, {
+      [Symbol.dispose]: () => {
+        this.alive -= 1;
+      },
       write: (name: string, data: Float32Array) => {
         this.#names.add(name);
         write(name, data);
@@ -51,7 +57,7 @@ function open(): { kernels: WatchedKernels; decoder: Decoder; book: PageBook } {
   const kernels = new WatchedKernels();
   const decoder = openDeepTiny(kernels, { blocks: tinyBlocks, pages: 20 });
   decoder.setAtomBank(bank);
-  kernels.programs = 0; // without the one that it was tried with
+  kernels.programs = 0; // without the one that the bank was tried with
   return { kernels, decoder, book: new PageBook(decoder, 5) };
 }
 
@@ -118,6 +124,33 @@ describe('the use table', () => {
     const turned = owned.step(segments(...[...uses].reverse()));
     const back = uses.map((_, i) => turned.logits(uses.length - 1 - i));
     expect(back).toEqual(forth);
+  });
+});
+
+describe('programs', () => {
+  it('are kept up to a number, and freed with the decoder', () => {
+    const { kernels, decoder, book } = open();
+    const pages = book.take(2);
+    const plain = uniformRows(pages, 16);
+    const gates = perModule(decoder.config, pages, () => 1);
+    const uses = [null, uniformRows(pages, 8), plain, { ...plain, gates }];
+    const first = decoder.step(segments(null)).logits(0).slice();
+    for (const use of uses) {
+      for (let rows = 1; rows <= 8; rows++) {
+        for (const count of [1, 2, 4, 8]) {
+          if (count > rows) continue;
+          const [one, ...others] = segments(...new Array(count).fill(use));
+          const tokens = new Int32Array(1 + rows - count).fill(7);
+          decoder.step([...others, { ...one!, tokens, cellBase: scrapCells + 100 }]);
+        }
+      }
+    }
+    expect(kernels.programs).toBe(4 * 21);
+    expect(kernels.alive).toBe(48);
+    expect(decoder.step(segments(null)).logits(0)).toEqual(first); // recorded again
+    expect(kernels.programs).toBe(4 * 21 + 1);
+    decoder[Symbol.dispose]();
+    expect(kernels.alive).toBe(0);
   });
 });
 
