@@ -511,21 +511,42 @@ describe('refusals', () => {
     refused((ops, kernels) => ops.slice(kernels.store('f32', [3, 4]), 0));
   });
 
-  it('gradients through a choice: the tape has no rule for it', () => {
+  it('gradients that the tape has no rule for: through a choice, a slice, a mix of some ranks', () => {
     using kernels = new ReferenceKernels();
-    const build = (ops: Ops): Record<string, Tensor> => {
-      const h = f32(ops, 'h', 2, 8);
-      const tape = new Tape(ops, { trainable: [h], transposed: new Map() });
+    const bank = storeF32(kernels, [1, 4, 4], new Float32Array(16));
+    const compile = (build: (tape: Tape, ops: Ops, h: Tensor) => Tensor): void => {
+      kernels.compile(
+        (ops) => {
+          const h = f32(ops, 'h', 2, 8);
+          const tape = new Tape(ops, { trainable: [h], transposed: new Map() });
+          const of = build(tape, ops, h);
+          return { y: tape.gradients([{ of, gradient: f32(ops, 'dy', ...of.shape) }], [h])[0]! };
+        },
+        { segments: 0 },
+      );
+    };
+    const refusedAs = (code: string, build: Parameters<typeof compile>[0]): void => {
+      expect(() => compile(build)).toThrow(expect.objectContaining({ code }));
+    };
+    refusedAs('UNSUPPORTED', (tape, ops, h) => {
       const [y] = tape.routeRanks(f32(ops, 'x', 2, 4), [h], {
         uses: i32(ops, 'uses', 2),
         groups: i32(ops, 'groups', 1, 1),
         temperatures: f32(ops, 'temperatures', 1, 1),
         biases: [f32(ops, 'bias', 1, 8)],
       });
-      return { y: y! };
-    };
-    expect(() => kernels.compile(build, { segments: 0 })).toThrow(
-      expect.objectContaining({ code: 'UNSUPPORTED' }),
-    );
+      return y!;
+    });
+    refusedAs('UNSUPPORTED', (tape, ops, h) => {
+      const router = { query: bank, summary: bank, context: bank };
+      const uses = i32(ops, 'uses', 2);
+      const keys = f32(ops, 'keys', 1, 3, 5);
+      const asked = { uses, keys, bias: f32(ops, 'bias', 1, 3), topK: i32(ops, 'topK', 1) };
+      return tape.routeAtoms(h, [], router, asked);
+    });
+    refusedAs('UNSUPPORTED', (tape, _ops, h) => tape.slice(h, 0));
+    const mixed = (tape: Tape, ops: Ops, h: Tensor): Tensor =>
+      tape.mixRanks(h, bank, f32(ops, 'weights', 2, 2));
+    refusedAs('SHAPE_MISMATCH', mixed);
   });
 });
