@@ -31,15 +31,16 @@ export function workOf(batch: readonly Chosen[]): StepWork {
   const work = { decodeRows: 0, prefillTokens: 0, decodeRanks: 0, prefillRanks: 0, kvCells: 0 };
   for (const { sequence, segment } of batch) {
     const count = segment.tokens.length;
-    const { position } = segment;
+    const { position, adapter } = segment;
+    const ranks = count * (adapter?.rank ?? 0);
     // Row i of the segment attends to position + i + 1 cells.
     work.kvCells += count * position + (count * (count + 1)) / 2;
     if (sequence.isPrompt(position)) {
       work.prefillTokens += count;
-      work.prefillRanks += count * sequence.rank;
+      work.prefillRanks += ranks;
     } else {
       work.decodeRows += count;
-      work.decodeRanks += count * sequence.rank;
+      work.decodeRanks += ranks;
     }
   }
   return work;

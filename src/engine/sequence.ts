@@ -56,8 +56,6 @@ export class Sequence {
   holdings: Holdings | null = null;
   /** null for the base model and for rank 0 of everything, which is the same. */
   readonly use: AdapterUse | null;
-  /** Active ranks of all its adapters, which is what its rows cost. */
-  readonly rank: number;
   /** Its parts as residents. */
   readonly loadable: readonly Loadable[];
   /** Each resident once, in an order that does not depend on the request's. */
@@ -77,7 +75,6 @@ export class Sequence {
     const { request, generated } = options;
     this.request = request;
     this.use = activeUse(request.adapter);
-    this.rank = this.use === null ? 0 : ranksOf(this.use);
     this.loadable = this.use === null ? [] : loadables(this.use);
     this.wants = wantsOf(this.loadable);
     this.arrival = options.arrival;
@@ -189,13 +186,6 @@ function wantsOf(loadable: readonly Loadable[]): readonly Want[] {
   const ranks = new Map<ResidentKey, number>();
   for (const { key, rank } of loadable) ranks.set(key, Math.max(rank, ranks.get(key) ?? 0));
   return [...ranks].map(([key, rank]) => ({ key, rank })).sort((a, b) => (a.key < b.key ? -1 : 1));
-}
-
-/** Parts that are merged are one adapter, of as many ranks as the largest. */
-function ranksOf({ parts, merge, system }: AdapterUse): number {
-  const ranks = parts.map(({ rank }) => rank);
-  const own = merge === 'linear' ? ranks.reduce((a, b) => a + b, 0) : Math.max(0, ...ranks);
-  return own + (system?.rank ?? 0);
 }
 
 /** Without what has rank 0; null when nothing is left. */

@@ -45,6 +45,7 @@ interface Known {
 
 /** λ of algorithms.md section 6. */
 const strengthDefault = 0.5;
+const choosingKinds: readonly string[] = ['fly', 'mora', 'queryable'] satisfies AdapterKind[];
 
 /** Leases every adapter; the caller releases the target. */
 export function resolveTarget(body: GenerationBody, known: Known, registry: Registry): Target {
@@ -176,9 +177,16 @@ export function routedAs({ parts, system, merge }: Target): Pick<RouteInput, 'ad
   };
 }
 
+/** At a rank ≥ 1. Where tokens choose among ranks or mix them, every rank is computed to choose from. */
 function costOf(manifest: AdapterManifest, rank: number): { ranks: number; pages: number } {
-  const ranks = Math.min(rank, manifest.rankMax);
+  const { kind, rankMax } = manifest;
+  const ranks = choosingKinds.includes(kind) ? rankMax : Math.min(rank, rankMax);
   return { ranks, pages: Math.ceil(ranksStored(manifest, ranks) / pageRanks) };
+}
+
+/** Atoms mix all of a queryable adapter's ranks: it has no prefix. */
+function rankOf({ kind, rankMax }: AdapterManifest, rank: number): number {
+  return kind === 'queryable' && rank > 0 ? rankMax : Math.min(rank, rankMax);
 }
 
 /** Ranks of the module that has most of them at a level. */
@@ -211,7 +219,7 @@ export function usedAdapters({ parts, system }: Target, plan: Plan): readonly Us
   const used = ({ lease, weight }: TargetPart, rank: number): UsedAdapter => {
     const { name: id, generation, manifest } = lease;
     const { rankMax } = manifest;
-    return { id, generation, rank: Math.min(rank, rankMax), rankMax, weight };
+    return { id, generation, rank: rankOf(manifest, rank), rankMax, weight };
   };
   const under = plan.hasSystem && system !== null ? [{ lease: system, weight: 1 }] : [];
   return [

@@ -271,6 +271,25 @@ it('tells which atoms an answer was made with, choice by choice', async () => {
   expect((await ask({ model: 'support' })).body.rankgate).not.toHaveProperty('atoms');
 });
 
+it('a queryable adapter is used with all its ranks or not at all, and fly computes all to choose some', async () => {
+  const asks = add('asks', 'f2', { kind: 'queryable' });
+  const fly = add('fly', 'f1', { kind: 'fly' });
+  const { headers } = await ask({ model: 'asks', latency: { rank: 3 } });
+  expect(headers.get('x-adapter-rank')).toBe('8/8');
+  await ask({ model: 'asks', latency: { rank: 0 } });
+  await ask({ model: 'fly', latency: { rank: 3 } });
+  expect(harness.engine.requests.map(({ adapter }) => adapter)).toEqual([
+    useOf(asks, 8),
+    useOf(asks, 0),
+    useOf(fly, 3),
+  ]);
+  expect(harness.routed.map(({ adapter }) => adapter?.ranks)).toEqual([
+    Array(8).fill(8),
+    Array(8).fill(8),
+    Array(8).fill(8),
+  ]);
+});
+
 describe('a system adapter', () => {
   let repair: Generation;
   beforeEach(() => {
