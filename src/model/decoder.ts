@@ -49,7 +49,7 @@ export interface DecoderOptions extends PoolOptions {
   readonly segmentsMax: number;
 }
 
-/** Programs kept: decode shapes 1…32 rows, prefill shapes, each with what its rows' adapters need. A record costs about 5 ms. */
+/** Programs kept: decode and prefill shapes, each with what its rows' adapters need. A record costs about 5 ms. */
 const programsMax = 48;
 /** What their use tables may take together: a program of 32 rows at rank 256 has 14 MB of gates and biases by module. */
 const tableBytesMax = 256 * 1024 * 1024;

@@ -108,8 +108,8 @@ export interface Stepper extends Disposable {
   copyCells(from: number, to: number, count: number): void;
   /** Writes one page of one module, rounded to the type that its pool is kept in; f16 bits. `a` [8, in], `b` [8, out]. null zeroes the module's page. */
   writePage(page: number, module: ModuleRef, data: PageData | null): void;
-  /** The bank of rows with `atoms` from now on. One at a time: nobody may be using the one before, which stays if this throws:
-   *  SHAPE_MISMATCH, or UNSUPPORTED by the kernels. */
+  /** The bank of rows with `atoms` from now on. One at a time: nobody may be using the one before. Throws SHAPE_MISMATCH, or
+   *  UNSUPPORTED for what the kernels cannot do; the one before then stays. */
   setAtomBank(bank: AtomBank | null): void;
   /** [ids, width] of the token embedding, a copy. Not between a step and the reading of its results. */
   embeddings(ids: Int32Array): Float32Array;

@@ -1,5 +1,6 @@
 // What the rows' adapters say to a program: one entry of a table per use, entry 0 for rows without an adapter. Checked
-// before anything native runs; written again only when the uses, which are told apart by identity, are not those of the run before.
+// before anything native runs. Uses are told apart by identity: a program's table is written again only when they are not
+// those of its run before.
 
 import { GatewayError } from '../errors.ts';
 import { type Ops, type Program, ranksPerPage, type Tensor } from '../kernels/kernels.ts';

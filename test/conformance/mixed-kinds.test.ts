@@ -108,6 +108,26 @@ function segment(row: Row, run: number, position: number, tokens: readonly numbe
   return { ...own, adapter: row.adapter, wantsLogits: true };
 }
 
+it('ggml without our own kernels refuses what it cannot choose by, and serves the rest', async () => {
+  const kernels = await createKernels('ggml', { threads: 1, native: false });
+  const decoder = openDeepTiny(kernels, { blocks, pages: 4 });
+  using owned = decoder;
+  const book = new PageBook(owned, 11);
+  const pages = book.take(1);
+  const refusal = expect.objectContaining({ code: 'UNSUPPORTED' }) as Error;
+  expect(() => owned.setAtomBank(bank)).toThrow(refusal);
+  const routed = routedRows(book, owned.config, pages, { topK: 2, temperature: 0 });
+  const row = (adapter: AdapterRows): Row => ({ kind: '', prompt: [7, 300], adapter });
+  const step = (one: Row): Float32Array => owned.step([segment(one, 0, 0, one.prompt)]).logits(0);
+  expect(() => step(row(routed))).toThrow(refusal);
+  const gates = perModule(owned.config, pages, (module, rank) => (module + rank) % 3);
+  const gated = { ...uniformRows(pages, 8), gates };
+  const plain = new PlainDecoder(tinyPath, owned.config, tinyBlocks);
+  const wanted = plain.run([7, 300], { rows: gated, page: book.page, bank: null });
+  // ggml's products with f16 pages round x to f16.
+  expect(difference(step(row(gated)), wanted.at(-1)!.logits)).toBeLessThan(visible / 10);
+});
+
 describe.each(backends)('rows of every kind on $name', ({ name, open }) => {
   const missing = name === 'tfjs wasm' ? whyNoTensorflow(wasm) : null;
   if (missing !== null) {
