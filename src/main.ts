@@ -249,7 +249,13 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
     const text = await textStart;
     const { config: decoderConfig, hash } = engine.base;
     const base = { config: decoderConfig, hash, names };
-    const importer = createImporter({ base, registry, blobs, blobDirectory: paths.blobs });
+    const importer = createImporter({
+      base,
+      registry,
+      blobs,
+      blobDirectory: paths.blobs,
+      modelPath: model.path,
+    });
     closers.push(() => importer.close());
     const { router, isNew } = startRouter(config, engine, paths.latency);
     const saving = setInterval(() => saveLatency(router, paths.latency), latencySaveMs);

@@ -16,7 +16,7 @@ import type { ModuleRef } from '../model/stepper.ts';
 import { rankMaxLimit } from './adapter.ts';
 import type { Columns } from './orthogonal.ts';
 import { firstRanks, type PairSource } from './pack-pairs.ts';
-import { squeezeMatrix } from './squeeze.ts';
+import { type SqueezedModule, squeezeMatrix } from './squeeze.ts';
 
 export interface FilePair {
   /** The fine-tune, or the file of higher precision. */
@@ -27,24 +27,38 @@ export interface FilePair {
 /** Ranks of each module, or the fewest that hold this share of what it changed: at most 256. */
 export type ExtractTarget = { readonly rank: number } | { readonly energy: number };
 
-/** The modules that differ, each as a pair when it is asked for. Throws BASE_MISMATCH for files of other sizes. */
-export function extractModules(files: FilePair, target: ExtractTarget): PairSource[] {
+/** The modules that differ, each as a pair when it is asked for; `onEnergy` hears then which part of Σ(W_from − W_base)² the
+ *  pair holds, of how much. Throws BASE_MISMATCH for files of other sizes. */
+export function extractModules(
+  files: FilePair,
+  target: ExtractTarget,
+  onEnergy: (held: number, all: number) => void = () => {},
+): PairSource[] {
   return changedModules(files).map((module) => ({
     module,
     squeeze: () => {
       const change = weightChange(files, module);
-      if ('rank' in target) return squeezeMatrix(change, { rankMax: target.rank });
-      const squeezed = squeezeMatrix(change, { rankMax: rankMaxLimit });
-      const all = change.data.reduce((sum, value) => sum + value * value, 0);
-      const held = squeezed.sigma.reduce((sum, value) => sum + value * value, 0);
-      if (held < target.energy * all) {
-        const share = (held / all).toFixed(4);
-        const message = `${rankMaxLimit} ranks hold ${share} of the change, ${target.energy} is wanted`;
-        throw new GatewayError('INVALID_ADAPTER', message);
-      }
-      return firstRanks(squeezed, (target.energy * all) / held);
+      const all = energyOf(change.data);
+      const squeezed = extractPair(change, target, all);
+      onEnergy(energyOf(squeezed.sigma), all);
+      return squeezed;
     },
   }));
+}
+
+function extractPair(change: Columns, target: ExtractTarget, all: number): SqueezedModule {
+  if ('rank' in target) return squeezeMatrix(change, { rankMax: target.rank });
+  const squeezed = squeezeMatrix(change, { rankMax: rankMaxLimit });
+  const share = energyOf(squeezed.sigma) / all;
+  if (share >= target.energy) return firstRanks(squeezed, target.energy / share);
+  // All of its ranks may be there, and rounding be what is missing.
+  if (share > target.energy - 1e-9) return squeezed;
+  const message = `${rankMaxLimit} ranks hold ${share.toFixed(4)} of the change, ${target.energy} is wanted`;
+  throw new GatewayError('INVALID_ADAPTER', message);
+}
+
+function energyOf(values: Float64Array): number {
+  return values.reduce((sum, value) => sum + value * value, 0);
 }
 
 /** Throws BASE_MISMATCH unless both are the same decoder but for their numbers. */
@@ -90,7 +104,7 @@ export function weightChange({ from, base }: FilePair, module: ModuleRef): Colum
   return { rows: out, columns: width, data };
 }
 
-function weightName({ block, projection }: ModuleRef): string {
+export function weightName({ block, projection }: ModuleRef): string {
   return `blk.${block}.${projection}.weight`;
 }
 
@@ -99,7 +113,8 @@ function differs({ from, base }: FilePair, name: string): boolean {
   return theirs.some((value, i) => value !== ours[i]);
 }
 
-function numbersOf(file: GgufFile, name: string): Float32Array {
+/** A tensor of a model file, finite, in f32. */
+export function numbersOf(file: GgufFile, name: string): Float32Array {
   const tensor = file.tensors.get(name)!;
   const type = tensor.type.toLowerCase();
   if (!(type in dtypeLayout) || type.startsWith('i')) {

@@ -2,14 +2,17 @@
 // gateway's event loop does none of that, and outlives it. Started by importer.ts, answers once, ends.
 
 import { parentPort, workerData } from 'node:worker_threads';
-import { asGatewayError, type ErrorCode } from '../errors.ts';
+import { asGatewayError, type ErrorCode, GatewayError } from '../errors.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
+import { openGguf } from '../model/gguf.ts';
 import type { Generation } from './adapter.ts';
 import { blobPath, createBlobStore } from './blobs.ts';
+import { packNative } from './native-import.ts';
 import { readPacked } from './pack.ts';
-import { type LevelRule, type SqueezeTarget, squeezePacked } from './pack-pairs.ts';
+import { type LevelRule, type Packed, type SqueezeTarget, squeezePacked } from './pack-pairs.ts';
 import { type PackedPeft, packPeft, unpackPeft } from './pack-peft.ts';
-import { importPacked } from './packed-import.ts';
+import { importPacked, packedConfig } from './packed-import.ts';
+import { isCovered } from './page-writing.ts';
 import type { AdapterBase } from './peft.ts';
 import { readPeftDirectory } from './peft-directory.ts';
 import type { ImportedAdapter, PeftFiles } from './registry.ts';
@@ -22,6 +25,9 @@ export type ImportJob =
       readonly base: AdapterBase;
       readonly acceptBaseName: string | null;
       readonly levels: LevelRule;
+      readonly modelPath: string | null;
+      /** Stored, and each needed by some svfit adapter. */
+      readonly bases: readonly Generation[];
     }
   | {
       readonly kind: 'export';
@@ -38,7 +44,12 @@ export type ImportJob =
     };
 
 export type ImportAnswer =
-  | { readonly kind: 'imported'; readonly adapter: ImportedAdapter }
+  | {
+      readonly kind: 'imported';
+      readonly adapter: ImportedAdapter;
+      /** What it needs, when that is new: to be registered first. */
+      readonly basis: Omit<ImportedAdapter, 'warnings'> | null;
+    }
   | { readonly kind: 'exported'; readonly files: PeftFiles }
   | {
       readonly kind: 'failed';
@@ -51,28 +62,70 @@ export type ImportAnswer =
 
 async function answer(job: ImportJob): Promise<ImportAnswer> {
   const { blobDirectory } = job;
-  if (job.kind === 'import') return store(await packDirectory(job), blobDirectory);
+  if (job.kind === 'import') return importDirectory(job);
   const packed = await readPacked(blobPath(blobDirectory, job.generation), job.generation);
   if (job.kind === 'squeeze') {
-    return store({ ...squeezePacked(packed, job.target), warnings: [] }, blobDirectory);
+    const squeezed = squeezePacked(packed, job.target);
+    const adapter = { ...(await store(squeezed, blobDirectory)), warnings: [] };
+    return { kind: 'imported', adapter, basis: null };
   }
   return { kind: 'exported', files: unpackPeft(packed, job.rank, job.base) };
 }
 
-async function packDirectory(job: ImportJob & { readonly kind: 'import' }): Promise<PackedPeft> {
-  const { base, acceptBaseName, levels } = job;
+type DirectoryJob = ImportJob & { readonly kind: 'import' };
+
+async function importDirectory(job: DirectoryJob): Promise<ImportAnswer> {
+  const { base, acceptBaseName, levels, blobDirectory } = job;
   const { format, ...input } = await readPeftDirectory(job.directory);
-  if (format === 'peft') return packPeft({ ...input, base, acceptBaseName }, levels);
-  return { ...importPacked(input.config, input.weights, base), warnings: [] };
+  const put = async ({ warnings, ...packed }: PackedPeft): Promise<ImportedAdapter> => ({
+    ...(await store(packed, blobDirectory)),
+    warnings,
+  });
+  if (format === 'peft') {
+    const adapter = await put(packPeft({ ...input, base, acceptBaseName }, levels));
+    return { kind: 'imported', adapter, basis: null };
+  }
+  if (input.config.trim() === packedConfig.trim()) {
+    const packed = importPacked(input.config, input.weights, base);
+    return { kind: 'imported', adapter: await put({ ...packed, warnings: [] }), basis: null };
+  }
+  return importNative(job, input);
+}
+
+async function importNative(
+  { base, levels, blobDirectory, modelPath, bases }: DirectoryJob,
+  input: { readonly config: string; readonly weights: Uint8Array },
+): Promise<ImportAnswer> {
+  if (modelPath === null) {
+    throw new GatewayError('UNSUPPORTED', 'rankgate.json: the base file is not at hand');
+  }
+  using baseFile = openGguf(modelPath);
+  let basis: Omit<ImportedAdapter, 'warnings'> | null = null;
+  const native = { ...input, base, baseFile, levels };
+  const packed = await packNative({
+    ...native,
+    async findBasis(modules) {
+      for (const generation of bases) {
+        const { manifest } = await readPacked(blobPath(blobDirectory, generation), generation);
+        if (manifest.baseHash === base.hash && isCovered(modules, manifest)) return generation;
+      }
+      return null;
+    },
+    async storeBasis(made) {
+      basis = await store(made, blobDirectory);
+      return basis.generation;
+    },
+  });
+  const adapter = { ...(await store(packed, blobDirectory)), warnings: [] };
+  return { kind: 'imported', adapter, basis };
 }
 
 async function store(
-  { manifest, bytes, warnings }: PackedPeft,
+  { manifest, bytes }: Packed,
   blobDirectory: string,
-): Promise<ImportAnswer> {
+): Promise<Omit<ImportedAdapter, 'warnings'>> {
   const generation = await createBlobStore(blobDirectory).put(bytes);
-  const adapter = { manifest, generation, bytes: bytes.length, warnings };
-  return { kind: 'imported', adapter };
+  return { manifest, generation, bytes: bytes.length };
 }
 
 function failed(error: unknown): ImportAnswer {

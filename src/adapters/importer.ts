@@ -17,6 +17,8 @@ export interface ImporterOptions {
   readonly blobs: BlobStore;
   /** The directory of `blobs`: the thread opens it too. */
   readonly blobDirectory: string;
+  /** The base's file: without it, adapters in their family's own numbers are refused. */
+  readonly modelPath?: string;
   /** Jobs that may wait beside the one that runs; beyond, CONTENDED. */
   readonly waitingMax?: number;
   readonly jobMsMax?: number;
@@ -48,10 +50,12 @@ class ThreadedImporter implements Importer {
   }
 
   async importPeft(directory: string, options: ImportOptions = {}): Promise<ImportedAdapter> {
-    const { base, blobDirectory } = this.#options;
+    const { base, blobDirectory, modelPath = null } = this.#options;
     const { acceptBaseName = null, levels = 'energy' } = options;
-    const job = { kind: 'import', directory, blobDirectory, base, acceptBaseName, levels } as const;
-    return this.#queue(() => this.#importAndRegister(job));
+    const own = { kind: 'import', directory, blobDirectory, base, acceptBaseName, levels } as const;
+    return this.#queue(() =>
+      this.#importAndRegister({ ...own, modelPath, bases: this.#knownBases() }),
+    );
   }
 
   async exportPeft(generation: Generation, rank: number): Promise<PeftFiles> {
@@ -81,14 +85,24 @@ class ThreadedImporter implements Importer {
     for (let attempt = 1; ; attempt++) {
       const answer = await this.#run(job);
       if (answer.kind !== 'imported') throw new GatewayError('INTERNAL', `got ${answer.kind}`);
-      const { adapter } = answer;
+      const { adapter, basis } = answer;
       // The same generation may have been removed while the thread's message was under way. From here to `store` nothing
       // can come between.
       if (blobs.has(adapter.generation) || attempt === attemptsMax) {
-        registry.store(adapter.generation, adapter.manifest, adapter.bytes);
+        for (const { generation, manifest, bytes } of basis === null
+          ? [adapter]
+          : [basis, adapter]) {
+          registry.store(generation, manifest, bytes);
+        }
         return adapter;
       }
     }
+  }
+
+  /** What svfit adapters are served with already: the next one may need no basis of its own. */
+  #knownBases(): readonly Generation[] {
+    const needs = this.#options.registry.list().map(({ manifest }) => manifest);
+    return [...new Set(needs.flatMap((m) => (m.kind === 'svfit' ? (m.options.needs ?? []) : [])))];
   }
 
   async #queue<T>(work: () => Promise<T>): Promise<T> {

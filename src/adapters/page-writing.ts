@@ -3,7 +3,7 @@
 import { GatewayError } from '../errors.ts';
 import { type Projection, projectionShape, projections } from '../model/decoder-config.ts';
 import type { AtomBank, ModuleRef, Stepper } from '../model/stepper.ts';
-import { type AdapterManifest, pageRanks } from './adapter.ts';
+import { type AdaptedModule, type AdapterManifest, pageRanks } from './adapter.ts';
 import type { FloatName, PackedAdapter } from './pack.ts';
 import type { ResidentKey } from './residency.ts';
 
@@ -51,12 +51,18 @@ export function checkBase(
 
 /** svfit's gates are of its basis' ranks. */
 export function checkBasis(tenant: AdapterManifest, basis: AdapterManifest): void {
-  const ranks = new Map(basis.modules.map((m) => [`${m.block}.${m.projection}`, m.rank]));
-  const isCovered = tenant.modules.every(
-    ({ block, projection, rank }) => rank <= (ranks.get(`${block}.${projection}`) ?? 0),
-  );
-  if (basis.kind === 'basis' && isCovered) return;
+  if (isCovered(tenant.modules, basis)) return;
   throw new GatewayError('ADAPTER_CORRUPT', 'the adapter has ranks that its basis lacks');
+}
+
+export function isCovered(
+  modules: readonly Omit<AdaptedModule, 'in' | 'out'>[],
+  basis: AdapterManifest,
+): boolean {
+  const ranks = new Map(basis.modules.map((m) => [`${m.block}.${m.projection}`, m.rank]));
+  const has = ({ block, projection, rank }: Omit<AdaptedModule, 'in' | 'out'>): boolean =>
+    rank <= (ranks.get(`${block}.${projection}`) ?? 0);
+  return basis.kind === 'basis' && modules.every(has);
 }
 
 export function atomBankOf({ generation, manifest, floats }: PackedAdapter<ResidentKey>): AtomBank {
