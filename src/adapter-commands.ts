@@ -30,8 +30,17 @@ const expecting = { expect: { type: 'string' } } as const;
 const timeoutMs = 10 * 60 * 1000; // an import of a large adapter is minutes of work
 
 export const usageError = (message: string): CommandError => new CommandError(2, 'USAGE', message);
-const text = (value: string | boolean | undefined): string | undefined =>
+export const text = (value: string | boolean | undefined): string | undefined =>
   typeof value === 'string' ? value : undefined;
+
+/** Throws what explains the usage for a flag that is no number. */
+export function numberOf(flag: string | boolean | undefined, name: string): number | undefined {
+  const given = text(flag);
+  if (given === undefined) return undefined;
+  const value = given.trim() === '' ? Number.NaN : Number(given);
+  if (Number.isFinite(value)) return value;
+  throw usageError(`${name}: not a number: ${given}`);
+}
 
 /** A command that is one call to a running server. */
 function clientCommand(
@@ -202,6 +211,19 @@ export const adapterCommands: Readonly<Record<string, Command>> = {
     path: `${pathOf(invocation)}/alias`,
     body: { target: invocation.positionals[1] },
   })),
+  'adapters squeeze': clientCommand(
+    ['NAME'],
+    { ...expecting, rank: { type: 'string' }, variance: { type: 'string' } },
+    (invocation) => {
+      const { rank, variance, expect } = invocation.flags;
+      return {
+        method: 'POST',
+        path: `${pathOf(invocation)}/squeeze`,
+        body: { rank: numberOf(rank, '--rank'), variance: numberOf(variance, '--variance') },
+        ifMatch: text(expect),
+      };
+    },
+  ),
   'adapters export': clientCommand(
     ['NAME'],
     { rank: { type: 'string' }, output: { type: 'string' } },

@@ -17,6 +17,7 @@ import { type Config, configFlags, loadConfig } from './config.ts';
 import { examine, measureWeights } from './doctor.ts';
 import { GatewayError } from './errors.ts';
 import { CommandError } from './gateway-client.ts';
+import { makeCommands } from './make-commands.ts';
 import { findBaseModel } from './model/model-source.ts';
 import { fetchModel, serve } from './serve.ts';
 import type { Terminal } from './terminal.ts';
@@ -31,12 +32,17 @@ rankgate adapters rollback NAME
 rankgate adapters alias ALIAS NAME
 rankgate adapters pin NAME
 rankgate adapters unpin NAME
+rankgate adapters squeeze NAME --rank K | --variance V [--expect GENERATION]
 rankgate adapters export NAME [--rank K] [--output FILE]
 rankgate adapters rm NAME [--expect GENERATION]
+rankgate adapters extract --from FILE.gguf --base FILE.gguf --rank K | --energy E --output DIRECTORY [--levels uniform]
+rankgate adapters compensate --reference FILE.gguf --calib FILE.txt --output DIRECTORY [--method eora] [--rank 32]
+                      [--seed N] [--levels uniform] [--model …] [--config file] …
 rankgate doctor [--measure] [--config file] …
 rankgate --version
 A name is shared, or TENANT/NAME. add sends the directory's files; with --on-server it names one inside the server's root.
-Every command takes --json. The adapters commands talk to a running server: --url, or RANKGATE_URL; RANKGATE_API_KEY.
+extract and compensate compute here, for minutes; add takes the directory that they make. The other adapters commands talk
+to a running server: --url, or RANKGATE_URL; RANKGATE_API_KEY. Every command takes --json.
 `;
 
 const loadFrom = ({ flags, terminal }: Invocation): Config =>
@@ -69,6 +75,7 @@ const commands: Readonly<Record<string, Command>> = {
     },
   },
   ...adapterCommands,
+  ...makeCommands,
 };
 
 /** package.json lies one folder above this file, in the source tree and in the built one. */

@@ -1,12 +1,10 @@
-// A GGUF file with other weights: the decoder's keys and every tensor, changed where asked. Vocabularies are left out, so the
-// result is for decoders, not for tokenisers.
+// A GGUF file with other weights: its keys and every tensor, changed where asked.
 
 import { dequantizeRows } from '../../src/kernels/dequantize.ts';
 import { f32ToF16Bits } from '../../src/kernels/half.ts';
 import type { WeightType } from '../../src/kernels/kernels.ts';
-import { readDecoderConfig } from '../../src/model/decoder-config.ts';
-import { openGguf } from '../../src/model/gguf.ts';
-import { buildGguf, type TensorSpec } from './gguf-builder.ts';
+import { type GgufFile, openGguf } from '../../src/model/gguf.ts';
+import { ByteWriter } from './gguf-builder.ts';
 
 /** New numbers of a tensor, f32; or a Q4_0 encoding of them; null: as in the file. */
 export type Rewrite = (name: string, values: Float32Array) => Float32Array | Q4 | null;
@@ -19,8 +17,7 @@ const typeNumbers: Record<string, number> = { F32: 0, F16: 1, Q4_0: 2, Q4_1: 3, 
 
 export function rewriteWeights(path: string, rewrite: Rewrite): Uint8Array {
   using file = openGguf(path);
-  const config = readDecoderConfig(file);
-  const tensors = [...file.tensors.values()].map((tensor): TensorSpec => {
+  const tensors = [...file.tensors.values()].map((tensor) => {
     const { name, shape } = tensor;
     const bytes = file.read(tensor.offset, tensor.bytes);
     const values = new Float32Array(shape.reduce((product, size) => product * size, 1));
@@ -28,25 +25,29 @@ export function rewriteWeights(path: string, rewrite: Rewrite): Uint8Array {
     const changed = rewrite(name, values);
     if (changed === null) return { name, shape, type: typeNumbers[tensor.type]!, data: bytes };
     if ('q4' in changed) return { name, shape, type: typeNumbers.Q4_0!, data: changed.q4 };
-    return { name, shape, type: 0, data: new Uint8Array(changed.buffer) };
+    return { name, shape, type: typeNumbers.F32!, data: new Uint8Array(changed.buffer) };
   });
-  const u32 = (value: number) => ({ type: 'u32', value }) as const;
-  const f32 = (value: number) => ({ type: 'f32', value }) as const;
-  return buildGguf({
-    keys: [
-      ['general.architecture', { type: 'string', value: 'llama' }],
-      ['llama.block_count', u32(config.blocks)],
-      ['llama.context_length', u32(config.contextLength)],
-      ['llama.embedding_length', u32(config.width)],
-      ['llama.feed_forward_length', u32(config.ffnWidth)],
-      ['llama.attention.head_count', u32(config.heads)],
-      ['llama.attention.head_count_kv', u32(config.kvHeads)],
-      ['llama.attention.layer_norm_rms_epsilon', f32(config.normEps)],
-      ['llama.rope.dimension_count', u32(config.ropeSize)],
-      ['llama.rope.freq_base', f32(config.ropeBase)],
-    ],
-    tensors,
-  });
+  const out = new ByteWriter();
+  const { alignment } = file;
+  out.raw(headOf(file, tensors[0]!.name));
+  let offset = 0;
+  for (const { name, shape, type, data } of tensors) {
+    out.string(name).u32(shape.length);
+    for (const size of shape) out.u64(BigInt(size));
+    out.u32(type).u64(BigInt(offset));
+    offset += Math.ceil(data.length / alignment) * alignment;
+  }
+  out.padTo(alignment);
+  for (const { data } of tensors) out.raw(data).padTo(alignment);
+  return out.finish();
+}
+
+/** Everything before the tensor table, which begins with the first tensor's name behind its length. */
+function headOf(file: GgufFile, firstName: string): Uint8Array {
+  const first = Math.min(...[...file.tensors.values()].map(({ offset }) => offset));
+  const head = file.read(0, first);
+  const mark = new ByteWriter().string(firstName).finish();
+  return head.subarray(0, Buffer.from(head).lastIndexOf(mark));
 }
 
 /** Rounds to the nearest of 2^bits evenly spaced numbers (bits ≤ 4) per 32, stored as Q4_0, whose nibbles hold them. */

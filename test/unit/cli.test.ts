@@ -122,6 +122,19 @@ describe('the adapters commands', () => {
     ],
     [['rollback', 'support'], { method: 'POST', path: '/v1/adapters/support/rollback' }],
     [
+      ['squeeze', 'support', '--rank', '4', '--expect', generation],
+      {
+        method: 'POST',
+        path: '/v1/adapters/support/squeeze',
+        body: { rank: 4 },
+        ifMatch: generation,
+      },
+    ],
+    [
+      ['squeeze', 'support', '--variance', '0.95'],
+      { method: 'POST', path: '/v1/adapters/support/squeeze', body: { variance: 0.95 } },
+    ],
+    [
       ['rm', 'support', '--expect', generation],
       { method: 'DELETE', path: '/v1/adapters/support', ifMatch: generation },
     ],
