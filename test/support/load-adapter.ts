@@ -4,7 +4,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { generationOf, openPacked, type PackedAdapter } from '../../src/adapters/pack.ts';
 import { packPeft } from '../../src/adapters/pack-peft.ts';
-import { type DecoderConfig, projections } from '../../src/model/decoder-config.ts';
+import { type DecoderConfig, moduleIndex, projections } from '../../src/model/decoder-config.ts';
 import { type AdapterRows, type Stepper, uniformRows } from '../../src/model/stepper.ts';
 
 export function packDirectory(directory: string, config: DecoderConfig): PackedAdapter {
@@ -32,5 +32,27 @@ export function writeAdapter(
       }
     }
   }
-  return (rank) => (rank === 0 ? null : uniformRows(pages, rank));
+  const { levels } = packed.manifest;
+  return (rank) => {
+    if (rank === 0) return null;
+    const uniform = uniformRows(pages, rank);
+    return levels === null ? uniform : { ...uniform, gates: gatesAt(stepper, packed, rank) };
+  };
+}
+
+/** [M, 8·pages], read off the manifest: 1 for each rank that is on at the level. */
+function gatesAt(
+  stepper: Stepper,
+  { manifest, pages }: PackedAdapter,
+  level: number,
+): Float32Array {
+  const width = 8 * pages;
+  const gates = new Float32Array(stepper.config.blocks * projections.length * width);
+  manifest.modules.forEach(({ block, projection }, i) => {
+    const row = moduleIndex(block, projection) * width;
+    manifest.levels![i]!.forEach((from, r) => {
+      if (from <= level) gates[row + r] = 1;
+    });
+  });
+  return gates;
 }
