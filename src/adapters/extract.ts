@@ -62,7 +62,7 @@ function energyOf(values: Float64Array): number {
 }
 
 /** Throws BASE_MISMATCH unless both are the same decoder but for their numbers. */
-export function checkSameSizes({ from, base }: FilePair): DecoderConfig {
+function checkSameSizes({ from, base }: FilePair): DecoderConfig {
   const [theirs, ours] = [readDecoderConfig(from), readDecoderConfig(base)];
   for (const [key, value] of Object.entries(ours)) {
     if (key === 'name' || key === 'contextLength') continue; // They change no number of a short text.

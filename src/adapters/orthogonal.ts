@@ -176,7 +176,7 @@ function pickColumns({ rows, data }: Columns, order: readonly number[]): Columns
 }
 
 /** x with its columns by falling length: sorted's column i is x's column order[i]. */
-export function longestFirst(x: Columns): {
+function longestFirst(x: Columns): {
   readonly order: readonly number[];
   readonly sorted: Columns;
 } {

@@ -24,7 +24,7 @@ export interface SketchOptions {
 const widthOf = (rank: number): number => rank + 8 + Math.ceil(rank / 2);
 const powerIterations = 3;
 /** Up to this many rows or columns the exact decomposition takes milliseconds. */
-export const exactMax = 128;
+const exactMax = 128;
 
 /** The largest `rank` singular values of x with their vectors, as orthogonal.ts's `svd`. Borrows `x`. */
 export function largestSvd(x: Columns, { rank, seed }: SketchOptions): Svd {

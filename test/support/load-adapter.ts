@@ -3,17 +3,23 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { generationOf, openPacked, type PackedAdapter } from '../../src/adapters/pack.ts';
+import type { LevelRule } from '../../src/adapters/pack-pairs.ts';
 import { packPeft } from '../../src/adapters/pack-peft.ts';
 import { type DecoderConfig, moduleIndex, projections } from '../../src/model/decoder-config.ts';
 import { type AdapterRows, type Stepper, uniformRows } from '../../src/model/stepper.ts';
 
-export function packDirectory(directory: string, config: DecoderConfig): PackedAdapter {
-  const { bytes } = packPeft({
+export function packDirectory(
+  directory: string,
+  config: DecoderConfig,
+  levels: LevelRule = 'uniform',
+): PackedAdapter {
+  const input = {
     config: readFileSync(join(directory, 'adapter_config.json'), 'utf8'),
     weights: readFileSync(join(directory, 'adapter_model.safetensors')),
     base: { config, hash: 'ab'.repeat(32), names: [] },
     acceptBaseName: null,
-  });
+  };
+  const { bytes } = packPeft(input, levels);
   return openPacked(bytes, generationOf(bytes));
 }
 
