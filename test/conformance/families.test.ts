@@ -1,17 +1,22 @@
 import type { Generation } from '../../src/adapters/adapter.ts';
 import { mixAtoms, routeAtoms } from '../../src/adapters/families/atom-routing.ts';
-import { openFamily } from '../../src/adapters/families/families.ts';
-import { keepTop, sparseA } from '../../src/adapters/families/fly.ts';
-import { moraWeights } from '../../src/adapters/families/mora.ts';
+import { flexmore } from '../../src/adapters/families/flexmore.ts';
+import { fly, keepTop, sparseA } from '../../src/adapters/families/fly.ts';
+import { hydra } from '../../src/adapters/families/hydra.ts';
+import { lora } from '../../src/adapters/families/lora.ts';
+import { matryoshka } from '../../src/adapters/families/matryoshka.ts';
+import { mora, moraWeights } from '../../src/adapters/families/mora.ts';
 import { queryable, routerOf } from '../../src/adapters/families/queryable.ts';
-import { svfitBasis } from '../../src/adapters/families/svfit.ts';
+import { salt } from '../../src/adapters/families/salt.ts';
+import { svfit, svfitBasis } from '../../src/adapters/families/svfit.ts';
+import { triangular } from '../../src/adapters/families/triangular.ts';
 import { testSite } from '../support/family-site.ts';
 import { type FamilyCase, familySuite } from './families.suite.ts';
 
 const site = testSite(); // 12 → 10
 const pair = { site, export: true } as const;
 
-const lora = { ...pair, ranks: [1, 2, 4, 6], bytes: 2 * 6 * 22, parameters: 6 * 22 };
+const rankSix = { ...pair, ranks: [1, 2, 4, 6], bytes: 2 * 6 * 22, parameters: 6 * 22 };
 
 const otherFile: Generation = `sha256:${'cd'.repeat(32)}`;
 const queryableOptions = {
@@ -23,45 +28,52 @@ const queryableOptions = {
   earlierBlocks: false,
   bias: null,
 };
-const flyOptions = { rank: 8, topK: 3, alpha: 16, seed: 'fedcba9876543210' };
+const flyOptions = { rank: 8, topK: 3, alpha: 16, seed: 0xfedcba9876543210n };
 
 const cases: readonly FamilyCase[] = [
   {
-    ...lora,
+    ...rankSix,
     name: 'lora',
-    family: openFamily('lora', { rank: 6, alpha: 12 }),
+    family: lora({ rank: 6, alpha: 12, rslora: false, order: 'svd' }),
     describe: 'LoRA of rank 6, alpha 12',
     import: true,
   },
   {
-    ...lora,
+    ...rankSix,
     name: 'lora (rsLoRA, as trained)',
-    family: openFamily('lora', { rank: 6, alpha: 9, rslora: true, order: 'as-trained' }),
+    family: lora({ rank: 6, alpha: 9, rslora: true, order: 'as-trained' }),
     describe: 'LoRA of rank 6, alpha 9 (rsLoRA)',
     import: true,
   },
   ...(['none', 'rank', 'sqrt'] as const).map((scaling) => ({
-    ...lora,
+    ...rankSix,
     name: `matryoshka (diag, ${scaling})`,
-    family: openFamily('matryoshka', { maxRank: 6, ranks: [1, 2, 4, 6], scaling }),
+    family: matryoshka({ maxRank: 6, ranks: [1, 2, 4, 6], scaling, mask: 'diag', order: 'svd' }),
     describe: `Matryoshka LoRA trained at ranks 1, 2, 4, 6 (diag, scale ${scaling}), published svd`,
     import: /ranks it was trained at/,
   })),
   {
-    ...lora,
+    ...rankSix,
     name: 'matryoshka (binary)',
-    family: openFamily('matryoshka', { maxRank: 6, ranks: [1, 6], mask: 'binary' }),
+    family: matryoshka({
+      maxRank: 6,
+      ranks: [1, 6],
+      mask: 'binary',
+      scaling: 'none',
+      order: 'svd',
+    }),
     describe: 'Matryoshka LoRA trained at ranks 1, 6 (binary, scale none), published svd',
     import: /ranks it was trained at/,
   },
   {
-    ...lora,
+    ...rankSix,
     name: 'matryoshka (prefixes, as trained)',
-    family: openFamily('matryoshka', {
+    family: matryoshka({
       maxRank: 6,
       ranks: [2, 6],
       mask: 'prefix',
       order: 'as-trained',
+      scaling: 'none',
     }),
     describe: 'Matryoshka LoRA trained at ranks 2, 6 (prefix, scale none), published as-trained',
     import: /ranks it was trained at/,
@@ -69,7 +81,7 @@ const cases: readonly FamilyCase[] = [
   {
     ...pair,
     name: 'triangular',
-    family: openFamily('triangular', { rank: 6, alpha: 12 }),
+    family: triangular({ rank: 6, alpha: 12 }),
     ranks: [1, 3, 6],
     describe: 'TriAdaptLoRA from rank 6, alpha 12',
     bytes: 2 * 6 * 22,
@@ -79,7 +91,7 @@ const cases: readonly FamilyCase[] = [
   {
     ...pair,
     name: 'hydra',
-    family: openFamily('hydra', { rank: 4, alpha: 8 }),
+    family: hydra({ rank: 4, alpha: 8 }),
     ranks: [1, 2, 4],
     describe: "Hydra: rank 4 beside and rank 4 after the base's layer, alpha 8",
     bytes: 2 * 8 * 22,
@@ -89,7 +101,7 @@ const cases: readonly FamilyCase[] = [
   {
     ...pair,
     name: 'flexmore',
-    family: openFamily('flexmore', {
+    family: flexmore({
       experts: [
         { name: 'law', rank: 4 },
         { name: 'code', rank: 1 },
@@ -106,7 +118,7 @@ const cases: readonly FamilyCase[] = [
   {
     ...pair,
     name: 'salt',
-    family: openFamily('salt', { rank: 4, tailRank: 2 }),
+    family: salt({ rank: 4, tailRank: 2 }),
     ranks: [1, 2, 4],
     describe: 'SALT: the 4 largest singular values scaled and shifted, the rest by rank 2',
     bytes: 2 * 6 * 22,
@@ -116,7 +128,7 @@ const cases: readonly FamilyCase[] = [
   {
     ...pair,
     name: 'svfit',
-    family: openFamily('svfit', { rank: 6 }),
+    family: svfit({ rank: 6 }),
     ranks: [1, 2, 6],
     describe: 'SVFit of the 6 largest singular values',
     bytes: 4 * 6,
@@ -128,7 +140,7 @@ const cases: readonly FamilyCase[] = [
   {
     ...pair,
     name: 'fly',
-    family: openFamily('fly', flyOptions),
+    family: fly({ ...flyOptions, score: 'abs_plus_bias' }),
     ranks: [1, 3, 5],
     describe:
       'FlyLoRA: 3 of 8 ranks a token by abs_plus_bias, alpha 16, A from seed fedcba9876543210',
@@ -143,7 +155,7 @@ const cases: readonly FamilyCase[] = [
   {
     ...pair,
     name: 'mora',
-    family: openFamily('mora', { rank: 8, topK: 3, temperature: 0.3 }),
+    family: mora({ rank: 8, topK: 3, temperature: 0.3, frozen: 0 }),
     ranks: [1, 3, 8],
     describe: 'MoRA: 3 of the ranks a token, temperature 0.3, the first 0 frozen',
     bytes: 2 * 8 * 22,
