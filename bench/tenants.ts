@@ -115,7 +115,7 @@ export async function benchTenants(
   }
 }
 
-export function summariseTenants(
+function summariseTenants(
   results: ReadonlyMap<string, readonly JobResult[]>,
   bytes: Readonly<Record<Kind | 'svfitLora' | 'flyLora', number>>,
 ): Omit<Report, 'sides'> {

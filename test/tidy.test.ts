@@ -25,6 +25,8 @@ const entries = [
   'engine/text-worker.ts',
   'adapters/import-worker.ts',
   'model/training-decoder.ts', // bench trainstep; the trainer's when it is there
+  'adapters/families/lora.ts', // what the trainer of step 4 makes: imports come as PEFT
+  'adapters/families/queryable.ts', // no import of banks and labels yet; served from packed files
 ];
 /** Folders of the gateway process: they must not reach native tensor code (design.md section 1). */
 const gatewayFolders = ['server', 'router'];

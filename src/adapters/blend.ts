@@ -32,10 +32,12 @@ export function mergeTensors(tensors: readonly Float64Array[], rule: MergeRule):
   });
   const merged = new Float64Array(Math.max(...tensors.map(({ length }) => length)));
   for (let i = 0; i < merged.length; i++) {
-    const values = pruned.map((tensor) => tensor[i] ?? 0);
-    const elected = values.reduce((sum, value) => sum + value, 0) >= 0 ? 1 : -1;
+    let sum = 0;
+    for (const tensor of pruned) sum += tensor[i] ?? 0;
+    const elected = sum >= 0 ? 1 : -1;
     let [total, count] = [0, 0];
-    for (const [part, value] of values.entries()) {
+    for (let part = 0; part < pruned.length; part++) {
+      const value = pruned[part]![i] ?? 0;
       if (merge !== 'dare_linear' && Math.sign(value) !== elected) continue;
       total += weights[part]! * value;
       count += 1;

@@ -19,18 +19,28 @@ interface Reading {
   reject(error: GatewayError): void;
 }
 
-/** The thread starts at once, so that the first load does not wait for it. Idle, it does not keep the process alive. */
+/** The thread starts at once, so that the first load does not wait for it. Idle, it does not keep the process alive. Blends
+ *  have a thread of their own: one takes seconds, and nobody's load waits behind it. */
 export function createPackReader(pathOf: (generation: Generation) => string): ReadPacked {
-  let thread = startThread();
+  let reader = startThread();
+  let merger: Thread | null = null;
+  const threadFor = (key: ResidentKey): Thread => {
+    if (isBlendKey(key)) {
+      merger = merger === null || merger.hasEnded ? startThread() : merger;
+      return merger;
+    }
+    if (reader.hasEnded) reader = startThread();
+    return reader;
+  };
   return (key) =>
     new Promise((resolve, reject) => {
       const blend = isBlendKey(key) ? key : null;
       const parts = isBlendKey(key) ? parseBlendKey(key).parts : [{ generation: key }];
       const files = parts.map(({ generation }) => ({ generation, path: pathOf(generation) }));
-      if (thread.hasEnded) thread = startThread();
-      thread.readings.push({ key, resolve, reject });
-      thread.worker.ref();
-      thread.worker.postMessage({ blend, files } satisfies PackTask);
+      const { readings, worker } = threadFor(key);
+      readings.push({ key, resolve, reject });
+      worker.ref();
+      worker.postMessage({ blend, files } satisfies PackTask);
     });
 }
 

@@ -37,7 +37,7 @@ import {
 } from '../support/family-site.ts';
 
 /** The low-rank pair of a served module, from its own numbers and what the family's adapters share. */
-export type ServedDelta = (h: Columns, x: Columns, served: ServedModule) => Columns;
+type ServedDelta = (h: Columns, x: Columns, served: ServedModule) => Columns;
 
 export interface FamilyCase {
   readonly name: string;
@@ -301,7 +301,7 @@ function unpacked({ floats, page }: PackedAdapter, served: ServedModule): Served
 }
 
 /** What PEFT adds: B·A·x times alpha/r, or alpha/√r. */
-export function peftDelta(
+function peftDelta(
   { rank, alpha, rslora, a, b }: PeftPair,
   site: Pick<Site, 'in' | 'out'>,
   x: Columns,

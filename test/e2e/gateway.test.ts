@@ -70,6 +70,22 @@ describe('the gateway with the default model', () => {
     expect(await textOf(answer)).not.toBe('The capital of France is Paris.');
   });
 
+  it('blends adapters by weight: alone at 1 it is itself, at 0 the base, and merges are others', async () => {
+    const weighted = async (weight: number, rest: object = {}): Promise<string> =>
+      textOf(await ask({ adapters: [{ id: 'support', weight }], ...rest }));
+    expect(await weighted(1)).toBe(await textOf(await ask({ model: 'support' })));
+    expect(await weighted(0)).toBe('The capital of France is Paris.');
+    expect(await weighted(1, { merge: 'ties', density: 1 })).toBe(await weighted(1));
+    expect(await weighted(1, { merge: 'dare_linear', density: 0.5 })).not.toBe(await weighted(1));
+    const adapters = [
+      { id: 'support', weight: 0.5 },
+      { id: 'nobody', weight: 0.5 },
+    ];
+    const missing = await ask({ adapters });
+    expect(missing.status).toBe(404);
+    expect(((await missing.json()) as ChatAnswer).error).toMatchObject({ param: 'adapters[1].id' });
+  });
+
   it('a tight budget lowers the rank, a loose one gives all of it, and rank 0 is the base', async () => {
     // Until the latency model has seen steps with and without ranks it predicts nothing.
     for (let i = 0; i < 3; i++) {

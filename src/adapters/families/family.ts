@@ -130,7 +130,7 @@ function sumTensors(x: Tensors, y: Tensors): Tensors {
 }
 
 /** The module's size along an axis. */
-export function axisSize(family: Family, tensors: Tensors, axis: Axis): number {
+function axisSize(family: Family, tensors: Tensors, axis: Axis): number {
   for (const [name, sizes] of Object.entries(family.axes)) {
     const tensor = tensors[name];
     if (tensor === undefined) continue;

@@ -106,7 +106,7 @@ export function routerOf(tensors: Tensors, { bias, topK }: QueryableOptions): Ro
 }
 
 /** Atoms I + 0.3·N(0,1), and routers of unit-variance outputs for unit-variance states. */
-export function initialBank(options: QueryableOptions, random: Random): Tensors {
+function initialBank(options: QueryableOptions, random: Random): Tensors {
   const { rank, atoms, queryWidth, earlierBlocks } = options;
   const matrix = (count: number): Columns =>
     filled(count, rank, () => random.normal() / Math.sqrt(rank));
