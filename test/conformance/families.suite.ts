@@ -36,9 +36,6 @@ import {
   trainedTensors,
 } from '../support/family-site.ts';
 
-/** The low-rank pair of a served module, from its own numbers and what the family's adapters share. */
-type ServedDelta = (h: Columns, x: Columns, served: ServedModule) => Columns;
-
 export interface FamilyCase {
   readonly name: string;
   readonly family: Family;

@@ -129,17 +129,6 @@ function sumTensors(x: Tensors, y: Tensors): Tensors {
   return result;
 }
 
-/** The module's size along an axis. */
-function axisSize(family: Family, tensors: Tensors, axis: Axis): number {
-  for (const [name, sizes] of Object.entries(family.axes)) {
-    const tensor = tensors[name];
-    if (tensor === undefined) continue;
-    if (sizes[0] === axis) return tensor.columns;
-    if (sizes[1] === axis) return tensor.rows;
-  }
-  throw new GatewayError('INTERNAL', `${family.kind} has no axis ${axis}`);
-}
-
 /** The numbers that rank k needs: its prefix, or everything where the token chooses. */
 export function slice(family: Family, tensors: Tensors, rank: number): Tensors {
   if (family.slicing !== 'prefix') return tensors;
