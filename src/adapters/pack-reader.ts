@@ -1,5 +1,5 @@
-// Packed files read, hashed, parsed and, for a blend, merged on a thread of its own while the engine's thread is inside a step. Done there
-// instead, every await of the reading would wait for a step to end: seven steps for one file.
+// Packed files read, hashed, parsed and, for a blend, merged on threads of their own while the engine's thread is inside a
+// step. Done there instead, every await of the reading would wait for a step to end: seven steps for one file.
 
 import { Worker } from 'node:worker_threads';
 import { GatewayError } from '../errors.ts';
