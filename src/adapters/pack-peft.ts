@@ -4,6 +4,7 @@ import { GatewayError } from '../errors.ts';
 import { type DecoderConfig, projections } from '../model/decoder-config.ts';
 import { type SafetensorsTensor, writeSafetensors } from '../model/safetensors.ts';
 import type { AdaptedModule, AdapterManifest } from './adapter.ts';
+import { pairKinds } from './manifest.ts';
 import type { PackedAdapter } from './pack.ts';
 import { type LevelRule, packPairs, prefixOf, ranksAt } from './pack-pairs.ts';
 import { type PeftInput, readPeft } from './peft.ts';
@@ -37,9 +38,14 @@ export function packPeft(input: PeftInput, levels: LevelRule = 'uniform'): Packe
   return { ...packed, warnings: [...adapter.warnings, ...zero] };
 }
 
-/** The ranks of level `rank`, in f32 values that equal the served f16 ones. alpha = r, so that PEFT's scale is 1. */
+/** The ranks of level `rank`, in f32 values that equal the served f16 ones. alpha = r, so that PEFT's scale is 1.
+ *  Throws UNSUPPORTED for kinds that are no pairs, INVALID_REQUEST for a rank that is not there. */
 export function unpackPeft(packed: PackedAdapter, rank: number, base: DecoderConfig): PeftFiles {
   const { manifest } = packed;
+  if (!pairKinds.includes(manifest.kind)) {
+    const message = `a ${manifest.kind} adapter is more than low-rank pairs: PEFT would compute something else`;
+    throw new GatewayError('UNSUPPORTED', message);
+  }
   if (!Number.isInteger(rank) || rank < 1 || rank > manifest.rankMax) {
     const message = `rank is ${rank}, the adapter has 1 … ${manifest.rankMax}`;
     throw new GatewayError('INVALID_REQUEST', message, { param: 'rank' });

@@ -218,6 +218,11 @@ describe('an adapter in its family’s own numbers', () => {
     const packed = await read(generation);
     const a = Array.from(packed.page(sites()[0]!, 0)!.a, (bits) => f16Values[bits]!);
     expect(distance(a, tensors[0]!.a!.data)).toBeLessThan(1e-3);
+    // As a LoRA it would give every rank the same weight.
+    await expect(importer.exportPeft(generation, 8)).rejects.toMatchObject({
+      code: 'UNSUPPORTED',
+      message: expect.stringContaining('a mora adapter is more than low-rank pairs'),
+    });
     // The curve is of the k largest ranks, so it bends down.
     const [first = 0, second = 0] = manifest.rankCurve;
     expect(first).toBeGreaterThan(second - first);
