@@ -1,3 +1,3 @@
 import { swapOracleSuite } from '../support/swap-oracle-suite.ts';
 
-swapOracleSuite(60);
+swapOracleSuite({ seconds: 60, growthMax: 1.25 });

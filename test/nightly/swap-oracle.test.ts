@@ -1,3 +1,3 @@
 import { swapOracleSuite } from '../support/swap-oracle-suite.ts';
 
-swapOracleSuite(600);
+swapOracleSuite({ seconds: 600, growthMax: 1.1 });

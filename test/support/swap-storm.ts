@@ -23,6 +23,8 @@ const versions: ReadonlyArray<{ rank: number; targets: readonly Projection[] }> 
   { rank: 4, targets: ['attn_output', 'ffn_gate', 'ffn_up'] },
 ];
 const streamsAtOnce = 16;
+/** Between two requests of a client: without it 16 of them fill two cores with HTTP, and changes wait for the processor. */
+const thinkMs = 300;
 const changeMs = 60; // of each of six changers, one a name: 100 changes a second together
 const tokensMax = 24;
 const acceptBaseName = 'HuggingFaceTB/SmolLM2-135M-Instruct'; // what make-peft-adapter.ts writes
@@ -96,6 +98,7 @@ export async function storm(
   const enginePid = await gateway.enginePid();
   const stream = async (rng: Rng): Promise<void> => {
     while (!isOver()) {
+      await new Promise((resolve) => setTimeout(resolve, rng.below(2 * thinkMs)));
       const outcome = await streamOnce(gateway, rng).catch((error: unknown) => String(error));
       if (typeof outcome === 'string') failures.push(outcome);
       else if (outcome === null) counts.notFound += 1;
