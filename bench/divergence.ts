@@ -2,27 +2,8 @@
 // reference's logits lie in a file between the sides' processes: 200 KB a token are too many for messages.
 
 import { closeSync, openSync, readSync, writeSync } from 'node:fs';
+import { divergence } from '../src/model/mode-fidelity.ts';
 import { argmax, type RawResult, type ScoreJob, type Side, sampled } from './job.ts';
-
-/** log Σ exp(x), in f64. */
-function logSumExp(row: Float32Array): number {
-  let max = Number.NEGATIVE_INFINITY;
-  for (const x of row) max = Math.max(max, x);
-  let sum = 0;
-  for (const x of row) sum += Math.exp(x - max);
-  return max + Math.log(sum);
-}
-
-/** Σ p·(log p − log q) in nats, p and q the softmax of the rows. Never below 0 but for rounding. */
-export function divergence(reference: Float32Array, row: Float32Array): number {
-  const [logP, logQ] = [logSumExp(reference), logSumExp(row)];
-  let sum = 0;
-  for (let i = 0; i < row.length; i++) {
-    const p = reference[i]! - logP;
-    sum += Math.exp(p) * (p - (row[i]! - logQ));
-  }
-  return sum;
-}
 
 /** Writes the logits of every window, or compares with what was written: samples `kl` and `same` (1 or 0: the likeliest
  *  token is the reference's), one per token of the text. */

@@ -8,11 +8,12 @@ import { afterAll, describe, expect, it } from 'vitest';
 import { summariseAdapters } from '../../../bench/adapters.ts';
 import { summariseContext, tokenBytes } from '../../../bench/context.ts';
 import { summarise } from '../../../bench/decode.ts';
-import { divergence, score } from '../../../bench/divergence.ts';
+import { score } from '../../../bench/divergence.ts';
 import { summariseFidelity } from '../../../bench/fidelity.ts';
 import { type JobResult, type ScoreJob, type Side, sampled } from '../../../bench/job.ts';
 import { takePrompts } from '../../../bench/prompts.ts';
 import { summariseRanks } from '../../../bench/ranks.ts';
+import { divergence } from '../../../src/model/mode-fidelity.ts';
 
 const result = (rest: Partial<JobResult>): JobResult => ({
   ...sampled(1000, {}),
