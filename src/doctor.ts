@@ -70,7 +70,7 @@ async function kernelCosts(native: boolean): Promise<readonly [number, number]> 
     cost((ops, [x]) => ops.linear(x, w)),
     cost((ops, [x, pages, gate, uses]) => {
       const [h] = ops.shrink(x, pages, [{ a, gate }], uses);
-      return ops.expand(ops.add(x, x), h!, pages, b);
+      return ops.expand(pages, [{ y: ops.add(x, x), h: h!, b }])[0]!;
     }),
   ];
 }

@@ -10,6 +10,7 @@ import { GatewayError } from '../errors.ts';
 import type {
   AtomRouter,
   AtomUses,
+  ExpandPart,
   ForwardOps,
   Ops,
   RankRouter,
@@ -280,12 +281,15 @@ export class Tape implements ForwardOps {
     });
   }
 
-  /** y [T,N], h [T,8P], pages [T,P], b [pages,8,N]. */
-  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor {
-    return this.#derive(this.#ops.expand(y, h, pages, b), [y, h, b], (dy) => {
-      const gradients = this.#ops.training.expandBack(dy, h, pages, b);
-      return [() => dy, () => gradients.h, () => gradients.b];
-    });
+  /** pages [T,P]; per part y [T,N], h [T,8P], b [pages,8,N]. */
+  expand(pages: Tensor, parts: readonly ExpandPart[]): Tensor[] {
+    const sums = this.#ops.expand(pages, parts);
+    return parts.map(({ y, h, b }, i) =>
+      this.#derive(sums[i]!, [y, h, b], (dy) => {
+        const gradients = this.#ops.training.expandBack(dy, h, pages, b);
+        return [() => dy, () => gradients.h, () => gradients.b];
+      }),
+    );
   }
 
   /** logits [T,V], targets and weights [T], loss [1]. */

@@ -6,6 +6,7 @@ import {
   type AttentionSegment,
   type DType,
   dtypeLayout,
+  type ExpandPart,
   type RopeOptions,
   ranksPerPage,
   type ShrinkPart,
@@ -16,7 +17,7 @@ const dimensionMax = 2 ** 31 - 1; // ggml row counts cross C ints in places
 
 const poolTypes: ReadonlySet<DType> = new Set(['f32', 'f16', 'bf16', 'q8_0']);
 /** q, k and v; or gate and up. */
-const shrinkPartsMax = 3;
+const lowRankPartsMax = 3;
 
 function show(tensor: Tensor): string {
   return `${tensor.shape.join('×')} ${tensor.dtype}`;
@@ -214,8 +215,8 @@ export function checkShrink(
     uses.dtype === 'i32' &&
     uses.shape.join() === String(rows) &&
     parts.length >= 1 &&
-    parts.length <= shrinkPartsMax, 'shrink', () =>
-    `x [T,K], pages [T,P] and uses [T] i32 and 1 to ${shrinkPartsMax} parts wanted, got ${[x, pages, uses].map(show).join(', ')}, ${parts.length}`);
+    parts.length <= lowRankPartsMax, 'shrink', () =>
+    `x [T,K], pages [T,P] and uses [T] i32 and 1 to ${lowRankPartsMax} parts wanted, got ${[x, pages, uses].map(show).join(', ')}, ${parts.length}`);
   for (const { a, gate } of parts) {
     checkPool('shrink', a, x.shape[1]!);
     require(a.shape[0] === parts[0]!.a.shape[0] &&
@@ -236,7 +237,14 @@ export function checkMixRanks(h: Tensor, atoms: Tensor, weights: Tensor): number
   return [...h.shape];
 }
 
-export function checkExpand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): number[] {
+export function checkExpandParts(pages: Tensor, parts: readonly ExpandPart[]): void {
+  const ys = new Set(parts.map(({ y }) => y));
+  require(ys.size === parts.length && ys.size >= 1 && ys.size <= lowRankPartsMax, 'expand', () =>
+    `1 to ${lowRankPartsMax} parts with different y wanted, got ${parts.length} with ${ys.size}`);
+  for (const part of parts) checkExpand(pages, part);
+}
+
+export function checkExpand(pages: Tensor, { y, h, b }: ExpandPart): void {
   const [rows, count] = pages.shape;
   require(y.shape.length === 2 &&
     y.dtype === 'f32' &&
@@ -247,7 +255,6 @@ export function checkExpand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): num
     h.shape.join() === [rows, count! * ranksPerPage].join(), 'expand', () =>
     `y [T,N], h [T,8P] f32 and pages [T,P] i32 wanted, got ${[y, h, pages].map(show).join(', ')}`);
   checkPool('expand', b, y.shape[1]!);
-  return [...y.shape];
 }
 
 export function checkGather(x: Tensor, rows: Tensor): number[] {

@@ -91,6 +91,16 @@ export interface AtomUses {
   readonly topK: Tensor; // [G] i32; 0: no atoms
 }
 
+/** One of the projections that rows' deltas are added to together. */
+export interface ExpandPart {
+  /** [T,N] f32, computed by the program; consumed. */
+  readonly y: Tensor;
+  /** [T,8P] f32. */
+  readonly h: Tensor;
+  /** Pool [pages,8,N]. */
+  readonly b: Tensor;
+}
+
 export interface Ops {
   /** What training needs on top: the loss, and the gradients that the tape of autodiff.ts puts together. */
   readonly training: TrainingOps;
@@ -133,9 +143,9 @@ export interface Ops {
   /** A mix of shared rank-by-rank maps: `y[t] = weights[t,0]·h[t] + Σ_j weights[t,1+j]·(atoms[j]·h[t])` of the first r ranks, the
    *  others as they are; h [T,R] f32, atoms stored [J,r,r] f32, weights [T,1+J] f32: a row with (1, 0, …) keeps its h. */
   mixRanks(h: Tensor, atoms: Tensor, weights: Tensor): Tensor;
-  /** Out of the bottleneck: `y[t] += Σ_p Σ_r h[t,8p+r] · b[pages[t,p],r]`; h [T,8P] and y [T,N] f32, b a pool [pages,8,N].
-   *  Consumes y, which must be computed by the program, and returns the sum. */
-  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor;
+  /** Out of the bottleneck, per part: `y[t] += Σ_p Σ_r h[t,8p+r] · b[pages[t,p],r]`; pages an input [T,P] i32. Returns the sums;
+   *  no two parts have the same y. */
+  expand(pages: Tensor, parts: readonly ExpandPart[]): Tensor[];
   /** `y[i] = x[rows[i]]`: x [T,N] f32, rows [R] i32. */
   gatherRows(x: Tensor, rows: Tensor): Tensor;
 }

@@ -8,6 +8,7 @@ import {
   type AtomUses,
   type AttentionSegment,
   type DType,
+  type ExpandPart,
   type Ops,
   type RankRouter,
   type RopeOptions,
@@ -266,19 +267,8 @@ export class EagerOps implements Ops {
     return y;
   }
 
-  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor {
-    const [rows, width] = y.shape as [number, number];
-    const ranks = h.shape[1]!;
-    const out: Value = { dtype: 'f32', shape: y.shape, values: values(y).slice() };
-    const weights = stored(b).values;
-    for (let i = 0; i < rows * ranks; i++) {
-      const page = (pages as Value).values[Math.floor(i / ranksPerPage)]!;
-      if (page === 0) continue;
-      const from = (page * ranksPerPage + (i % ranksPerPage)) * width;
-      const row = Math.floor(i / ranks) * width;
-      for (let n = 0; n < width; n++) out.values[row + n]! += values(h)[i]! * weights[from + n]!;
-    }
-    return out;
+  expand(pages: Tensor, parts: readonly ExpandPart[]): Tensor[] {
+    return parts.map((part) => expandOne(pages as Value, part));
   }
 
   gatherRows(x: Tensor, rows: Tensor): Tensor {
@@ -290,4 +280,19 @@ export class EagerOps implements Ops {
     }
     return y;
   }
+}
+
+function expandOne(pages: Value, { y, h, b }: ExpandPart): Value {
+  const [rows, width] = y.shape as [number, number];
+  const ranks = h.shape[1]!;
+  const out: Value = { dtype: 'f32', shape: y.shape, values: values(y).slice() };
+  const weights = stored(b).values;
+  for (let i = 0; i < rows * ranks; i++) {
+    const page = pages.values[Math.floor(i / ranksPerPage)]!;
+    if (page === 0) continue;
+    const from = (page * ranksPerPage + (i % ranksPerPage)) * width;
+    const row = Math.floor(i / ranks) * width;
+    for (let n = 0; n < width; n++) out.values[row + n]! += values(h)[i]! * weights[from + n]!;
+  }
+  return out;
 }

@@ -6,6 +6,7 @@ import type {
   AtomRouter,
   AtomUses,
   DType,
+  ExpandPart,
   Ops,
   RankRouter,
   RopeOptions,
@@ -152,13 +153,15 @@ export class SymbolicOps implements Ops {
     return this.#result('f32', check.checkMixRanks(h, atoms, weights), 12 + 4 * atoms.shape[0]!);
   }
 
-  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor {
-    const shape = check.checkExpand(y, h, pages, b);
-    this.#limit(pages, b.shape[0]!);
-    if (this.#plans.has(y) || 'bytes' in y) throw check.mismatch('expand', 'y must be computed');
+  expand(pages: Tensor, parts: readonly ExpandPart[]): Tensor[] {
+    check.checkExpandParts(pages, parts);
     const count = pages.shape[1]!;
-    // Per tier: two views and a product; per page: a view, a target, a sum.
-    return this.#result('f32', shape, 1 + 4 * (Math.log2(count) + 2) + 4 * count);
+    return parts.map(({ y, b }) => {
+      this.#limit(pages, b.shape[0]!);
+      if (this.#plans.has(y) || 'bytes' in y) throw check.mismatch('expand', 'y must be computed');
+      // Per tier: two views and a product; per page: a view, a target, a sum.
+      return this.#result('f32', y.shape, 1 + 4 * (Math.log2(count) + 2) + 4 * count);
+    });
   }
 
   gatherRows(x: Tensor, rows: Tensor): Tensor {

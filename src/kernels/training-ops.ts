@@ -202,7 +202,7 @@ export class SymbolicTraining implements TrainingOps {
   }
 
   expandBack(dy: Tensor, h: Tensor, pages: Tensor, b: Tensor): ExpandGradients {
-    checkExpand(dy, h, pages, b);
+    checkExpand(pages, { y: dy, h, b });
     want('expandBack b', b, b.shape); // f32
     this.#host.limit(pages, b.shape[0]!);
     return { h: this.#result(h.shape, 16), b: this.#result(b.shape, 16) };

@@ -83,10 +83,11 @@ export class Projector {
       hs = ops.routeRanks(x, hs, { uses: inputs.uses, groups, temperatures, biases });
     }
     hs = this.#mix(block, names, hs);
-    return names.map((name, i) => {
+    const deltas = names.map((name, i) => {
       const y = ops.linear(x, weights[block]![name]); // [T, out]
-      return ops.expand(y, hs[i]!, inputs.pages, pools[i]!.b);
+      return { y, h: hs[i]!, b: pools[i]!.b };
     });
+    return ops.expand(inputs.pages, deltas);
   }
 
   /** The first projection of a block of layers chooses for all of them, from its own h and from what the blocks before made

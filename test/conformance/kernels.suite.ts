@@ -160,6 +160,8 @@ function attendCase(cellType: 'f16' | 'f32', nmse: number): KernelCase {
   };
 }
 
+type Weight = Fixture['stored'][string];
+
 interface LowRankShape {
   readonly dtype: 'f32' | 'f16' | 'bf16' | 'q8_0';
   readonly outer: number;
@@ -185,14 +187,14 @@ function lowRankCase(
         }
         pages.fill(0, row * count + kept, (row + 1) * count);
       }
-      const [a, b, other] = [inner, outer, inner].map((width) => {
+      const [a, b, other, wide] = [inner, outer, inner, inner].map((width) => {
         const weight = randomWeight(rng, dtype, [pool, 8, width]);
         weight.bytes.fill(0, 0, weight.bytes.length / pool);
         return weight;
-      }) as [Fixture['stored'][string], Fixture['stored'][string], Fixture['stored'][string]];
+      }) as [Weight, Weight, Weight, Weight];
       return {
-        pools: { a: 'shrink', other: 'shrink', b: 'expand' },
-        stored: { a, b, other, atoms: randomWeight(rng, 'f32', [3, count * 8, count * 8]) },
+        pools: { a: 'shrink', other: 'shrink', b: 'expand', wide: 'expand' },
+        stored: { a, b, other, wide, atoms: randomWeight(rng, 'f32', [3, count * 8, count * 8]) },
         inputs: {
           x: normals(rng, rows * inner),
           y: normals(rng, rows * outer),
@@ -204,7 +206,7 @@ function lowRankCase(
         },
       };
     },
-    build: (ops, { a, b, other, atoms }) => {
+    build: (ops, { a, b, other, wide, atoms }) => {
       const [x, y] = [ops.input('x', 'f32', [rows, inner]), ops.input('y', 'f32', [rows, outer])];
       const pages = ops.input('pages', 'i32', [rows, count]);
       const gates = ops.input('gates', 'f32', [2, uses, count * 8]);
@@ -215,7 +217,13 @@ function lowRankCase(
       const uses_ = ops.input('uses', 'i32', [rows]);
       const [h, g] = ops.shrink(x, pages, parts, uses_) as [Tensor, Tensor];
       const mixed = ops.mixRanks(g, atoms!, shares);
-      return { y: ops.expand(ops.expand(own, h, pages, b!), mixed, pages, b!), h, mixed };
+      const [sum, wideSum, otherSum] = ops.expand(pages, [
+        { y: own, h, b: b! },
+        { y: ops.mul(x, x), h: mixed, b: wide! },
+        { y: ops.add(x, x), h, b: wide! },
+      ]) as [Tensor, Tensor, Tensor];
+      const [again] = ops.expand(pages, [{ y: sum, h: mixed, b: b! }]) as [Tensor];
+      return { y: again, wideSum, otherSum, h, mixed };
     },
   };
 }

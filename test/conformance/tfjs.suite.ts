@@ -60,8 +60,8 @@ function buildStep(
     topK: ops.input('topK', 'i32', [rows]),
   });
   const mixed = ops.mixRanks(kept!, stored.atoms!, shares);
-  const y = ops.expand(ops.linear(seen, stored.w!), mixed, page, stored.b!);
-  return { y: ops.add(y, ops.linear(ops.rmsNorm(x, stored.norm!, 1e-5), stored.w!)) };
+  const [y] = ops.expand(page, [{ y: ops.linear(seen, stored.w!), h: mixed, b: stored.b! }]);
+  return { y: ops.add(y!, ops.linear(ops.rmsNorm(x, stored.norm!, 1e-5), stored.w!)) };
 }
 
 function storeAll(kernels: Kernels): Record<string, StoredTensor> {

@@ -185,16 +185,22 @@ function lowRank(rng: Rng): Differentiable[] {
       },
     },
     {
-      name: 'expand',
+      name: 'expand, two parts',
       leaves: {
         y: leaf(rng, [rows, outer]),
+        y2: leaf(rng, [rows, outer]),
+        b2: leaf(rng, [pool, 8, outer], 'expand pool'),
         h: leaf(rng, [rows, slots * 8]),
         b,
         gate: frozen(gate()), // tells the slots of a row
       },
       indices: { pages },
       // y must be computed by the program.
-      build: (ops, at) => [ops.expand(ops.mul(at.y!, at.y!), at.h!, at.pages!, at.b!)],
+      build: (ops, at) =>
+        ops.expand(at.pages!, [
+          { y: ops.mul(at.y!, at.y!), h: at.h!, b: at.b! },
+          { y: ops.mul(at.y2!, at.y2!), h: at.h!, b: at.b2! },
+        ]),
     },
     {
       name: 'a whole delta with a mix of ranks',
@@ -212,7 +218,7 @@ function lowRank(rng: Rng): Differentiable[] {
         const parts = [{ a: at.a!, gate: at.gate! }];
         const [h] = ops.shrink(at.x!, at.pages!, parts, at.uses!);
         const mixed = ops.mixRanks(h!, at.atoms!, at.weights!);
-        return [ops.expand(ops.linear(at.x!, at.w!), mixed, at.pages!, at.b!)];
+        return ops.expand(at.pages!, [{ y: ops.linear(at.x!, at.w!), h: mixed, b: at.b! }]);
       },
     },
   ];

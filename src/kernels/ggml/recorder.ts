@@ -9,6 +9,7 @@ import {
   type AtomRouter,
   type AtomUses,
   type DType,
+  type ExpandPart,
   type Ops,
   type RankRouter,
   type RopeOptions,
@@ -17,7 +18,7 @@ import {
   type Tensor,
 } from '../kernels.ts';
 import type { DeviceScheduler } from './device-scheduler.ts';
-import { type GgmlLibrary, ggmlType, type Pointer } from './library.ts';
+import { type GgmlLibrary, ggmlType, type Pointer, tensorLayout } from './library.ts';
 import {
   type Arena,
   type Device,
@@ -42,6 +43,8 @@ const mixedMax = 256;
 /** Heads that our own attention takes: multiples of this, up to that. */
 const attendWidth = 16;
 const attendHeadMax = 256;
+/** A custom op is made with one argument less than a tensor has room for (GGML_MAX_SRC). */
+const argumentsMax = 9;
 const tasksMax = -1; // GGML_N_TASKS_MAX: as many as there are threads
 const ropeNorm = 0;
 const ropeNeox = 2;
@@ -512,14 +515,30 @@ export class Recorder implements Ops {
     return this.#node(sum, h.shape);
   }
 
-  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Node {
-    if (this.#host.scheduler !== undefined) return expandWhole(this.#self, { y, h, b }, pages);
-    const own = this.#host.native.get('rankgate_expand');
-    if (own !== undefined && !ours(b).transposedPages) {
-      const args = addressesOf([h, pages, b]);
-      const values = [pointerOf(y), args, args.length, own, tasksMax, null];
-      return this.#node(this.#op('ggml_custom_inplace', ...values), y.shape);
+  expand(pages: Tensor, parts: readonly ExpandPart[]): Node[] {
+    if (this.#host.scheduler !== undefined) {
+      return parts.map((part) => expandWhole(this.#self, pages, part));
     }
+    const [composed, own] = [true, false].map((transposed) =>
+      parts.filter(({ b }) => ours(b).transposedPages === transposed),
+    ) as [ExpandPart[], ExpandPart[]];
+    if (own.length > 0) this.#expandOwn(pages, own);
+    for (const part of composed) this.#expandTiers(pages, part);
+    return parts.map(({ y }) => ({ pointer: pointerOf(y), shape: y.shape, dtype: 'f32' }));
+  }
+
+  #expandOwn(pages: Tensor, parts: readonly ExpandPart[]): void {
+    const sources = [pages, ...parts.flatMap(({ y, h, b }) => [y, h, b])];
+    const shape = [parts.length];
+    const sum = this.#custom(this.#own('rankgate_expand'), shape, sources.slice(0, argumentsMax));
+    for (const [i, source] of sources.slice(argumentsMax).entries()) {
+      const offset = tensorLayout.src + 8 * (argumentsMax + i);
+      this.#arena.patch(this.#arena.locate(sum), offset, Number(pointerOf(source)));
+    }
+    this.#node(sum, shape);
+  }
+
+  #expandTiers(pages: Tensor, { y, h, b }: ExpandPart): void {
     this.#tellsTiers(pages);
     const [rows, outer] = y.shape as [number, number];
     const rowBytes = outer * 4;
@@ -535,7 +554,6 @@ export class Recorder implements Ops {
         this.#node(rowsAt(this.#op('ggml_add_inplace', target, part), 1), y.shape);
       }
     }
-    return { pointer: pointerOf(y), shape: y.shape, dtype: 'f32' };
   }
 
   /** In f32 as the linears: what is token-equal to llama.cpp uses ggml's, which rounds to f16 on the way. */

@@ -1,7 +1,7 @@
 // Low-rank ops for a device: every row pays for the program's whole page count, since neither the tiers' patched sizes nor
 // their writes into one shared result may be spread over two backends. Pages that a row does not use are page 0: zeros.
 
-import { ranksPerPage, type ShrinkPart, type Tensor } from '../kernels.ts';
+import { type ExpandPart, ranksPerPage, type ShrinkPart, type Tensor } from '../kernels.ts';
 import { type Node, pointerOf } from './recorder.ts';
 import type { RecorderHost } from './training-recorder.ts';
 
@@ -28,11 +28,7 @@ export function shrinkWhole(
   });
 }
 
-export function expandWhole(
-  { op, node }: GraphHost,
-  { y, h, b }: { readonly y: Tensor; readonly h: Tensor; readonly b: Tensor },
-  pages: Tensor,
-): Node {
+export function expandWhole({ op, node }: GraphHost, pages: Tensor, { y, h, b }: ExpandPart): Node {
   const [rows, outer] = y.shape as [number, number];
   const count = pages.shape[1]!;
   const input = op('ggml_reshape_4d', pointerOf(h), ranksPerPage, count, rows, 1); // [T, P, 8]

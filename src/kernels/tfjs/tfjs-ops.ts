@@ -6,6 +6,7 @@ import type {
   AtomRouter,
   AtomUses,
   AttentionSegment,
+  ExpandPart,
   Ops,
   RankRouter,
   RopeOptions,
@@ -233,10 +234,12 @@ export class TfjsOps implements Ops {
     return this.#run.value(tf.concat([sum, rest], 1));
   }
 
-  expand(y: Tensor, h: Tensor, pages: Tensor, b: Tensor): Tensor {
+  expand(pages: Tensor, parts: readonly ExpandPart[]): Tensor[] {
     const tf = this.#tf;
     const plan = this.#run.pagePlan(pages);
-    const spread = this.#run.spread(tensorOf(h), plan); // [T, 8U]
-    return this.#run.value(tf.add(tensorOf(y), tf.matMul(spread, this.#run.pagesOf(b, plan))));
+    return parts.map(({ y, h, b }) => {
+      const spread = this.#run.spread(tensorOf(h), plan); // [T, 8U]
+      return this.#run.value(tf.add(tensorOf(y), tf.matMul(spread, this.#run.pagesOf(b, plan))));
+    });
   }
 }

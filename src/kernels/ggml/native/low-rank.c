@@ -163,20 +163,22 @@ struct column {
 struct strip {
   float *y;
   const float *h;
-  const uint8_t *b, *next; // of this quad, and of the one after it; null: none
+  const uint8_t *b; // of this quad
   size_t row_bytes;
   int64_t b0, b1;
+  int type;
+  const uint8_t *next; // of the one after it; null: none
+  size_t next_bytes;   // for each block of this one
 };
 
 // A lone row: y stays in the first cache while the quads of ranks stream past. A group: 32 columns of all its ranks are
 // dequantised once, and its rows go through them.
-#define EXPAND(TYPE, BLOCK)                                                                                           \
+#define EXPAND(TYPE)                                                                                                  \
   static void expand_strip_##TYPE(const struct strip *s) {                                                            \
-    for (int64_t block = s->b0; block < s->b1; block++) {                                                             \
+    const uint8_t *next = s->next;                                                                                    \
+    for (int64_t block = s->b0; block < s->b1; block++, next += s->next_bytes) {                                      \
       vec *y = (vec *)(s->y + block * 32), sums[VECS];                                                                \
-      if (s->next)                                                                                                    \
-        for (int q = 0; q < QUAD; q++)                                                                                \
-          for (int at = 0; at < BLOCK; at += 64) __builtin_prefetch(s->next + q * s->row_bytes + block * BLOCK + at, 0, 2); \
+      for (size_t at = 0; at < s->next_bytes; at += 64) __builtin_prefetch(next + at, 0, 2);                          \
       EACH sums[i] = y[i];                                                                                            \
       for (int q = 0; q < QUAD; q++) {                                                                                \
         vec v[VECS];                                                                                                  \
@@ -207,10 +209,10 @@ struct strip {
       }                                                                                                               \
     }                                                                                                                 \
   }
-EXPAND(f32, 128) EXPAND(f16, 64) EXPAND(bf16, 64) EXPAND(q8_0, 34)
+EXPAND(f32) EXPAND(f16) EXPAND(bf16) EXPAND(q8_0)
 
-static void expand_strip(int type, const struct strip *s) {
-  switch (type) {
+static void expand_strip(const struct strip *s) {
+  switch (s->type) {
     case F32: expand_strip_f32(s); break;
     case F16: expand_strip_f16(s); break;
     case BF16: expand_strip_bf16(s); break;
@@ -227,42 +229,54 @@ static void expand_many(int type, const struct column *c) {
   }
 }
 
-static int64_t up_to(int64_t blocks, int64_t done, int64_t cost, int64_t from) {
-  int64_t block = cost > 0 ? blocks * (from - done) / cost : blocks;
+// The blocks that begin before `share`, where each costs `cost` and the first begins at `done`.
+static int64_t up_to(int64_t blocks, int64_t done, int64_t cost, int64_t share) {
+  int64_t block = (share - done) / cost;
   return block < 0 ? 0 : block > blocks ? blocks : block;
 }
 
-// dst = y [N, T] in place, src = {y, h [8P, T], pages [P, T], b [N, 8, pages]}. Each thread takes as much as the others, rows
-// times quads of ranks: whole rows, whose pages it reads from end to end, and where its share begins and ends some of a
-// row's columns. P is at most 32.
+// dst [parts] is not written, src = {pages [P, T], then y [N, T], h [8P, T] and b [N, 8, pages] of every part}: adds to the y,
+// which are different ones. Each thread takes as much as the others, rows times quads of ranks times columns: whole rows, whose
+// pages it reads from end to end, and where its share begins and ends some of a row's columns. P is at most 32.
 void rankgate_expand(struct tensor *dst, int ith, int nth, void *unused) {
   (void)unused;
-  const struct tensor *h = dst->src[1], *ids = dst->src[2], *b = dst->src[3];
-  int64_t N = dst->ne[0], P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, blocks = N / 32, done = 0;
+  const struct tensor *ids = dst->src[0];
+  int64_t P = ids->ne[0], T = ids->ne[1], ranks = P * PAGE, total = 0, done = 0;
   const int32_t *pages = ids->data;
+  for (int64_t part = 0; part < dst->ne[0]; part++)
+    total += work(pages, dst->src[2 + 3 * part]->data, 0, P, T) * (dst->src[1 + 3 * part]->ne[0] / 32);
   // Shares are cut by columns of groups, so that the sums of two threads never meet.
-  const int64_t total = work(pages, h->data, 0, P, T), from = total * ith / nth, to = total * (ith + 1) / nth;
+  const int64_t from = total * ith / nth, to = total * (ith + 1) / nth;
   struct strip last = {0}; // computed once it is known what comes next
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
-    const float *values = (const float *)h->data + t * ranks;
-    const int64_t cost = work(pages + t * P, values, 0, P, end - t);
-    struct column c = {(float *)dst->data + t * N, values, pages + t * P, b->data, b->nb[1], b->nb[2], N, ranks, end - t,
-                       up_to(blocks, done, cost, from), up_to(blocks, done, cost, to)};
-    done += cost;
-    if (c.b0 >= c.b1 || cost == 0) continue;
-    if (c.rows > 1) {
-      expand_many(b->type, &c);
-      continue;
-    }
-    for (int64_t r = 0; r < ranks; r += QUAD) {
-      int32_t page = c.pages[r / PAGE];
-      if (!in_use(page, c.h + r, 0, 0, 1)) continue;
-      struct strip s = {c.y, c.h + r, c.b + page * c.page_bytes + r % PAGE * c.row_bytes, 0, c.row_bytes, c.b0, c.b1};
-      last.next = s.b;
-      if (last.b) expand_strip(b->type, &last);
-      last = s;
+    for (int64_t part = 0; part < dst->ne[0]; part++) {
+      const struct tensor *y = dst->src[1 + 3 * part], *h = dst->src[2 + 3 * part], *b = dst->src[3 + 3 * part];
+      const int64_t N = y->ne[0], blocks = N / 32;
+      const float *values = (const float *)h->data + t * ranks;
+      const int64_t cost = work(pages + t * P, values, 0, P, end - t);
+      if (cost == 0) continue;
+      struct column c = {(float *)y->data + t * N, values, pages + t * P, b->data, b->nb[1], b->nb[2], N, ranks, end - t,
+                         up_to(blocks, done, cost, from), up_to(blocks, done, cost, to)};
+      done += cost * blocks;
+      if (c.b0 >= c.b1) continue;
+      if (c.rows > 1) {
+        expand_many(b->type, &c);
+        continue;
+      }
+      for (int64_t r = 0; r < ranks; r += QUAD) {
+        int32_t page = c.pages[r / PAGE];
+        if (!in_use(page, c.h + r, 0, 0, 1)) continue;
+        struct strip s = {c.y, c.h + r, c.b + page * c.page_bytes + r % PAGE * c.row_bytes, c.row_bytes, c.b0, c.b1,
+                          b->type, 0, 0};
+        if (last.b) {
+          last.next = s.b + s.b0 * (s.row_bytes / blocks);
+          last.next_bytes = QUAD * s.row_bytes * (s.b1 - s.b0) / (blocks * (last.b1 - last.b0));
+          expand_strip(&last);
+        }
+        last = s;
+      }
     }
   }
-  if (last.b) expand_strip(b->type, &last);
+  if (last.b) expand_strip(&last);
 }
