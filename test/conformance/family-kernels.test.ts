@@ -203,7 +203,7 @@ function run(kernels: Kernels, rows: readonly Row[], x: Columns): Float32Array {
       });
       const mixed = ops.mixRanks(kept!, atoms, weights);
       const zero = ops.mul(ops.input('y', 'f32', [T, 32]), ops.input('one', 'f32', [T, 32]));
-      return { y: ops.expand(zero, mixed, pages, b) };
+      return { y: ops.expand(pages, [{ y: zero, h: mixed, b }])[0]! };
     },
     { segments: 0 },
   );

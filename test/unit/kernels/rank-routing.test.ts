@@ -219,8 +219,8 @@ describe.each(backends)('ranks that rows choose: %s', (_name, create) => {
       });
       const onto = (): Tensor => ops.add(at.x!, at.x!);
       return {
-        routed: ops.expand(onto(), kept!, at.pages!, b),
-        dense: ops.expand(onto(), h!, at.pages!, b),
+        routed: ops.expand(at.pages!, [{ y: onto(), h: kept!, b }])[0]!,
+        dense: ops.expand(at.pages!, [{ y: onto(), h: h!, b }])[0]!,
       };
     });
     expect(routed).toEqual(dense);
