@@ -55,6 +55,8 @@ export class Tape implements ForwardOps {
     this.#active = new Set(options.trainable);
     this.training = {
       fill: (shape, value) => ops.training.fill(shape, value),
+      sign: (x) => ops.training.sign(x),
+      softmaxTop: (x, k, scale) => this.#softmaxTop(x, k, scale),
       linearT: (x, w) => this.#linearT(x, w),
       attendSelf: (q, k, v, mask) => this.#attendSelf(q, k, v, mask),
       crossEntropy: (logits, targets, weights) => this.#crossEntropy(logits, targets, weights),
@@ -179,6 +181,13 @@ export class Tape implements ForwardOps {
       () => this.#ops.linear(dy, w), // [T, K]
       () => training.outer(x, dy), // [K, N]
     ]);
+  }
+
+  #softmaxTop(x: Tensor, k: number, scale: number): Tensor {
+    const { training } = this.#ops;
+    const y = training.softmaxTop(x, k, scale);
+    if (scale === 0) return y;
+    return this.#derive(y, [x], (dy) => [() => training.softmaxTopBack(dy, y, scale)]);
   }
 
   add(a: Tensor, b: Tensor): Tensor {

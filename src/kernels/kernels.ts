@@ -110,7 +110,7 @@ export interface Ops {
   embed(table: Tensor, ids: Tensor): Tensor;
   /** `y = x / sqrt(mean(x²) + eps) ⊙ weight` over the last axis; x [T,E], weight [E] f32. */
   rmsNorm(x: Tensor, weight: Tensor, eps: number): Tensor;
-  /** `y[T,N] = x[T,K] · w[N,K]ᵀ`; w of any weight type, x and y f32. */
+  /** `y[T,N] = x[T,K] · w[N,K]ᵀ`; w of any weight type, or computed in f32; x and y f32. */
   linear(x: Tensor, w: Tensor): Tensor;
   /** Elementwise, equal shapes, f32. */
   add(a: Tensor, b: Tensor): Tensor;
@@ -152,7 +152,10 @@ export interface Ops {
 
 /** What a forward pass may use, so that it runs as it is and on a tape (autodiff.ts). */
 export type ForwardOps = Omit<Ops, 'training'> & {
-  readonly training: Pick<TrainingOps, 'fill' | 'linearT' | 'attendSelf' | 'crossEntropy'>;
+  readonly training: Pick<
+    TrainingOps,
+    'fill' | 'sign' | 'softmaxTop' | 'linearT' | 'attendSelf' | 'crossEntropy'
+  >;
 };
 
 export interface ProgramShape {

@@ -160,6 +160,20 @@ function softmaxOf(scores: Float32Array, stays: readonly boolean[], scale: numbe
   return weights.map((weight) => weight / total);
 }
 
+/** TrainingOps.softmaxTop of rows of `width` numbers. */
+export function softmaxTop(
+  x: Float32Array,
+  width: number,
+  { k, scale }: { readonly k: number; readonly scale: number },
+): Float32Array {
+  const y = new Float32Array(x.length);
+  for (let row = 0; row < x.length; row += width) {
+    const scores = x.subarray(row, row + width);
+    y.set(softmaxOf(scores, isAmongLargest(scores, k), scale), row);
+  }
+  return y;
+}
+
 /** h [8P] and the input x [K] of one row → what stays of h. */
 function routeRow(h: Float32Array, x: Numbers, rules: RankRules): Float32Array {
   const { groups, temperatures, bias } = rules;

@@ -106,7 +106,7 @@ export class EagerOps implements Ops {
     const [rows, inner] = x.shape as [number, number];
     const outer = w.shape[0]!;
     const y = f32([rows, outer]);
-    const [from, weight] = [values(x), stored(w).values];
+    const [from, weight] = [values(x), values(w)];
     for (let t = 0; t < rows; t++) {
       for (let n = 0; n < outer; n++) {
         let sum = 0;

@@ -22,6 +22,13 @@ export interface TrainingOps {
   linearT(x: Tensor, w: Tensor): Tensor;
   /** `y[N,K] = Σ_t a[t] ⊗ b[t]`: a [T,N], b [T,K]; the gradient of a weight. */
   outer(a: Tensor, b: Tensor): Tensor;
+  /** −1, 0 or 1. No gradient passes: |x| is x · sign(x). */
+  sign(x: Tensor): Tensor;
+  /** Of each row's k largest numbers, of equals the lower index, softmax(scale·x); the others are 0. x [T,N], N up to 256. At
+   *  scale 0 each of the k is 1/k, and no gradient passes. */
+  softmaxTop(x: Tensor, k: number, scale: number): Tensor;
+  /** With respect to x, from the result y. */
+  softmaxTopBack(dy: Tensor, y: Tensor, scale: number): Tensor;
   /** Of rmsNorm with respect to x, and to its weight. */
   rmsNormBack(dy: Tensor, x: Tensor, weight: Tensor, eps: number): Tensor;
   rmsNormBackWeight(dy: Tensor, x: Tensor, eps: number): Tensor;
@@ -50,6 +57,9 @@ export interface TrainingOps {
   /** y's own gradient is `dy`. */
   expandBack(dy: Tensor, h: Tensor, pages: Tensor, b: Tensor): ExpandGradients;
 }
+
+/** What native/routing.c has room for. */
+const rankedMax = 256;
 
 /** What tells the rows' adapters: pages [T,P] and uses [T], inputs of i32. */
 export interface LowRankRows {
@@ -108,6 +118,24 @@ export class SymbolicTraining implements TrainingOps {
     want('outer a', a, [b.shape[0], undefined]);
     want('outer b', b, [undefined, undefined]);
     return this.#result([a.shape[1]!, b.shape[1]!]);
+  }
+
+  sign(x: Tensor): Tensor {
+    want('sign x', x, x.shape);
+    return this.#result(x.shape);
+  }
+
+  softmaxTop(x: Tensor, k: number, _scale: number): Tensor {
+    want('softmaxTop x', x, [undefined, undefined]);
+    if (!Number.isSafeInteger(k) || k < 1 || x.shape[1]! > rankedMax) {
+      throw mismatch('softmaxTop', `k from 1, of up to ${rankedMax}; got ${k} of ${x.shape[1]}`);
+    }
+    return this.#result(x.shape);
+  }
+
+  softmaxTopBack(dy: Tensor, y: Tensor, _scale: number): Tensor {
+    want('softmaxTopBack dy', dy, y.shape);
+    return this.#result(y.shape);
   }
 
   rmsNormBack(dy: Tensor, x: Tensor, weight: Tensor, _eps: number): Tensor {

@@ -2,6 +2,7 @@
 
 import { elementCount } from './check.ts';
 import { type RopeOptions, ranksPerPage, type ShrinkPart, type Tensor } from './kernels.ts';
+import { softmaxTop } from './rank-routing.ts';
 import type {
   ExpandGradients,
   LowRankRows,
@@ -76,6 +77,28 @@ export class ReferenceTraining implements TrainingOps {
     const sizes = [left, rows, right] as const;
     accumulate(y.values, [numbers(a), 1, left], [numbers(b), right, 1], sizes);
     return y;
+  }
+
+  sign(x: Tensor): Tensor {
+    return { ...zeros(x.shape), values: numbers(x).map(Math.sign) } as Tensor;
+  }
+
+  softmaxTop(x: Tensor, k: number, scale: number): Tensor {
+    const values = softmaxTop(numbers(x), x.shape[1]!, { k, scale });
+    return { ...zeros(x.shape), values } as Tensor;
+  }
+
+  softmaxTopBack(dy: Tensor, y: Tensor, scale: number): Tensor {
+    const dx = zeros(y.shape);
+    const width = y.shape[1]!;
+    for (let row = 0; row < dx.values.length; row += width) {
+      const [shares, d] = [y, dy].map((of) => numbers(of).subarray(row, row + width));
+      const mean = shares!.reduce((sum, share, i) => sum + share * d![i]!, 0);
+      shares!.forEach((share, i) => {
+        dx.values[row + i] = scale * share * (d![i]! - mean);
+      });
+    }
+    return dx;
   }
 
   rmsNormBack(dy: Tensor, x: Tensor, weight: Tensor, eps: number): Tensor {

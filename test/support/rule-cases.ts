@@ -80,6 +80,64 @@ function products(rng: Rng): Differentiable[] {
   ];
 }
 
+/** Numbers of a row that are a whole step apart, and from 0: differences do not change which are largest, nor signs. */
+function apart(rng: Rng, rows: number, width: number): Leaf {
+  const values = Float32Array.from({ length: rows * width }, () => 0);
+  for (let row = 0; row < rows; row++) {
+    const order = Array.from({ length: width }, (_, i) => i + 1);
+    for (let i = 0; i < width; i++) {
+      const [place] = order.splice(rng.below(order.length), 1);
+      const sign = rng.next() < 0.5 ? -1 : 1;
+      values[row * width + i] = 0.5 * sign * (place! + 0.2 * rng.next());
+    }
+  }
+  return { kind: 'input', shape: [rows, width], values, trainable: true };
+}
+
+function choices(rng: Rng): Differentiable[] {
+  const [rows, width] = [size(rng, 5), 2 + rng.below(20)];
+  const k = size(rng, width - 1);
+  const x = apart(rng, rows, width);
+  const values = leaf(rng, [rows, width]);
+  const outer = size(rng, 6);
+  const w = leaf(rng, [outer, width], 'stored');
+  return [
+    {
+      name: 'the softmax of the largest',
+      leaves: { x },
+      indices: {},
+      build: (ops, at) => [ops.training.softmaxTop(at.x!, k, 0.3)],
+    },
+    {
+      name: 'the softmax of all',
+      leaves: { x },
+      indices: {},
+      build: (ops, at) => [ops.training.softmaxTop(at.x!, width, 0.3)],
+    },
+    {
+      name: 'numbers that the sizes of others choose',
+      leaves: { x: frozen(x), values },
+      indices: {},
+      build: (ops, at) => {
+        const sizes = ops.mul(at.x!, ops.training.sign(at.x!));
+        return [ops.mul(ops.training.softmaxTop(sizes, k, 0), at.values!)];
+      },
+    },
+    {
+      name: 'sizes',
+      leaves: { x },
+      indices: {},
+      build: (ops, at) => [ops.mul(at.x!, ops.training.sign(at.x!))],
+    },
+    {
+      name: 'linear by a computed weight',
+      leaves: { x: values, w, w2: leaf(rng, [outer, width], 'stored') },
+      indices: {},
+      build: (ops, at) => [ops.linear(at.x!, ops.mul(at.w!, at.w2!))],
+    },
+  ];
+}
+
 function lookups(rng: Rng): Differentiable[] {
   const [rows, width, picked] = [size(rng, 6), size(rng, 9), size(rng, 9)];
   const x = leaf(rng, [rows, width]);
@@ -225,5 +283,5 @@ function lowRank(rng: Rng): Differentiable[] {
 }
 
 export function ruleCases(rng: Rng): Differentiable[] {
-  return [elementwise, products, lookups, attention, lowRank].flatMap((make) => make(rng));
+  return [elementwise, products, choices, lookups, attention, lowRank].flatMap((make) => make(rng));
 }

@@ -159,6 +159,7 @@ const prototypes = {
   ggml_permute: ['base', 'void *', ['void *', 'void *', 'int', 'int', 'int', 'int']],
   ggml_soft_max_ext: ['base', 'void *', ['void *', 'void *', 'void *', 'float', 'float']],
   ggml_soft_max_ext_back: ['base', 'void *', ['void *', 'void *', 'void *', 'float', 'float']],
+  ggml_sgn: ['base', 'void *', ['void *', 'void *']],
   ggml_argmax: ['base', 'void *', ['void *', 'void *']],
   ggml_log: ['base', 'void *', ['void *', 'void *']],
   ggml_sum: ['base', 'void *', ['void *', 'void *']],

@@ -20,6 +20,7 @@ const functions = [
   'rankgate_atom_context',
   'rankgate_route_atoms',
   'rankgate_mix_ranks',
+  'rankgate_softmax_top',
   'rankgate_attend',
   'rankgate_linear_f32',
   'rankgate_linear_t_f32',

@@ -3,6 +3,7 @@
 // Results of ops that have several enter the graph only when something needs them (ggml adds what a node is made of), so
 // an unwanted gradient costs nothing.
 
+import { GatewayError } from '../../errors.ts';
 import { type RopeOptions, ranksPerPage, type ShrinkPart, type Tensor } from '../kernels.ts';
 import type {
   ExpandGradients,
@@ -110,6 +111,33 @@ export class TrainingRecorder implements TrainingOps {
       case 'outer':
         return this.#op('ggml_out_prod', right, left);
     }
+  }
+
+  sign(x: Tensor): Node {
+    return this.#host.node(this.#op('ggml_sgn', pointerOf(x)), x.shape);
+  }
+
+  softmaxTop(x: Tensor, k: number, scale: number): Node {
+    if (k >= x.shape[1]!) {
+      const all = this.#op('ggml_soft_max_ext', pointerOf(x), null, scale, 0);
+      return this.#host.node(all, x.shape);
+    }
+    const address = this.#host.native('rankgate_softmax_top');
+    if (address === undefined) {
+      throw new GatewayError('UNSUPPORTED', 'softmaxTop needs the native kernels');
+    }
+    const numbers = [k, scale].map((value) => this.#op('ggml_fill', this.#like([1]), value));
+    const args = BigUint64Array.of(pointerOf(x), ...numbers);
+    const top = [0, ...toNe(x.shape), args, args.length, address, tasksMax, null];
+    return this.#host.node(this.#op('ggml_custom_4d', ...top), x.shape);
+  }
+
+  softmaxTopBack(dy: Tensor, y: Tensor, scale: number): Node {
+    // Computed in place of its first argument and never of the second: see attendSelfBack.
+    const above = this.#op('ggml_cont', pointerOf(dy));
+    const shares = this.#reshape(pointerOf(y), y.shape);
+    const dx = this.#op('ggml_soft_max_ext_back', above, shares, scale, 0);
+    return this.#host.node(dx, y.shape);
   }
 
   rmsNormBack(dy: Tensor, x: Tensor, weight: Tensor, eps: number): Node {

@@ -25,6 +25,7 @@ export interface TensorFlow {
   readonly square: Unary;
   readonly rsqrt: Unary;
   readonly sigmoid: Unary;
+  readonly sign: Unary;
   readonly softmax: Unary;
   readonly clone: Unary;
   /** Tensors made inside are freed, except the returned ones and those given to `keep`. */

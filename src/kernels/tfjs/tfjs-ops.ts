@@ -16,7 +16,7 @@ import type {
 import { routeAtoms, routeRanks } from '../rank-routing.ts';
 import type { TensorFlow, TfTensor } from './tensorflow.ts';
 import { numbersOf, type RunInputs, stored, TfjsRun, tensorOf, type Value } from './tfjs-run.ts';
-import type { TfjsTensor } from './tfjs-tensor.ts';
+import { TfjsTensor } from './tfjs-tensor.ts';
 import { TfjsTraining } from './tfjs-training.ts';
 
 /** Cells of one part of a cache: a decode step copies as many per sequence, attention joins as many at a time. Guess. */
@@ -68,7 +68,11 @@ export class TfjsOps implements Ops {
   }
 
   linear(x: Tensor, w: Tensor): Tensor {
-    return this.#run.value(this.#tf.matMul(tensorOf(x), stored(w).columns()));
+    const product =
+      w instanceof TfjsTensor
+        ? this.#tf.matMul(tensorOf(x), w.columns())
+        : this.#tf.matMul(tensorOf(x), tensorOf(w), false, true);
+    return this.#run.value(product);
   }
 
   add(a: Tensor, b: Tensor): Tensor {

@@ -2,6 +2,7 @@
 // used. B windows of L rows, G query heads a key head; other sizes as in tfjs-ops.ts.
 
 import type { RopeOptions, ShrinkPart, Tensor } from '../kernels.ts';
+import { softmaxTop } from '../rank-routing.ts';
 import type {
   ExpandGradients,
   LowRankRows,
@@ -38,6 +39,24 @@ export class TfjsTraining implements TrainingOps {
 
   outer(a: Tensor, b: Tensor): Tensor {
     return this.#run.value(this.#tf.matMul(tensorOf(a), tensorOf(b), true));
+  }
+
+  sign(x: Tensor): Tensor {
+    return this.#run.value(this.#tf.sign(tensorOf(x)));
+  }
+
+  softmaxTop(x: Tensor, k: number, scale: number): Tensor {
+    const numbers = Float32Array.from(this.#run.onHost(x));
+    const shares = softmaxTop(numbers, x.shape[1]!, { k, scale });
+    return this.#run.value(this.#run.floats(shares, x.shape));
+  }
+
+  softmaxTopBack(dy: Tensor, y: Tensor, scale: number): Tensor {
+    const tf = this.#tf;
+    const [d, shares] = [tensorOf(dy), tensorOf(y)];
+    const mean = tf.sum(tf.mul(d, shares), 1, true);
+    const slope = tf.mul(shares, tf.sub(d, mean));
+    return this.#run.value(tf.mul(slope, this.#run.scalar(scale)));
   }
 
   rmsNormBack(dy: Tensor, x: Tensor, weight: Tensor, eps: number): Tensor {

@@ -148,6 +148,22 @@ void rankgate_route_atoms(struct tensor *dst, int ith, int nth, void *unused) {
   }
 }
 
+// dst [N, T], src = {x [N, T], k [1], scale [1]}: softmax(scale·x) over a row's k largest, the others 0. N is at most 256.
+void rankgate_softmax_top(struct tensor *dst, int ith, int nth, void *unused) {
+  (void)unused;
+  const int64_t N = dst->ne[0], T = dst->ne[1];
+  const int32_t k = *(const float *)dst->src[1]->data;
+  const float scale = *(const float *)dst->src[2]->data;
+  for (int64_t t = T * ith / nth; t < T * (ith + 1) / nth; t++) {
+    float score[MAX + LANES];
+    int32_t stays[MAX + LANES];
+    memcpy(score, (const float *)dst->src[0]->data + t * N, N * sizeof *score);
+    among_largest(score, N, k, stays);
+    softmax(score, stays, N, scale);
+    memcpy((float *)dst->data + t * N, score, N * sizeof *score);
+  }
+}
+
 // dst [R, T], src = {h [R, T], atoms [r, r, K], weights [1+K, T]}: the first r numbers of a row are mixed.
 void rankgate_mix_ranks(struct tensor *dst, int ith, int nth, void *unused) {
   (void)unused;
