@@ -64,9 +64,9 @@ describe('benches in tiny sizes', () => {
     const report = await benchRanks(
       { modelPath, threads: 1, weights: 'faithful', folder: own('ranks') },
       1,
-      { streams: 2, newTokens: 24 },
+      { streams: 2, newTokens: 6 },
     );
-    checkNumbers(report, ['row_cost_ratio', 'row_cost_ratio_cpu']);
+    checkNumbers(report, ['row_cost_ratio']);
   });
 
   it('fidelity: every mode against exact', async () => {
