@@ -24,6 +24,12 @@ const entries = [
   'engine/engine-process.ts',
   'engine/text-worker.ts',
   'adapters/import-worker.ts',
+  'trainer/batch-growth.ts', // these six: tested, not yet in a recipe
+  'trainer/codyra.ts',
+  'trainer/trp.ts',
+  'trainer/coso.ts',
+  'trainer/coso-file.ts',
+  'trainer/frequent-directions.ts',
   'model/training-decoder.ts', // bench trainstep; the trainer's when it is there
   'adapters/families/lora.ts', // what the trainer of step 4 makes: imports come as PEFT
   'adapters/families/queryable.ts', // no import of banks and labels yet; served from packed files
