@@ -59,8 +59,9 @@ function open(spec: TrainSpec): {
   const config = readDecoderConfig(file);
   const weights = loadWeights(file, config, { kernels, mode: 'exact', cache: null });
   const { rank, windows, windowRows, recompute } = spec;
+  const targets = projections;
   const answersMax = windows * (windowRows - 1);
-  const sizes = { rank, windows, windowRows, answersMax, recompute };
+  const sizes = { rank, windows, windowRows, answersMax, recompute, targets };
   return { decoder: new TrainingDecoder({ config, weights, kernels, ...sizes }), kernels };
 }
 
@@ -71,7 +72,7 @@ function readFactors({ factors }: TrainingDecoder, path: string): Trained[] {
   return factors.flatMap((block, i) =>
     projections.flatMap((projection) =>
       (['a', 'b'] as const).map((factor): Trained => {
-        const stored = block[projection][factor];
+        const stored = block[projection]![factor];
         const count = stored.bytes / 4;
         const values = numbers.slice(at, at + count);
         at += count;

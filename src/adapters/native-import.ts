@@ -193,13 +193,13 @@ function weightOf(file: GgufFile, module: Pick<Site, 'block' | 'projection'>): C
 }
 
 // A copy of the site: what a family remembers of one (the base's singular vectors) goes when its module is done.
-function bySvd(family: Family, { ...site }: Site, tensors: Tensors): SqueezedModule {
+export function bySvd(family: Family, { ...site }: Site, tensors: Tensors): SqueezedModule {
   const { rank: r, a, b } = peftOf(family.pair(site, tensors, null));
   return squeezeModule({ rank: r, in: site.in, out: site.out, a, b, scale: 1 });
 }
 
 /** In the order of training: each rank is worth what it adds alone. */
-function asServed(family: Family, site: Site, tensors: Tensors): SqueezedModule {
+export function asServed(family: Family, site: Site, tensors: Tensors): SqueezedModule {
   const served = family.serve(site, tensors);
   return { rank: served.rank, a: served.a!, b: served.b!, sigma: rankNorms(served) };
 }

@@ -28,6 +28,10 @@ export type TemplateArguments = Readonly<Record<string, string | number | boolea
 export interface ChatInput {
   readonly messages: readonly ChatTurn[];
   readonly templateArguments: TemplateArguments;
+  /** Whether the template goes on to where an answer begins; it does by default. */
+  readonly generationPrompt?: boolean;
+  /** Texts besides the messages' that the mark must not be in. */
+  readonly markNotIn?: readonly string[];
   /** What strftime_now shows, in UTC. */
   readonly now: Date;
   /** Longest prompt in UTF-16 units. */
@@ -70,16 +74,19 @@ export function createChatTemplate(source: ChatTemplateSource): ChatTemplate {
   const program = parseTemplate(source.template);
   const guard = createGuard(source.specials);
   return {
-    render({ messages, templateArguments, now, charactersMax }) {
+    render(input) {
+      const { messages, templateArguments, now, charactersMax } = input;
+      const { generationPrompt = true, markNotIn = [] } = input;
       checkNames(templateArguments);
       const contents = messages.map((turn) => turn.content);
-      const mark = unusedMark([source.template, JSON.stringify(templateArguments), ...contents]);
+      const own = [source.template, JSON.stringify(templateArguments)];
+      const mark = unusedMark([...own, ...contents, ...markNotIn]);
       const protect = (text: string): string => guard(text, mark);
       const environment = new Environment();
       setGlobals(environment, now);
       environment.set('bos_token', source.bosText);
       environment.set('eos_token', source.eosText);
-      environment.set('add_generation_prompt', true);
+      environment.set('add_generation_prompt', generationPrompt);
       environment.set(
         'messages',
         messages.map(({ role, content }) => ({ role, content: protect(content) })),

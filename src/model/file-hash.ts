@@ -28,11 +28,11 @@ export async function sha256OfFile(path: string, signal?: AbortSignal): Promise<
 }
 
 /** temp → fsync → rename → fsync of the directory: after a crash the old file or the new one, never a half. */
-export async function writeFileDurably(path: string, text: string): Promise<void> {
+export async function writeFileDurably(path: string, contents: string | Uint8Array): Promise<void> {
   const partial = `${path}.${process.pid}.partial`;
   const file = await open(partial, 'w');
   try {
-    await file.writeFile(text);
+    await file.writeFile(contents);
     await file.sync();
   } finally {
     await file.close();

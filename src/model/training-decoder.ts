@@ -30,6 +30,8 @@ export interface TrainingOptions {
   readonly weights: DecoderWeights;
   readonly kernels: Kernels;
   readonly rank: number; // R
+  /** The projections that have a delta. */
+  readonly targets: readonly Projection[];
   readonly windows: number; // B
   readonly windowRows: number; // L
   /** Most rows of a batch whose next token is learnt: only they pay for logits. */
@@ -66,23 +68,23 @@ export function factorName(block: number, projection: Projection, factor: 'a' | 
 
 export class TrainingDecoder implements Disposable {
   /** By block; zero until they are written with Kernels.write. */
-  readonly factors: ReadonlyArray<Readonly<Record<Projection, LowRankFactors>>>;
+  readonly factors: ReadonlyArray<Readonly<Partial<Record<Projection, LowRankFactors>>>>;
   readonly #options: TrainingOptions;
   readonly #transposed: ReadonlyMap<Tensor, Tensor>;
   readonly #program: Program;
+  #forward: Program | undefined;
 
   constructor(options: TrainingOptions) {
-    const { config, weights, kernels, rank } = options;
+    const { config, weights, kernels, rank, targets } = options;
     this.#options = options;
-    this.factors = weights.blocks.map(
-      () =>
-        Object.fromEntries(
-          projections.map((projection) => {
-            const shape = projectionShape(config, projection);
-            const a = kernels.store('f32', [rank, shape.in]);
-            return [projection, { a, b: kernels.store('f32', [rank, shape.out]) }];
-          }),
-        ) as Record<Projection, LowRankFactors>,
+    this.factors = weights.blocks.map(() =>
+      Object.fromEntries(
+        targets.map((projection) => {
+          const shape = projectionShape(config, projection);
+          const a = kernels.store('f32', [rank, shape.in]);
+          return [projection, { a, b: kernels.store('f32', [rank, shape.out]) }];
+        }),
+      ),
     );
     const frozen = weights.blocks.flatMap((block) => projections.map((name) => block[name]));
     this.#transposed = new Map(
@@ -92,7 +94,19 @@ export class TrainingDecoder implements Disposable {
   }
 
   /** Runs forward and backward; returns the loss. Gradients are read with `gradient` until the next step. */
-  step({ tokens, sequences, gate, answers }: TrainingBatch): number {
+  step(batch: TrainingBatch): number {
+    return this.#run(this.#program, batch);
+  }
+
+  /** The loss alone. Gradients of the last step are no longer to be read. */
+  evaluate(batch: TrainingBatch): number {
+    this.#forward ??= this.#options.kernels.compile((ops) => this.#forwardOnly(ops), {
+      segments: 0,
+    });
+    return this.#run(this.#forward, batch);
+  }
+
+  #run(program: Program, { tokens, sequences, gate, answers }: TrainingBatch): number {
     const { windowRows, answersMax } = this.#options;
     if (answers.length > answersMax) {
       throw mismatch('step', `at most ${answersMax} answers wanted, got ${answers.length}`);
@@ -104,16 +118,16 @@ export class TrainingDecoder implements Disposable {
     }
     const column = (of: (answer: Answer) => number): number[] =>
       Array.from({ length: answersMax }, (_, i) => (i < answers.length ? of(answers[i]!) : 0));
-    this.#program.write('tokens', tokens);
-    this.#program.write('positions', positions);
-    this.#program.write('mask', causalMask(sequences, windowRows));
-    this.#program.write('gate', gate);
-    this.#program.write('rows', Int32Array.from(column(({ row }) => row)));
-    this.#program.write('targets', Int32Array.from(column(({ target }) => target)));
-    this.#program.write('weights', Float32Array.from(column(({ weight }) => weight)));
-    this.#program.run([]);
+    program.write('tokens', tokens);
+    program.write('positions', positions);
+    program.write('mask', causalMask(sequences, windowRows));
+    program.write('gate', gate);
+    program.write('rows', Int32Array.from(column(({ row }) => row)));
+    program.write('targets', Int32Array.from(column(({ target }) => target)));
+    program.write('weights', Float32Array.from(column(({ weight }) => weight)));
+    program.run([]);
     const loss = new Float32Array(1);
-    this.#program.read('loss', 0, loss);
+    program.read('loss', 0, loss);
     return loss[0]!;
   }
 
@@ -121,28 +135,18 @@ export class TrainingDecoder implements Disposable {
     this.#program.read(name, 0, out);
   }
 
+  #forwardOnly(ops: Ops): Record<string, Tensor> {
+    return { loss: this.#loss(ops, (x, build) => build(ops, x)) };
+  }
+
   #build(ops: Ops): Record<string, Tensor> {
-    const { answersMax, config, weights, recompute } = this.#options;
-    const inputs = this.#inputs(ops);
     const trainable = this.factors.flatMap((block) => Object.values(block)).flatMap(Object.values);
     const tape = new Tape(ops, { trainable, transposed: this.#transposed });
-    let x = tape.embed(weights.tokenEmbedding, inputs.tokens); // [T, E]
-    weights.blocks.forEach((norms, i) => {
-      const build = (on: ForwardOps, value: Tensor): Tensor => {
-        const { positions } = inputs;
-        return decoderBlock(on, { config, norms, positions }, value, this.#parts(on, i, inputs));
-      };
-      x = recompute
+    const loss = this.#loss(tape, (x, build) =>
+      this.#options.recompute
         ? tape.checkpoint([x], (inner, [value]) => build(inner, value!))
-        : build(tape, x);
-    });
-    const rows = ops.input('rows', 'i32', [answersMax]);
-    const last = tape.gatherRows(x, rows); // [answers, E]
-    const normed = tape.rmsNorm(last, weights.outputNorm, config.normEps); // [answers, E]
-    const logits = tape.linear(normed, weights.output); // [answers, V]
-    const targets = ops.input('targets', 'i32', [answersMax]);
-    const shares = ops.input('weights', 'f32', [answersMax]);
-    const loss = tape.training.crossEntropy(logits, targets, shares); // [1]
+        : build(tape, x),
+    );
     const one = ops.training.fill([1], 1);
     const gradients = tape.gradients([{ of: loss, gradient: one }], trainable);
     const names = this.factors.flatMap((block, i) =>
@@ -153,7 +157,30 @@ export class TrainingDecoder implements Disposable {
     return { loss, ...Object.fromEntries(names.map((name, i) => [name, gradients[i]!])) };
   }
 
-  #inputs(ops: Ops): Record<'tokens' | 'positions' | 'mask' | 'gate', Tensor> {
+  /** `run` computes a block, given its input and how it is made of ops. */
+  #loss(
+    ops: ForwardOps,
+    run: (x: Tensor, build: (on: ForwardOps, value: Tensor) => Tensor) => Tensor,
+  ): Tensor {
+    const { answersMax, config, weights } = this.#options;
+    const inputs = this.#inputs(ops);
+    let x = ops.embed(weights.tokenEmbedding, inputs.tokens); // [T, E]
+    weights.blocks.forEach((norms, i) => {
+      const { positions } = inputs;
+      x = run(x, (on, value) =>
+        decoderBlock(on, { config, norms, positions }, value, this.#parts(on, i, inputs)),
+      );
+    });
+    const rows = ops.input('rows', 'i32', [answersMax]);
+    const last = ops.gatherRows(x, rows); // [answers, E]
+    const normed = ops.rmsNorm(last, weights.outputNorm, config.normEps); // [answers, E]
+    const logits = ops.linear(normed, weights.output); // [answers, V]
+    const targets = ops.input('targets', 'i32', [answersMax]);
+    const shares = ops.input('weights', 'f32', [answersMax]);
+    return ops.training.crossEntropy(logits, targets, shares); // [1]
+  }
+
+  #inputs(ops: ForwardOps): Record<'tokens' | 'positions' | 'mask' | 'gate', Tensor> {
     const { windows, windowRows, rank } = this.#options;
     const rows = windows * windowRows;
     return {
@@ -173,9 +200,12 @@ export class TrainingDecoder implements Disposable {
     return {
       project: (x, names) =>
         names.map((name) => {
-          const { a, b } = this.factors[block]![name];
+          const y = ops.linear(x, weights.blocks[block]![name]); // [T, out]
+          const factors = this.factors[block]![name];
+          if (factors === undefined) return y;
+          const { a, b } = factors;
           const h = ops.mul(ops.linear(x, a), gate); // [T, R]
-          return ops.add(ops.linear(x, weights.blocks[block]![name]), ops.training.linearT(h, b));
+          return ops.add(y, ops.training.linearT(h, b));
         }),
       attend: (q, k, v) => {
         const split = ops.reshape(v, [v.shape[0]!, config.kvHeads, config.headSize]);
@@ -187,6 +217,7 @@ export class TrainingDecoder implements Disposable {
   /** The weights and the kernels are the caller's. */
   [Symbol.dispose](): void {
     this.#program[Symbol.dispose]();
+    this.#forward?.[Symbol.dispose]();
   }
 }
 

@@ -99,12 +99,13 @@ function batch(): TrainingBatch {
 
 function open(kernels: Kernels, recompute: boolean): TrainingDecoder {
   const windows = golden.windows.length;
-  const sizes = { rank: R, windows, windowRows, answersMax: golden.tokens.length, recompute };
+  const answersMax = golden.tokens.length;
+  const sizes = { rank: R, windows, windowRows, answersMax, recompute, targets: projections };
   const decoder = new TrainingDecoder({ config, kernels, weights: load(kernels), ...sizes });
   for (const name of projections) {
     for (const factor of ['a', 'b'] as const) {
       const numbers = unpack(golden.factors[`${name}.${factor}`]!);
-      kernels.write(decoder.factors[0]![name][factor], new Uint8Array(numbers.buffer), 0);
+      kernels.write(decoder.factors[0]![name]![factor], new Uint8Array(numbers.buffer), 0);
     }
   }
   return decoder;

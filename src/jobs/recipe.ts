@@ -1,0 +1,267 @@
+// Everything that decides a training run, as plain JSON: the same recipe, files and base give the same adapter, byte for
+// byte, on a CPU with one thread. Names and defaults are those of algorithms.md; what this build does not have is refused by
+// its name, and so is every combination that could not be published.
+
+import { z } from 'zod';
+import { rankMaxLimit } from '../adapters/adapter.ts';
+import type { PublishOrder, Scaling } from '../adapters/families/matryoshka.ts';
+import type { LevelRule } from '../adapters/pack-pairs.ts';
+import { GatewayError } from '../errors.ts';
+import { type Projection, projections } from '../model/decoder-config.ts';
+
+/** `plain`: all ranks at once, as LoRA. `diag`, `binary`: the sum of the prefixes S in one pass, as published. `dylora`: one
+ *  prefix of S a step. `multi`: the mean of all prefixes' losses. `sandwich`: that of the whole and one smaller prefix. */
+export const objectives = ['plain', 'diag', 'binary', 'dylora', 'multi', 'sandwich'] as const;
+export type Objective = (typeof objectives)[number];
+
+interface Moments {
+  readonly beta1: number;
+  readonly beta2: number;
+  readonly epsilon: number;
+}
+
+/** Options as trainer/optimizers has them, less what the rest of the recipe says: weight decay, seed, scale. */
+export type OptimizerRecipe =
+  | ({ readonly name: 'adamw' } & Moments)
+  | { readonly name: 'sgd'; readonly momentum: number }
+  | ({ readonly name: 'lora-pro'; readonly damping: number } & Moments)
+  | { readonly name: 'lora-pro-sgd'; readonly damping: number }
+  | ({
+      readonly name: 'adabelief';
+      readonly decay: 'decoupled' | 'gradient';
+      readonly rectify: boolean;
+    } & Moments)
+  | ({
+      readonly name: 'frugal';
+      readonly density: number;
+      readonly gap: number;
+      readonly inactiveLrScale: number;
+      readonly order: 'cyclic' | 'random';
+    } & Moments)
+  | ({
+      readonly name: 'dct-adamw';
+      readonly rank: number;
+      readonly norm: 'l1' | 'l2';
+      readonly errorFeedback: boolean;
+    } & Moments);
+
+export interface Recipe {
+  readonly kind: 'lora' | 'matryoshka';
+  /** R. */
+  readonly rank: number;
+  /** S, rising to R: trained by matryoshka's objectives; every kind is evaluated at them. */
+  readonly ranks: readonly number[];
+  /** s_r: 1, 1/r or 1/√r. A lora's alpha is R·s_R. */
+  readonly scaling: Scaling;
+  readonly objective: Objective;
+  /** Given as null: what section 1 says for the objective. */
+  readonly order: PublishOrder;
+  /** What rank k means once it is served: pack-pairs.ts. */
+  readonly levels: LevelRule;
+  readonly targets: readonly Projection[];
+  readonly optimizer: OptimizerRecipe;
+  /** `sweep`: chosen by short runs (trainer/sweep.ts). */
+  readonly learningRate: number | 'sweep';
+  /** Of all steps. */
+  readonly warmupShare: number;
+  readonly schedule: 'cosine' | 'constant';
+  readonly epochs: number;
+  /** Ends earlier than the epochs do; null: with them. */
+  readonly stepsMax: number | null;
+  /** Windows of `windowTokens` rows that are computed at once; a step has `accumulation` times as many. */
+  readonly batchWindows: number;
+  readonly windowTokens: number;
+  readonly accumulation: number;
+  /** Of the gradient of all parameters together; null: not clipped. */
+  readonly clipNorm: number | null;
+  readonly weightDecay: number;
+  readonly init: { readonly kind: 'kaiming' };
+  readonly regularizer: null;
+  readonly rankSelection: null;
+  readonly modules: 'all';
+  readonly batchSchedule: null;
+  readonly continual: null;
+  /** Steps between evaluations; null: at the end only. */
+  readonly evaluateEvery: number | null;
+  readonly checkpointEvery: number;
+  /** Of the training examples, by their hash, where no held-out file is given. */
+  readonly heldOutShare: number;
+  readonly seed: number;
+  /** Blocks are computed again on the way back: more time, far less memory. */
+  readonly recompute: boolean;
+}
+
+const share = z.number().min(0).max(1);
+const momentum = z.number().min(0).lt(1);
+const rank = z.int().min(1).max(rankMaxLimit);
+const stepCount = z.int().min(1).max(1_000_000);
+const moments = {
+  beta1: momentum.default(0.9),
+  beta2: momentum.default(0.999),
+  epsilon: z.number().positive().max(1).default(1e-8),
+};
+const damping = z.number().min(0).max(1).default(1e-8);
+const optimizer = z.discriminatedUnion('name', [
+  z.strictObject({ name: z.literal('adamw'), ...moments }),
+  z.strictObject({ name: z.literal('lora-pro'), ...moments, damping }),
+  z.strictObject({ name: z.literal('sgd'), momentum: momentum.default(0) }),
+  z.strictObject({ name: z.literal('lora-pro-sgd'), damping }),
+  z.strictObject({
+    name: z.literal('adabelief'),
+    ...moments,
+    decay: z.enum(['decoupled', 'gradient']).default('decoupled'),
+    rectify: z.boolean().default(true),
+  }),
+  z.strictObject({
+    name: z.literal('frugal'),
+    ...moments,
+    density: share.default(0.25),
+    gap: stepCount.default(200),
+    inactiveLrScale: share.default(0.1), // the publication's for fine-tuning
+    order: z.enum(['cyclic', 'random']).default('cyclic'),
+  }),
+  z.strictObject({
+    name: z.literal('dct-adamw'),
+    ...moments,
+    rank: z.int().min(1).max(65_536).default(8),
+    norm: z.enum(['l1', 'l2']).default('l1'),
+    errorFeedback: z.boolean().default(false),
+  }),
+]);
+
+// Between 1e-3 and 3e-3 the objectives' order on the default base was the same (section 1).
+export const defaultLearningRate = 1e-3;
+
+/** Windows × tokens that are computed at once: a guess at what no machine of ours holds more of. */
+const batchRowsMax = 65_536;
+
+const schema = z.strictObject({
+  kind: z.enum(['lora', 'matryoshka']).default('matryoshka'),
+  rank: rank.default(16), // the publication's
+  ranks: z.array(rank).min(1).max(rankMaxLimit).nullable().default(null),
+  scaling: z.enum(['none', 'rank', 'sqrt']).default('none'),
+  objective: z.enum(objectives).nullable().default(null),
+  order: z.enum(['svd', 'as-trained', 'as-published']).nullable().default(null),
+  levels: z.enum(['energy', 'uniform']).default('uniform'),
+  targets: z
+    .array(z.enum(projections))
+    .min(1)
+    .max(projections.length)
+    .default([...projections]),
+  optimizer: optimizer.default({ name: 'adamw', beta1: 0.9, beta2: 0.999, epsilon: 1e-8 }),
+  learningRate: z
+    .union([z.number().positive().max(10), z.literal('sweep')])
+    .default(defaultLearningRate),
+  warmupShare: share.default(0.05),
+  schedule: z.enum(['cosine', 'constant']).default('cosine'),
+  epochs: z.int().min(1).max(100).default(3),
+  stepsMax: stepCount.nullable().default(null),
+  batchWindows: z.int().min(1).max(256).default(2),
+  windowTokens: z.int().min(8).max(8192).default(256),
+  accumulation: z.int().min(1).max(256).default(2),
+  clipNorm: z.number().positive().max(1e6).nullable().default(1),
+  weightDecay: share.default(0),
+  init: z.strictObject({ kind: z.literal('kaiming') }).default({ kind: 'kaiming' }),
+  regularizer: z.null().default(null),
+  rankSelection: z.null().default(null),
+  modules: z.literal('all').default('all'),
+  batchSchedule: z.null().default(null),
+  continual: z.null().default(null),
+  evaluateEvery: stepCount.nullable().default(null),
+  checkpointEvery: stepCount.default(50),
+  heldOutShare: z.number().min(0).max(0.5).default(0.1),
+  seed: z.int().min(0).max(Number.MAX_SAFE_INTEGER).default(42), // the publication's
+  recompute: z.boolean().default(true),
+});
+
+/** Known to algorithms.md, not to this build: by path. */
+const unbuilt: Readonly<Record<string, readonly string[]>> = {
+  kind: ['queryable', 'fly', 'mora', 'flexmore', 'hydra', 'triangular', 'salt', 'svfit', 'sara'],
+  'optimizer.name': ['eggroll'],
+  'init.kind': ['eva', 'meta'],
+  'regularizer.kind': ['trp'],
+  'rankSelection.kind': ['codyra'],
+  'modules.kind': ['diffora'],
+  'batchSchedule.kind': ['adadagrad'],
+  'continual.kind': ['coso'],
+};
+
+/** `where` begins each message. Throws INVALID_REQUEST, or UNSUPPORTED for what is not built. */
+export function parseRecipe(json: unknown, where: string): Recipe {
+  refuseUnbuilt(json, where);
+  const parsed = schema.safeParse(json);
+  if (!parsed.success) {
+    const { path, message } = parsed.error.issues[0]!;
+    throw invalid(path.length === 0 ? where : `${where}.${path.join('.')}`, message);
+  }
+  const { data } = parsed;
+  const objective = data.objective ?? (data.kind === 'lora' ? 'plain' : 'diag');
+  const isSum = objective === 'plain' || objective === 'diag' || objective === 'binary';
+  const recipe: Recipe = {
+    ...data,
+    objective,
+    ranks: data.ranks ?? powersTo(data.rank),
+    order: data.order ?? (isSum ? 'svd' : 'as-trained'),
+  };
+  const wrong = conflict(recipe);
+  if (wrong !== null) throw invalid(`${where}.${wrong[0]}`, wrong[1]);
+  return recipe;
+}
+
+function refuseUnbuilt(json: unknown, where: string): void {
+  for (const [path, names] of Object.entries(unbuilt)) {
+    const value = path.split('.').reduce<unknown>((at, key) => {
+      const isObject = typeof at === 'object' && at !== null;
+      return isObject && Object.hasOwn(at, key) ? (at as Record<string, unknown>)[key] : undefined;
+    }, json);
+    if (typeof value === 'string' && names.includes(value)) {
+      throw new GatewayError('UNSUPPORTED', `${where}.${path}: ${value} is not in this build`);
+    }
+  }
+}
+
+/** The first rule that is broken: its path and what is wrong. */
+function conflict(recipe: Recipe): readonly [path: string, message: string] | null {
+  const { kind, rank: most, ranks, objective, order, scaling, levels, targets } = recipe;
+  const { name } = recipe.optimizer;
+  const rows = recipe.batchWindows * recipe.windowTokens;
+  const isRising = ranks.every((q, i) => q > (ranks[i - 1] ?? 0)) && ranks.at(-1) === most;
+  const trainsSum = objective === 'diag' || objective === 'binary';
+  const hasOneScale = kind === 'lora' || scaling === 'none';
+  const rules: readonly (readonly [isKept: boolean, path: string, message: string])[] = [
+    [isRising, 'ranks', `must rise to rank, ${most}: ranks above them would never train`],
+    [new Set(targets).size === targets.length, 'targets', 'names a projection twice'],
+    [(kind === 'lora') === (objective === 'plain'), 'objective', `${objective} is not ${kind}'s`],
+    [
+      !(order === 'as-trained' && trainsSum),
+      'order',
+      `as-trained: ${objective} trains a sum of prefixes, and none as it is served`,
+    ],
+    [!(order === 'as-published' && kind === 'lora'), 'order', 'as-published is matryoshka’s'],
+    [
+      order === 'svd' || hasOneScale,
+      'order',
+      `${order} with scaling ${scaling}: packed ranks have no scale of their own`,
+    ],
+    [order === 'svd' || levels === 'uniform', 'levels', `energy needs order svd, not ${order}`],
+    [
+      kind === 'lora' || !name.startsWith('lora-pro'),
+      'optimizer.name',
+      `${name} wants one scale for all ranks, as kind lora has`,
+    ],
+    [rows <= batchRowsMax, 'batchWindows', `${rows} rows at once, at most ${batchRowsMax}`],
+  ];
+  const broken = rules.find(([isKept]) => !isKept);
+  return broken === undefined ? null : [broken[1], broken[2]];
+}
+
+/** 1, 2, 4, … and the rank itself: the published S. */
+function powersTo(most: number): number[] {
+  const powers: number[] = [];
+  for (let power = 1; power < most; power *= 2) powers.push(power);
+  return [...powers, most];
+}
+
+function invalid(where: string, message: string): GatewayError {
+  return new GatewayError('INVALID_REQUEST', `${where}: ${message}`);
+}

@@ -1,0 +1,354 @@
+// The training loop of one adapter: owns a TrainingDecoder, the factors that it trains, their optimiser and the order of the
+// data. A step's micro-batches and passes add up their gradients; then they are clipped, and the optimiser takes its step.
+//
+// Nothing depends on time or on how often a job was interrupted: a session restored at step n goes on with the bytes that an
+// uninterrupted one has, on a CPU with one thread.
+
+import { createHash } from 'node:crypto';
+import { scaleOf } from '../adapters/families/matryoshka.ts';
+import type { PackedAdapter } from '../adapters/pack.ts';
+import { generationOf, openPacked } from '../adapters/pack.ts';
+import type { Packed } from '../adapters/pack-pairs.ts';
+import { GatewayError } from '../errors.ts';
+import type { RankLoss } from '../jobs/messages.ts';
+import type { Recipe } from '../jobs/recipe.ts';
+import type { Kernels } from '../kernels/kernels.ts';
+import type { DecoderWeights } from '../model/decoder.ts';
+import type { DecoderConfig } from '../model/decoder-config.ts';
+import { factorName, TrainingDecoder } from '../model/training-decoder.ts';
+import { type Checkpoint, refused } from './checkpoint.ts';
+import { baseLoss, type Evaluation, lossesByRank } from './evaluation.ts';
+import { type Example, hashExamples } from './examples.ts';
+import { clipGradients } from './gradient-norm.ts';
+import { learningRateAt } from './learning-rate.ts';
+import { bytesOfWeights, estimateMemory, type TrainingMemory } from './memory-estimate.ts';
+import { passesOf } from './objective.ts';
+import { createOptimizer, type Optimizer, type Parameter } from './optimizers/optimizer.ts';
+import { answersIn, type Layout, layOut, packWindows } from './packing.ts';
+import {
+  checkStart,
+  continueFrom,
+  initialFactors,
+  type ModuleFactors,
+  publishModules,
+  siteOf,
+} from './publish.ts';
+import { inGroups, planSteps, type StepPlan } from './step-plan.ts';
+
+/** What is trained on: nothing of it is changed. */
+export interface TrainingBase {
+  readonly config: DecoderConfig;
+  readonly weights: DecoderWeights;
+  readonly kernels: Kernels;
+  /** SHA-256 of the model file, hex. */
+  readonly hash: string;
+}
+
+/** A recipe whose learning rate is decided. */
+export interface RunRecipe extends Recipe {
+  readonly learningRate: number;
+}
+
+export interface SessionOptions {
+  readonly base: TrainingBase;
+  readonly recipe: RunRecipe;
+  /** At least one. */
+  readonly training: readonly Example[];
+  readonly heldOut: readonly Example[];
+  readonly start: PackedAdapter | null;
+}
+
+export interface StepReport {
+  /** Steps taken, this one included. */
+  readonly step: number;
+  /** Mean over the step's learnt tokens, before it was taken. */
+  readonly loss: number;
+  /** Before clipping. */
+  readonly gradientNorm: number;
+  readonly learningRate: number;
+  /** Rows that held a token. */
+  readonly tokens: number;
+  /** False: loss or gradient was not finite, and the factors stay as they were. */
+  readonly isTaken: boolean;
+}
+
+/** Between pieces of computing: returns when it may go on, throws when it must not. */
+export type Breathe = () => Promise<void>;
+
+export class TrainingSession implements Disposable {
+  /** By module: its a, then its b. */
+  readonly parameters: readonly Parameter[];
+  readonly #options: SessionOptions;
+  readonly #modules: readonly ModuleFactors[];
+  readonly #plan: StepPlan;
+  readonly #heldOut: readonly Layout[];
+  readonly #answersMax: number;
+  readonly #decoder: TrainingDecoder;
+  readonly #added: Float32Array;
+  /** Of all examples and the generation that training goes on from. */
+  readonly #data: string;
+  #recipe: RunRecipe;
+  #optimizer: Optimizer;
+  #step = 0;
+  #skipped = false;
+
+  constructor(options: SessionOptions) {
+    const { base, recipe, training, heldOut } = options;
+    const { config, kernels } = base;
+    checkSizes(options);
+    this.#options = options;
+    this.#recipe = recipe;
+    this.#data = dataOf(options);
+    this.#plan = planSteps(training, recipe);
+    this.#heldOut = heldOutBatches(heldOut, recipe);
+    this.#answersMax = this.#heldOut.reduce(
+      (most, { answers }) => Math.max(most, answers.length),
+      this.#plan.answersMax,
+    );
+    const { rank, targets, recompute, batchWindows: windows, windowTokens: windowRows } = recipe;
+    this.#modules = Array.from({ length: config.blocks }, (_, block) =>
+      targets.map((projection) => {
+        const site = siteOf(config, block, projection);
+        return { site, a: new Float32Array(rank * site.in), b: new Float32Array(rank * site.out) };
+      }),
+    ).flat();
+    this.parameters = this.#modules.flatMap(parametersOf);
+    this.#added = new Float32Array(Math.max(...this.parameters.map(({ values }) => values.length)));
+    const answersMax = this.#answersMax;
+    const sizes = { rank, windows, windowRows, answersMax, recompute, targets };
+    this.#decoder = new TrainingDecoder({ config, weights: base.weights, kernels, ...sizes });
+    this.#optimizer = optimizerOf(recipe, this.parameters);
+    this.#initialize();
+  }
+
+  /** Begins anew, with this learning rate and number of steps. */
+  restart(learningRate: number, stepsMax: number | null): void {
+    this.#recipe = { ...this.#recipe, learningRate, stepsMax };
+    this.#optimizer = optimizerOf(this.#recipe, this.parameters);
+    this.#step = 0;
+    this.#skipped = false;
+    this.#initialize();
+  }
+
+  #initialize(): void {
+    const { recipe, start } = this.#options;
+    for (const module of this.#modules) {
+      const { a, b } = initialFactors(recipe, module.site);
+      module.a.set(a);
+      module.b.set(b);
+      if (start !== null) continueFrom(recipe, module, start);
+    }
+    this.#uploadAll();
+  }
+
+  /** Names all that the result depends on. */
+  get run(): string {
+    return createHash('sha256')
+      .update(JSON.stringify([this.#recipe, this.#data]))
+      .digest('hex');
+  }
+
+  get steps(): number {
+    return Math.min(this.#plan.steps, this.#recipe.stepsMax ?? Infinity);
+  }
+
+  /** Steps taken. */
+  get step(): number {
+    return this.#step;
+  }
+
+  get memory(): TrainingMemory {
+    const { base, recipe } = this.#options;
+    return estimateMemory({
+      config: base.config,
+      recipe,
+      answersMax: this.#answersMax,
+      weightBytes: bytesOfWeights(base.weights),
+      optimizerBytes: this.#optimizer.stateBytes,
+    });
+  }
+
+  /** Throws INVALID_REQUEST when two steps in a row have no finite loss. An interrupted step leaves no trace. */
+  async takeStep(breathe: Breathe): Promise<StepReport> {
+    const recipe = this.#recipe;
+    const { loss, tokens } = await this.#computeGradients(breathe);
+    const gradientNorm = clipGradients(this.parameters, recipe.clipNorm ?? Infinity);
+    const learningRate = learningRateAt(this.#step, this.steps, recipe);
+    const isTaken = Number.isFinite(loss) && Number.isFinite(gradientNorm);
+    if (!isTaken && this.#skipped) {
+      const what = `loss ${loss}, gradient ${gradientNorm} at steps ${this.#step} and ${this.#step + 1}`;
+      throw new GatewayError('INVALID_REQUEST', `training diverged: ${what}`, {
+        param: 'learningRate',
+      });
+    }
+    if (isTaken) {
+      this.#optimizer.step(this.parameters, learningRate);
+      this.#uploadAll();
+    }
+    this.#skipped = !isTaken;
+    this.#step += 1;
+    return { step: this.#step, loss, gradientNorm, learningRate, tokens, isTaken };
+  }
+
+  async #computeGradients(breathe: Breathe): Promise<Pick<StepReport, 'loss' | 'tokens'>> {
+    const { recipe, training } = this.#options;
+    const { batchWindows: windows, windowTokens: windowRows } = recipe;
+    const passes = passesOf(recipe, this.#step);
+    const groups = this.#plan.microBatches(this.#step);
+    const answers = answersIn(training, groups.flat());
+    for (const { gradient } of this.parameters) gradient.fill(0);
+    let loss = 0;
+    let tokens = 0;
+    for (const group of groups) {
+      for (const { gates, weight } of passes) {
+        await breathe();
+        const layout = layOut(training, group, { windows, windowRows, weight: weight / answers });
+        loss += this.#decoder.step({ ...layout, gate: repeated(gates, windows * windowRows) });
+        this.#addGradients();
+        tokens += layout.rows;
+      }
+    }
+    return { loss, tokens };
+  }
+
+  #addGradients(): void {
+    for (const { name, gradient } of this.parameters) {
+      const added = this.#added.subarray(0, gradient.length);
+      this.#decoder.gradient(name, added);
+      for (let i = 0; i < added.length; i++) gradient[i]! += added[i]!;
+    }
+  }
+
+  /** The adapter as it is now. */
+  publish(): Packed {
+    const { base, recipe, start } = this.#options;
+    const from = start === null ? [] : [start.generation];
+    return publishModules(recipe, this.#modules, { baseHash: base.hash, step: this.#step, from });
+  }
+
+  /** Held-out loss of the base; null without held-out examples. */
+  async baseLoss(breathe: Breathe): Promise<number | null> {
+    return this.#heldOut.length === 0 ? null : await baseLoss(this.#evaluation(breathe));
+  }
+
+  /** Held-out loss of what was published, at the recipe's ranks; empty without held-out examples. */
+  async evaluate({ bytes }: Packed, breathe: Breathe): Promise<RankLoss[]> {
+    if (this.#heldOut.length === 0) return [];
+    const packed = openPacked(bytes, generationOf(bytes));
+    try {
+      return await lossesByRank(this.#evaluation(breathe), packed, this.#options.recipe.ranks);
+    } finally {
+      this.#uploadAll();
+    }
+  }
+
+  #evaluation(breathe: Breathe): Evaluation {
+    return {
+      decoder: this.#decoder,
+      rank: this.#options.recipe.rank,
+      modules: this.#modules,
+      upload: (module) => this.#upload(module),
+      batches: this.#heldOut,
+      breathe,
+    };
+  }
+
+  checkpoint(): Checkpoint {
+    const count = this.parameters.reduce((sum, { values }) => sum + values.length, 0);
+    const parameters = new Float32Array(count);
+    let at = 0;
+    for (const { values } of this.parameters) {
+      parameters.set(values, at);
+      at += values.length;
+    }
+    const optimizer = this.#optimizer.save();
+    const { learningRate } = this.#recipe;
+    const progress = { step: this.#step, skipped: this.#skipped, learningRate };
+    return { ...progress, run: this.run, parameters, optimizer };
+  }
+
+  /** Of a checkpoint of the same run. */
+  restore({ step, skipped, run, parameters, optimizer }: Checkpoint): void {
+    if (run !== this.run || step > this.steps) {
+      throw refused('it is of another recipe, base or file');
+    }
+    this.#optimizer.restore(optimizer);
+    let at = 0;
+    for (const { values } of this.parameters) {
+      values.set(parameters.subarray(at, at + values.length));
+      at += values.length;
+    }
+    this.#step = step;
+    this.#skipped = skipped;
+    this.#uploadAll();
+  }
+
+  #uploadAll(): void {
+    for (const module of this.#modules) this.#upload(module);
+  }
+
+  #upload({ site, a, b }: ModuleFactors): void {
+    const { kernels } = this.#options.base;
+    const factors = this.#decoder.factors[site.block]![site.projection]!;
+    kernels.write(factors.a, bytesOf(a), 0);
+    kernels.write(factors.b, bytesOf(b), 0);
+  }
+
+  /** The base is the caller's. */
+  [Symbol.dispose](): void {
+    this.#decoder[Symbol.dispose]();
+  }
+}
+
+function parametersOf({ site, a, b }: ModuleFactors): Parameter[] {
+  return (['a', 'b'] as const).map((factor): Parameter => {
+    const [values, columns] = factor === 'a' ? [a, site.in] : [b, site.out];
+    const name = factorName(site.block, site.projection, factor);
+    const gradient = new Float32Array(values.length);
+    return { name, values, gradient, rows: values.length / columns, columns };
+  });
+}
+
+function checkSizes({ base, recipe, training, start }: SessionOptions): void {
+  const { contextLength } = base.config;
+  if (recipe.windowTokens > contextLength) {
+    const message = `windows of ${recipe.windowTokens} tokens, the base has ${contextLength}`;
+    throw new GatewayError('INVALID_REQUEST', message, { param: 'windowTokens' });
+  }
+  if (training.length === 0) {
+    throw new GatewayError('INVALID_REQUEST', 'there is no example to train on');
+  }
+  if (start !== null) checkStart(recipe, start, base.hash);
+}
+
+function heldOutBatches(examples: readonly Example[], recipe: Recipe): Layout[] {
+  const { batchWindows: windows, windowTokens: windowRows } = recipe;
+  const packed = packWindows(examples, windowRows, null);
+  const weight = 1 / answersIn(examples, packed);
+  return inGroups(packed, windows).map((group) =>
+    layOut(examples, group, { windows, windowRows, weight }),
+  );
+}
+
+function dataOf({ base, training, heldOut, start }: SessionOptions): string {
+  const hashes = [hashExamples(training), hashExamples(heldOut)];
+  return JSON.stringify([base.hash, ...hashes, start?.generation ?? null]);
+}
+
+function optimizerOf(recipe: Recipe, parameters: readonly Parameter[]): Optimizer {
+  const { optimizer, weightDecay, seed, scaling, rank } = recipe;
+  const scale = scaleOf(scaling, rank);
+  const options = { ...optimizer, weightDecay, seed, scale };
+  return createOptimizer(options, parameters);
+}
+
+/** One row after another. */
+function repeated(gates: Float64Array, rows: number): Float32Array {
+  const result = new Float32Array(rows * gates.length);
+  for (let row = 0; row < rows; row++) result.set(gates, row * gates.length);
+  return result;
+}
+
+function bytesOf({ buffer, byteOffset, byteLength }: Float32Array): Uint8Array {
+  return new Uint8Array(buffer, byteOffset, byteLength);
+}

@@ -1,0 +1,184 @@
+// A training file and a recipe → a packed adapter in a directory, from the first line to the last evaluation. What the trainer
+// process runs; it owns no channel and no clock: it tells what happens, and asks between pieces of computing how to go on.
+
+import { createReadStream } from 'node:fs';
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { generationOf, openPacked, type PackedAdapter } from '../adapters/pack.ts';
+import { asGatewayError, GatewayError } from '../errors.ts';
+import type { FromTrainer, TrainerSpec } from '../jobs/messages.ts';
+import { parseRecipe, type Recipe } from '../jobs/recipe.ts';
+import { createKernels } from '../kernels/create-kernels.ts';
+import { readDecoderConfig } from '../model/decoder-config.ts';
+import { rememberedSha256 } from '../model/file-hash.ts';
+import { type GgufFile, openGguf } from '../model/gguf.ts';
+import { loadWeights } from '../model/weights.ts';
+import { readCheckpoint, writeCheckpoint } from './checkpoint.ts';
+import { gainAurac } from './evaluation.ts';
+import {
+  createExampleEncoder,
+  type Example,
+  type ExampleEncoder,
+  readExamples,
+  type Split,
+  splitExamples,
+} from './examples.ts';
+import { writePublished } from './publish.ts';
+import { type Breathe, TrainingSession } from './session.ts';
+import { chooseRate, firstRoundSteps, sweepRates } from './sweep.ts';
+
+export interface TrainHooks {
+  readonly tell: (message: FromTrainer) => void;
+  /** Waits for as long as computing must pause. `stop`: leave a checkpoint and end. */
+  readonly breathe: () => Promise<'go' | 'stop'>;
+  readonly nowMs: () => number;
+}
+
+/** Thrown through the session's computing: what was computed of the step under way is dropped. */
+class Stopped extends Error {}
+
+/** Ends with `result` or `stopped` told. Throws what is wrong with model, recipe, files or numbers. */
+export async function trainFile(spec: TrainerSpec, hooks: TrainHooks): Promise<void> {
+  const recipe = parseRecipe(spec.recipe, 'recipe');
+  await checkModel(spec);
+  using file = openGguf(spec.modelPath);
+  const split = await readSplit(spec, recipe, file);
+  const start = spec.startFrom === null ? null : await readStart(spec.startFrom);
+  const config = readDecoderConfig(file);
+  // f32 activations over the file's own weights: the numbers that serving is faithful to.
+  using kernels = await createKernels('ggml', { threads: spec.threads, f32Activations: true });
+  const weights = loadWeights(file, config, { kernels, mode: 'faithful', cache: null });
+  const base = { config, weights, kernels, hash: spec.modelHash };
+  const learningRate = recipe.learningRate === 'sweep' ? sweepRates[0]! : recipe.learningRate;
+  using session = new TrainingSession({
+    ...{ base, start, ...split },
+    recipe: { ...recipe, learningRate },
+  });
+  const training: Training = { spec, recipe, session, hooks };
+  hooks.tell({ kind: 'started', steps: session.steps, memory: session.memory });
+  try {
+    await train(training);
+  } catch (error) {
+    if (!(error instanceof Stopped)) throw error;
+    if (training.session.step > 0) await saveCheckpoint(training);
+    hooks.tell({ kind: 'stopped' });
+  }
+}
+
+async function checkModel({ modelPath, modelHash, cacheDirectory }: TrainerSpec): Promise<void> {
+  if ((await rememberedSha256(modelPath, cacheDirectory)) === modelHash) return;
+  throw new GatewayError(
+    'BASE_MISMATCH',
+    'the model file is another one than the job was made for',
+  );
+}
+
+async function readSplit(spec: TrainerSpec, recipe: Recipe, file: GgufFile): Promise<Split> {
+  const encode = createExampleEncoder(file.metadata, recipe.windowTokens);
+  const examples = await readAll(spec.trainingPath, encode, 'training file');
+  if (spec.heldOutPath === null) return splitExamples(examples, recipe.heldOutShare);
+  return {
+    training: examples,
+    heldOut: await readAll(spec.heldOutPath, encode, 'validation file'),
+  };
+}
+
+async function readAll(
+  path: string,
+  encode: ExampleEncoder,
+  name: string,
+): Promise<readonly Example[]> {
+  const { examples, errors, errorCount } = await readExamples(createReadStream(path), encode);
+  if (errorCount === 0) return examples;
+  const shown = errors.slice(0, 3).map(({ line, message }) => `line ${line}: ${message}`);
+  const message = `${name}: ${errorCount} lines cannot be learnt: ${shown.join('; ')}`;
+  throw new GatewayError('INVALID_FILE', message, { lines: errors });
+}
+
+async function readStart(path: string): Promise<PackedAdapter> {
+  const bytes = new Uint8Array(await readFile(path));
+  return openPacked(bytes, generationOf(bytes));
+}
+
+interface Training {
+  readonly spec: TrainerSpec;
+  readonly recipe: Recipe;
+  readonly session: TrainingSession;
+  readonly hooks: TrainHooks;
+}
+
+async function train(training: Training): Promise<void> {
+  const { spec, recipe, session, hooks } = training;
+  const breathe = async (): Promise<void> => {
+    if ((await hooks.breathe()) === 'stop') throw new Stopped();
+  };
+  if (spec.resumeFrom !== null) {
+    const checkpoint = readCheckpoint(spec.resumeFrom);
+    if (recipe.learningRate === 'sweep') session.restart(checkpoint.learningRate, recipe.stepsMax);
+    session.restore(checkpoint);
+  } else if (recipe.learningRate === 'sweep') {
+    await sweep(training, breathe);
+  }
+  while (session.step < session.steps) {
+    const startMs = hooks.nowMs();
+    const { step, loss, learningRate, tokens } = await session.takeStep(breathe);
+    const ms = hooks.nowMs() - startMs;
+    const { steps } = session;
+    hooks.tell({ kind: 'progress', step, steps, loss, learningRate, tokens, ms });
+    if (step === steps) break;
+    if (step % recipe.checkpointEvery === 0) await saveCheckpoint(training);
+    if (recipe.evaluateEvery !== null && step % recipe.evaluateEvery === 0) {
+      hooks.tell({
+        kind: 'evaluation',
+        step,
+        losses: await session.evaluate(session.publish(), breathe),
+      });
+    }
+  }
+  await saveCheckpoint(training);
+  const packed = session.publish();
+  const baseLoss = await session.baseLoss(breathe);
+  const losses = await session.evaluate(packed, breathe);
+  hooks.tell({ kind: 'evaluation', step: session.step, losses });
+  const directory = join(spec.folder, 'adapter');
+  await writePublished(directory, packed);
+  const aurac = baseLoss === null ? null : gainAurac(baseLoss, losses).v1;
+  hooks.tell({ kind: 'result', directory, losses, baseLoss, aurac });
+}
+
+/** Leaves the session at the start of the run, with the rate whose short run ended best. */
+async function sweep({ session, recipe }: Training, breathe: Breathe): Promise<void> {
+  const firstSteps = firstRoundSteps(session.steps);
+  let rate = sweepRates[0]!;
+  try {
+    const chosen = await chooseRate(sweepRates, firstSteps, (tried, steps) => {
+      session.restart(tried, steps);
+      return trialLoss(session, breathe);
+    });
+    rate = chosen.rate;
+  } finally {
+    session.restart(rate, recipe.stepsMax); // also when stopped: a trial's steps are none of the run's
+  }
+}
+
+/** On held-out examples at the largest rank; without any, the mean of the last quarter of the steps. */
+async function trialLoss(session: TrainingSession, breathe: Breathe): Promise<number> {
+  const losses: number[] = [];
+  try {
+    while (session.step < session.steps) losses.push((await session.takeStep(breathe)).loss);
+    const [last] = (await session.evaluate(session.publish(), breathe)).slice(-1);
+    if (last !== undefined) return last.loss;
+  } catch (error) {
+    // Diverged, or to numbers that no packed file holds.
+    const { code, param } = asGatewayError(error);
+    if (param === 'learningRate' || code === 'INVALID_ADAPTER') return Infinity;
+    throw error;
+  }
+  const quarter = losses.slice(-Math.ceil(losses.length / 4));
+  return quarter.reduce((sum, loss) => sum + loss, 0) / quarter.length;
+}
+
+async function saveCheckpoint({ spec, session, hooks }: Training): Promise<void> {
+  const path = await writeCheckpoint(spec.folder, session.checkpoint());
+  hooks.tell({ kind: 'checkpoint', step: session.step, path });
+}

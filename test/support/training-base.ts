@@ -1,0 +1,71 @@
+// The tiny random Llama as a base to train on, and examples for it.
+
+import type { ExampleShape } from '../../src/jobs/example-lines.ts';
+import { parseRecipe, type Recipe } from '../../src/jobs/recipe.ts';
+import { GgmlKernels } from '../../src/kernels/ggml/ggml-kernels.ts';
+import { readDecoderConfig } from '../../src/model/decoder-config.ts';
+import { sha256OfFile } from '../../src/model/file-hash.ts';
+import { openGguf } from '../../src/model/gguf.ts';
+import { loadWeights } from '../../src/model/weights.ts';
+import {
+  createExampleEncoder,
+  type Example,
+  type ExampleEncoder,
+} from '../../src/trainer/examples.ts';
+import type { RunRecipe, TrainingBase } from '../../src/trainer/session.ts';
+import { baseModelPath } from './base-model.ts';
+import { tinyPath } from './open-test-decoder.ts';
+
+export async function openTinyBase(): Promise<OpenBase> {
+  return openAt(tinyPath);
+}
+
+export async function openRealBase(): Promise<OpenBase> {
+  return openAt(await baseModelPath());
+}
+
+export interface OpenBase extends TrainingBase {
+  readonly kernels: GgmlKernels;
+}
+
+async function openAt(path: string): Promise<OpenBase> {
+  using file = openGguf(path);
+  const config = readDecoderConfig(file);
+  const kernels = new GgmlKernels({ threads: 1, f32Activations: true });
+  const weights = loadWeights(file, config, { kernels, mode: 'faithful', cache: null });
+  return { config, weights, kernels, hash: await sha256OfFile(path) };
+}
+
+export function tinyEncoder(windowRows: number): ExampleEncoder {
+  using file = openGguf(tinyPath);
+  return createExampleEncoder(file.metadata, windowRows);
+}
+
+/** Sums in words: what a small model can learn by heart. */
+export function tinyExamples(count: number, windowRows: number): Example[] {
+  const encode = tinyEncoder(windowRows);
+  const words = 'one two three four five the model answers a question'.split(' ');
+  return Array.from({ length: count }, (_, i) => {
+    const [asked, answer] = [words[i % 10]!, words[(3 * i + 1) % 10]!];
+    const shape: ExampleShape = {
+      kind: 'chat',
+      messages: [
+        { role: 'user', content: `${asked} ${i}`, learnt: false },
+        { role: 'assistant', content: `${answer} ${asked}`, learnt: true },
+      ],
+    };
+    return encode(shape);
+  });
+}
+
+export function decided(recipe: Recipe): RunRecipe {
+  const { learningRate } = recipe;
+  if (learningRate === 'sweep') throw new Error('no learning rate');
+  return { ...recipe, learningRate };
+}
+
+/** Small steps over the tiny base; the rest by default. */
+export function tinyRecipe(more: Readonly<Record<string, unknown>> = {}): RunRecipe {
+  const sizes = { rank: 4, windowTokens: 48, batchWindows: 2, accumulation: 2, epochs: 100 };
+  return decided(parseRecipe({ ...sizes, stepsMax: 20, recompute: false, ...more }, 'recipe'));
+}

@@ -1,0 +1,101 @@
+import { describe, expect, it } from 'vitest';
+import type { GatewayError } from '../../../src/errors.ts';
+import { parseRecipe } from '../../../src/jobs/recipe.ts';
+
+function refusal(json: unknown): Pick<GatewayError, 'code' | 'message'> {
+  try {
+    parseRecipe(json, 'recipe');
+  } catch (error) {
+    const { code, message } = error as GatewayError;
+    return { code, message };
+  }
+  throw new Error(`accepted: ${JSON.stringify(json)}`);
+}
+
+describe('a recipe', () => {
+  it('has a default for everything, and is its own default once it is whole', () => {
+    const recipe = parseRecipe({}, 'recipe');
+    expect(recipe).toMatchObject({
+      kind: 'matryoshka',
+      rank: 16,
+      ranks: [1, 2, 4, 8, 16],
+      objective: 'diag',
+      order: 'svd',
+    });
+    expect(parseRecipe(JSON.parse(JSON.stringify(recipe)), 'recipe')).toEqual(recipe);
+  });
+
+  it.each([
+    ['lora', 'plain', 'svd'],
+    ['matryoshka', 'diag', 'svd'],
+    ['matryoshka', 'binary', 'svd'],
+    ['matryoshka', 'dylora', 'as-trained'],
+    ['matryoshka', 'multi', 'as-trained'],
+    ['matryoshka', 'sandwich', 'as-trained'],
+  ])('orders the ranks of %s %s %s unless told otherwise', (kind, objective, order) => {
+    expect(parseRecipe({ kind, objective }, 'recipe').order).toBe(order);
+    expect(parseRecipe({ kind, objective, order: 'svd' }, 'recipe').order).toBe('svd');
+  });
+
+  it('takes S up to a rank that is no power of two', () => {
+    expect(parseRecipe({ rank: 12 }, 'recipe').ranks).toEqual([1, 2, 4, 8, 12]);
+    expect(parseRecipe({ rank: 1 }, 'recipe').ranks).toEqual([1]);
+  });
+
+  it.each([
+    [{ kind: 'salt' }, 'recipe.kind: salt'],
+    [{ optimizer: { name: 'eggroll' } }, 'recipe.optimizer.name: eggroll'],
+    [{ init: { kind: 'meta', anything: 1 } }, 'recipe.init.kind: meta'],
+    [{ modules: { kind: 'diffora' } }, 'recipe.modules.kind: diffora'],
+  ])('refuses what is not built by its name: %j', (json, start) => {
+    const { code, message } = refusal(json);
+    expect(code).toBe('UNSUPPORTED');
+    expect(message).toBe(`${start} is not in this build`);
+  });
+
+  it.each([
+    [{ surprise: 1 }, 'recipe: '],
+    [{ rank: 0 }, 'recipe.rank: '],
+    [{ rank: 257 }, 'recipe.rank: '],
+    [{ rank: '16' }, 'recipe.rank: '],
+    [{ learningRate: 0 }, 'recipe.learningRate: '],
+    [{ learningRate: Number.NaN }, 'recipe.learningRate: '],
+    [{ optimizer: { name: 'adamw', beta1: 1 } }, 'recipe.optimizer.beta1: '],
+    [{ optimizer: { name: 'adamw', momentum: 0.5 } }, 'recipe.optimizer: '],
+    [{ optimizer: { name: 'adam' } }, 'recipe.optimizer.name: '],
+    [{ targets: [] }, 'recipe.targets: '],
+    [{ targets: ['attn_q', 'attn_q'] }, 'recipe.targets: '],
+    [{ targets: ['lm_head'] }, 'recipe.targets.0: '],
+    [{ rank: 8, ranks: [4, 2, 8] }, 'recipe.ranks: '],
+    [{ rank: 8, ranks: [1, 2, 4] }, 'recipe.ranks: '],
+    [{ rank: 8, ranks: [1, 16] }, 'recipe.ranks: '],
+    [{ kind: 'lora', objective: 'multi' }, 'recipe.objective: '],
+    [{ objective: 'plain' }, 'recipe.objective: '],
+    [{ objective: 'diag', order: 'as-trained' }, 'recipe.order: '],
+    [{ objective: 'diag', order: 'as-published', scaling: 'sqrt' }, 'recipe.order: '],
+    [{ objective: 'multi', scaling: 'rank' }, 'recipe.order: '],
+    [{ kind: 'lora', order: 'as-published' }, 'recipe.order: '],
+    [{ objective: 'multi', levels: 'energy' }, 'recipe.levels: '],
+    [{ optimizer: { name: 'lora-pro' } }, 'recipe.optimizer.name: '],
+    [{ batchWindows: 256, windowTokens: 512 }, 'recipe.batchWindows: '],
+    [{ heldOutShare: 0.6 }, 'recipe.heldOutShare: '],
+    [{ seed: -1 }, 'recipe.seed: '],
+    [null, 'recipe: '],
+    [[], 'recipe: '],
+  ])('refuses %j, naming the field', (json, start) => {
+    const { code, message } = refusal(json);
+    expect(code).toBe('INVALID_REQUEST');
+    expect(message.startsWith(start), message).toBe(true);
+  });
+
+  it('takes lora-pro where all ranks have one scale', () => {
+    const { optimizer } = parseRecipe({ kind: 'lora', optimizer: { name: 'lora-pro' } }, 'recipe');
+    expect(optimizer).toEqual({
+      name: 'lora-pro',
+      beta1: 0.9,
+      beta2: 0.999,
+      epsilon: 1e-8,
+      damping: 1e-8,
+    });
+  });
+});
