@@ -19,6 +19,7 @@ import { GatewayError } from './errors.ts';
 import { CommandError } from './gateway-client.ts';
 import { makeCommands } from './make-commands.ts';
 import { findBaseModel } from './model/model-source.ts';
+import { placementCommand } from './placement-command.ts';
 import { fetchModel, serve } from './serve.ts';
 import type { Terminal } from './terminal.ts';
 
@@ -38,6 +39,7 @@ rankgate adapters rm NAME [--expect GENERATION]
 rankgate adapters extract --from FILE.gguf --base FILE.gguf --rank K | --energy E --output DIRECTORY [--levels uniform]
 rankgate adapters compensate --reference FILE.gguf --calib FILE.txt --output DIRECTORY [--method eora] [--rank 32]
                       [--seed N] [--levels uniform] [--model …] [--config file] …
+rankgate placement FILE.json [--seed N] [--iterations N]
 rankgate doctor [--measure] [--config file] …
 rankgate --version
 A name is shared, or TENANT/NAME. add sends the directory's files; with --on-server it names one inside the server's root.
@@ -74,6 +76,7 @@ const commands: Readonly<Record<string, Command>> = {
       terminal.out(flags.json ? `${JSON.stringify(findings)}\n` : lines.join(''));
     },
   },
+  placement: placementCommand,
   ...adapterCommands,
   ...makeCommands,
 };
