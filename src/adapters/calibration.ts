@@ -20,9 +20,20 @@ export interface CalibrationInput {
   readonly weights: DecoderWeights;
   /** With training ops: attention inside a window, and sums of products over rows. */
   readonly kernels: Kernels;
-  /** Cut into windows of 512, a rest left out; of a shorter text all. */
+  /** Cut into windows, a rest left out; of a shorter text all. */
   readonly tokens: Int32Array;
+  /** Rows of a window; 512 when absent. */
+  readonly windowRows?: number;
+  /** Not 0 for tokens whose inputs count; all when absent. */
+  readonly learnt?: Uint8Array;
 }
+
+/** Of one input: E[x·xᵀ] and E[x]. Projections of one input share one. */
+export interface InputMoments {
+  readonly covariance: Columns; // [in, in]
+  readonly mean: Float64Array; // [in]
+}
+export type BlockMoments = Readonly<Record<Projection, InputMoments>>;
 
 /** Symmetric, [in, in] each; projections of one input share one. */
 export type BlockCovariances = Readonly<Record<Projection, Columns>>;
@@ -33,8 +44,16 @@ export const calibrationTokensMax = 65_536;
 /** A covariance of this width is 32 MB. */
 const widthMax = 2048;
 
-/** The covariances of block 0, 1, …; each is the caller's. Throws UNSUPPORTED for a wide model, INVALID_REQUEST without tokens. */
+/** The covariances of block 0, 1, …; each is the caller's. Throws what inputMoments throws. */
 export function* calibrate(input: CalibrationInput): Generator<BlockCovariances, void> {
+  for (const moments of inputMoments(input)) {
+    const entries = projections.map((name) => [name, moments[name].covariance]);
+    yield Object.fromEntries(entries) as BlockCovariances;
+  }
+}
+
+/** The moments of block 0, 1, …; each is the caller's. Throws UNSUPPORTED for a wide model, INVALID_REQUEST without tokens. */
+export function* inputMoments(input: CalibrationInput): Generator<BlockMoments, void> {
   const { config, tokens } = input;
   const widest = Math.max(...projections.map((name) => projectionShape(config, name).in));
   if (widest > widthMax) {
@@ -45,9 +64,26 @@ export function* calibrate(input: CalibrationInput): Generator<BlockCovariances,
     const message = `calibration: ${tokens.length} tokens, want 1 to ${calibrationTokensMax}`;
     throw new GatewayError('INVALID_REQUEST', message);
   }
-  const rows = Math.min(windowRowsMax, tokens.length);
+  const rows = Math.min(input.windowRows ?? windowRowsMax, tokens.length);
   const states = embedded(input, rows);
-  for (let block = 0; block < config.blocks; block++) yield throughBlock(input, block, states);
+  const weights = tokenWeights(input, rows * states.length);
+  for (let block = 0; block < config.blocks; block++) {
+    yield throughBlock(input, block, { states, weights });
+  }
+}
+
+/** 1 / their number for tokens that count, 0 for the others. */
+function tokenWeights({ learnt }: CalibrationInput, count: number): Float64Array {
+  const counts = Float64Array.from({ length: count }, (_, i) => ((learnt?.[i] ?? 1) === 0 ? 0 : 1));
+  const total = counts.reduce((sum, one) => sum + one, 0);
+  if (total > 0) return counts.map((one) => one / total);
+  throw new GatewayError('INVALID_REQUEST', 'calibration: no token counts');
+}
+
+interface Passing {
+  /** One window after another, [rows, E] each. */
+  readonly states: readonly Float32Array[];
+  readonly weights: Float64Array; // of each token
 }
 
 /** One window after another, [rows, E] each. */
@@ -85,8 +121,8 @@ const inputOf: Readonly<Record<Projection, Tapped>> = {
 function throughBlock(
   input: CalibrationInput,
   block: number,
-  states: readonly Float32Array[],
-): BlockCovariances {
+  { states, weights }: Passing,
+): BlockMoments {
   const { config, kernels } = input;
   const rows = states[0]!.length / config.width;
   using program = kernels.compile((ops) => tappedBlock(ops, input, block, rows), { segments: 0 });
@@ -96,42 +132,57 @@ function throughBlock(
   );
   program.write('mask', causalMask(new Int32Array(rows), rows));
   const sums = new Map(
-    tapped.map((name) => [name, new Float64Array(projectionShape(config, name).in ** 2)]),
+    tapped.map((name): [Tapped, InputMoments] => {
+      const size = projectionShape(config, name).in;
+      const covariance = { rows: size, columns: size, data: new Float64Array(size ** 2) };
+      return [name, { covariance, mean: new Float64Array(size) }];
+    }),
   );
-  for (const state of states) {
+  const share = weights.reduce((most, weight) => Math.max(most, weight), 0);
+  states.forEach((state, window) => {
+    const own = weights.subarray(window * rows, (window + 1) * rows);
+    program.write('learnt', Float32Array.from(own, Math.sign));
     program.write('x', state);
     program.run([]);
-    for (const [name, sum] of sums) addOutput(program, name, sum, rows * states.length);
+    for (const [name, { covariance, mean }] of sums) {
+      addOutput(program, name, covariance.data, share);
+      addOutput(program, sumName(name), mean, share);
+    }
     program.read('y', 0, state);
-  }
-  const entries = projections.map((projection) => {
-    const size = projectionShape(config, projection).in;
-    return [projection, { rows: size, columns: size, data: sums.get(inputOf[projection])! }];
   });
-  return Object.fromEntries(entries) as BlockCovariances;
+  const entries = projections.map((projection) => [projection, sums.get(inputOf[projection])!]);
+  return Object.fromEntries(entries) as BlockMoments;
 }
 
-function addOutput(program: Program, name: Tapped, sum: Float64Array, tokens: number): void {
+function sumName(name: Projection): string {
+  return `${name} sum`;
+}
+
+function addOutput(program: Program, name: string, sum: Float64Array, share: number): void {
   const products = new Float32Array(sum.length);
   program.read(name, 0, products);
-  for (let i = 0; i < sum.length; i++) sum[i]! += products[i]! / tokens;
+  for (let i = 0; i < sum.length; i++) sum[i]! += products[i]! * share;
 }
 
-/** The block's result `y`, and the sum of x·xᵀ over the rows of each input. */
+/** The block's result `y`, and the sums of x·xᵀ and of x over the rows of each input that count. */
 function tappedBlock(
   ops: Ops,
   { config, weights }: CalibrationInput,
   block: number,
   rows: number,
 ): Record<string, Tensor> {
-  const taps: Partial<Record<Projection, Tensor>> = {};
+  const taps: Record<string, Tensor> = {};
   const norms = weights.blocks[block]!;
   const positions = ops.input('positions', 'i32', [rows]);
   const mask = ops.input('mask', 'f32', [1, rows, rows]);
+  const learnt = ops.input('learnt', 'f32', [rows, 1]);
   const x = ops.input('x', 'f32', [rows, config.width]);
   const y = decoderBlock(ops, { config, norms, positions }, x, {
     project: (h, names) => {
-      taps[names[0]!] = ops.training.outer(h, h); // [in, in]
+      const every = ops.training.fill([1, h.shape[1]!], 1);
+      const counted = ops.mul(h, ops.training.linearT(learnt, every)); // [rows, in]
+      taps[names[0]!] = ops.training.outer(counted, h); // [in, in]
+      taps[sumName(names[0]!)] = ops.training.outer(learnt, h); // [1, in]
       return names.map((name) => ops.linear(h, norms[name]));
     },
     attend: (q, k, v) => {

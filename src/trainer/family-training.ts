@@ -1,0 +1,104 @@
+// The numbers of an adapter of any family while it trains: what an optimiser takes as parameters, the graph's constants, and what
+// moves without a gradient: fly's balance, and ranks that are frozen.
+
+import type { Site, Tensors } from '../adapters/families/family.ts';
+import { rebalanced } from '../adapters/families/fly.ts';
+import type { Columns } from '../adapters/orthogonal.ts';
+import { deltaOf, type TrainedDelta, tensorName } from '../model/trained-delta.ts';
+import { type FamilyChoice, type FamilyGraph, familyGraph } from './family-graph.ts';
+import type { Parameter } from './optimizers/optimizer.ts';
+
+/** u of algorithms.md 28: how far d moves a step. */
+const balanceRate = 1e-3;
+
+export interface TrainedModule {
+  readonly site: Site;
+  readonly tensors: Tensors;
+}
+
+export interface Observer {
+  /** Rows of a batch, T. */
+  readonly rows: number;
+  /** What the last step computed of that name. */
+  readonly read: (name: string, out: Float32Array) => void;
+}
+
+export class FamilyTraining {
+  readonly graph: FamilyGraph;
+  readonly delta: TrainedDelta;
+  /** By the names of the decoder's tensors, whose values and gradients they are. */
+  readonly parameters: readonly Parameter[];
+  /** To be written before the first step, and those that `afterStep` names after it. */
+  readonly constants: ReadonlyMap<string, Float32Array>;
+  readonly #modules: readonly TrainedModule[];
+  readonly #byName: ReadonlyMap<string, Parameter>;
+  /** Numbers of each parameter that do not train: its first ranks, as they were. */
+  readonly #frozen: ReadonlyMap<Parameter, Float32Array>;
+
+  constructor(choice: FamilyChoice, modules: readonly TrainedModule[]) {
+    this.graph = familyGraph(choice);
+    this.#modules = modules;
+    const graphs = modules.map(({ site, tensors }) => this.graph.module(site, tensors));
+    this.delta = deltaOf(graphs.map(({ delta }, i) => [modules[i]!.site, delta] as const));
+    const all = graphs.flatMap(({ delta, numbers }, i) =>
+      Object.entries(numbers).map(([name, { shape, values }]) => {
+        const isTrained = delta.trained[name] !== undefined;
+        return { name: tensorName(modules[i]!.site, name), shape, values, isTrained };
+      }),
+    );
+    this.parameters = all
+      .filter(({ isTrained }) => isTrained)
+      .map(({ name, shape, values }): Parameter => {
+        const [rows, columns] = shape as [number, number];
+        return { name, rows, columns, values, gradient: new Float32Array(values.length) };
+      });
+    this.#byName = new Map(this.parameters.map((parameter) => [parameter.name, parameter]));
+    this.constants = new Map(
+      all.filter(({ isTrained }) => !isTrained).map(({ name, values }) => [name, values]),
+    );
+    const frozen = choice.kind === 'mora' ? choice.frozen : 0;
+    this.#frozen = new Map(
+      this.parameters.map((each) => [each, each.values.slice(0, frozen * each.columns)]),
+    );
+  }
+
+  /** Once gradients are there. */
+  beforeStep(): void {
+    for (const [{ gradient }, { length }] of this.#frozen) gradient.fill(0, 0, length);
+  }
+
+  /** Once the optimiser has stepped. Returns the constants that changed. */
+  afterStep(observer: Observer): readonly string[] {
+    // Weight decay and momentum move what has no gradient.
+    for (const [{ values }, before] of this.#frozen) values.set(before);
+    if (this.graph.family.kind !== 'fly') return [];
+    return this.#modules.map(({ site }) => {
+      const name = tensorName(site, 'd');
+      const d = this.constants.get(name)!;
+      const kept = new Float32Array(observer.rows * d.length); // [T, R]
+      observer.read(tensorName(site, 'kept'), kept);
+      const counts = new Float64Array(d.length);
+      kept.forEach((share, i) => {
+        if (share > 0) counts[i % d.length]! += 1;
+      });
+      d.set(rebalanced(Float64Array.from(d), counts, balanceRate));
+      return name;
+    });
+  }
+
+  /** The family's numbers of each module now. */
+  tensors(): Tensors[] {
+    return this.#modules.map(({ site, tensors }) =>
+      Object.fromEntries(
+        Object.entries(tensors).map(([name, start]): [string, Columns] => {
+          const full = tensorName(site, name);
+          const values = this.#byName.get(full)?.values ?? this.constants.get(full);
+          return [
+            name,
+            values === undefined ? start : { ...start, data: Float64Array.from(values) },
+          ];
+        }),
+      ),
+    );
+  }
+}
