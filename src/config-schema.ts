@@ -28,7 +28,8 @@ export interface Settings {
   readonly kvCells: number;
   /** Pages of 8 ranks; 4.9 MB a page for the default model with all seven projections adapted: 313 MB. */
   readonly adapterPages: number;
-  /** Packed adapters kept in the engine's memory beside the pages: they come back without the disk. */
+  /** Packed adapters kept in the engine's memory beside the pages, for disks that are slow to read and that the system does
+   *  not keep in its own memory. */
   readonly hostBytesMax: number;
   readonly stepTokensMax: number;
   readonly stepRowsMax: number;
@@ -127,7 +128,7 @@ const shape = {
   device: z.enum(deviceWishes).default('auto'),
   kvCells: count(64, 2 ** 24).default(16_384),
   adapterPages: count(2, 65_536).default(64),
-  hostBytesMax: count(0, 2 ** 40).default(256 * 1024 * 1024),
+  hostBytesMax: count(0, 2 ** 40).default(0),
   stepTokensMax: count(16, 8192).default(256),
   stepRowsMax: count(1, 512).default(32),
   prefillTokensMax: count(16, 8192).default(224),

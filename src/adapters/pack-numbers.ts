@@ -43,17 +43,21 @@ export function floatTensor(values: Float32Array, shape: readonly number[]): Saf
   return { dtype: 'F32', shape, data: new Uint8Array(values.slice().buffer) };
 }
 
-/** A view, or null when the tensor is not of this shape, or has a number that is not finite. */
-export function readHalves(
+/** null when the tensor is not of this shape. */
+export function viewHalves(
   tensor: SafetensorsTensor | undefined,
   shape: readonly number[],
 ): Uint16Array | null {
   if (tensor?.dtype !== 'F16' || tensor.shape.join() !== shape.join()) return null;
   if (tensor.data.byteOffset % 2 !== 0) return null;
   const { buffer, byteOffset, length } = tensor.data;
-  const bits = new Uint16Array(buffer, byteOffset, length / 2);
-  for (let i = 0; i < bits.length; i++) if ((bits[i]! & 0x7c00) === 0x7c00) return null;
-  return bits;
+  return new Uint16Array(buffer, byteOffset, length / 2);
+}
+
+/** Are all finite, and 0 from `used` on? */
+export function isServable(bits: Uint16Array, used: number): boolean {
+  for (let i = 0; i < used; i++) if ((bits[i]! & 0x7c00) === 0x7c00) return false;
+  return bits.subarray(used).every((one) => one === 0);
 }
 
 /** A copy: it is kept longer than the file's bytes are. */

@@ -7,6 +7,7 @@ import type { Generation } from './adapter.ts';
 import { blendContents } from './blend.ts';
 import type { BlendKey } from './blend-key.ts';
 import { type PackedContents, readContents } from './pack.ts';
+import { CheckedFiles } from './pack-file.ts';
 
 export interface PackTask {
   /** null: the file itself. */
@@ -18,10 +19,12 @@ export type PackAnswer =
   | { readonly kind: 'read'; readonly contents: PackedContents }
   | { readonly kind: 'failed'; readonly code: ErrorCode; readonly message: string };
 
+const checkedFiles = new CheckedFiles(Date.now);
+
 parentPort?.on('message', ({ blend, files }: PackTask) => {
   let answer: PackAnswer;
   try {
-    const parts = files.map(({ path, generation }) => readContents(path, generation));
+    const parts = files.map(({ path, generation }) => readContents(path, generation, checkedFiles));
     const contents = blend === null ? parts[0]! : blendContents(blend, parts);
     answer = { kind: 'read', contents };
   } catch (error) {

@@ -17,8 +17,15 @@ import {
 import type { BlendKey } from './blend-key.ts';
 import { sparseA } from './families/fly.ts';
 import { formatManifest, parseManifest } from './manifest.ts';
-import { corrupt, readBlob } from './pack-file.ts';
-import { floatTensor, halfTensor, halvesOf, readFloats, readHalves } from './pack-numbers.ts';
+import { type CheckedFiles, corrupt, readBlob } from './pack-file.ts';
+import {
+  floatTensor,
+  halfTensor,
+  halvesOf,
+  isServable,
+  readFloats,
+  viewHalves,
+} from './pack-numbers.ts';
 import type { ServedModule } from './served.ts';
 
 /** What is stored per module's rank or once per adapter, besides A and B (adapter.ts). */
@@ -99,7 +106,7 @@ export function createPacker(): Packer {
       }
       const bytes = writeSafetensors(tensors, new Map([['manifest', formatManifest(manifest)]]));
       // Whoever reads it would refuse it: better now.
-      checkContents(bytes, invalidAdapter);
+      checkContents(bytes, invalidAdapter, 'unknown');
       return { manifest, bytes };
     },
   };
@@ -127,15 +134,22 @@ export async function readPacked(path: string, generation: Generation): Promise<
 }
 
 /** The same at once, for a thread that has nothing else to do (pack-worker.ts). */
-export function readContents(path: string, generation: Generation): PackedContents {
-  const bytes = readBlob(path, generation);
-  return parseContents(bytes, (what, cause) => corrupt(generation, what, cause));
+export function readContents(
+  path: string,
+  generation: Generation,
+  files: CheckedFiles | null = null,
+): PackedContents {
+  const blob = readBlob(path, generation, files);
+  const refuse: Refuse = (what, cause) => corrupt(generation, what, cause);
+  const contents = parseContents(blob.bytes, refuse, blob.isChecked ? 'checked' : 'unknown');
+  blob.checked();
+  return contents;
 }
 
 /** Pages of a packed file whose hash is known to be right. Borrows `bytes`. Throws ADAPTER_CORRUPT. */
 export function openPacked(bytes: Uint8Array, generation: Generation): PackedAdapter {
   const fail: Refuse = (what, cause) => corrupt(generation, what, cause);
-  return packedAdapter(generation, parseContents(bytes, fail));
+  return packedAdapter(generation, parseContents(bytes, fail, 'unknown'));
 }
 
 interface CheckedContents extends PackedContents {
@@ -151,8 +165,11 @@ function invalidAdapter(what: string, cause?: unknown): GatewayError {
   });
 }
 
-function parseContents(bytes: Uint8Array, refuse: Refuse): PackedContents {
-  const checked = checkContents(bytes, refuse);
+/** Numbers that were checked before are not looked at again. */
+type Numbers = 'unknown' | 'checked';
+
+function parseContents(bytes: Uint8Array, refuse: Refuse, numbers: Numbers): PackedContents {
+  const checked = checkContents(bytes, refuse, numbers);
   const { manifest, modules, floats } = checked;
   if (manifest.kind === 'mora') floats.set('bias', normsOf(manifest, modules));
   if (manifest.kind !== 'fly') return checked;
@@ -164,7 +181,7 @@ function parseContents(bytes: Uint8Array, refuse: Refuse): PackedContents {
 }
 
 /** What the file itself says: fly's A is empty. */
-function checkContents(bytes: Uint8Array, refuse: Refuse): CheckedContents {
+function checkContents(bytes: Uint8Array, refuse: Refuse, numbers: Numbers): CheckedContents {
   const { metadata, tensors } = readSafetensors(bytes, { headerBytesMax, code: 'ADAPTER_CORRUPT' });
   let manifest: AdapterManifest;
   try {
@@ -186,11 +203,11 @@ function checkContents(bytes: Uint8Array, refuse: Refuse): CheckedContents {
     const view = (side: 'a' | 'b', width: number): Uint16Array => {
       if (!sides.includes(side)) return new Uint16Array(0);
       const name = tensorName(module, side);
-      const found = readHalves(tensors.get(name), pagedShape(module.rank, width));
+      const found = viewHalves(tensors.get(name), pagedShape(module.rank, width));
       // Ranks beyond the module's own would be served with the ranks of others.
-      if (found?.subarray(module.rank * width).every((bits) => bits === 0) !== true) {
-        throw refuse(`${name} does not fit its manifest`);
-      }
+      const fits =
+        numbers === 'checked' || (found !== null && isServable(found, module.rank * width));
+      if (found === null || !fits) throw refuse(`${name} does not fit its manifest`);
       return found;
     };
     const pages = Math.ceil(module.rank / pageRanks);
