@@ -4,7 +4,12 @@
 
 import type { Recipe } from '../jobs/recipe.ts';
 import type { DecoderWeights } from '../model/decoder.ts';
-import { type DecoderConfig, projectionShape, projections } from '../model/decoder-config.ts';
+import {
+  type DecoderConfig,
+  type Projection,
+  projectionShape,
+  projections,
+} from '../model/decoder-config.ts';
 
 export interface MemorySizes {
   readonly config: DecoderConfig;
@@ -20,7 +25,7 @@ export interface TrainingMemory extends Readonly<Record<string, number>> {
   readonly weights: number;
   /** And once more for the way back, transposed and in f32. */
   readonly transposed: number;
-  /** Values, gradients and what is added to them, and the values where the kernels read them. */
+  /** Values, gradients, and the values where the kernels read them, trained and as they are served. */
   readonly factors: number;
   readonly optimizer: number;
   /** Everything between: activations, logits, gradients on their way. */
@@ -37,13 +42,13 @@ export function estimateMemory(sizes: MemorySizes): TrainingMemory {
   return {
     weights: weightBytes,
     transposed: f32Bytes * (frozen + config.vocabSize * config.width),
-    factors: 3 * f32Bytes * factors,
+    factors: 4 * f32Bytes * factors,
     optimizer: optimizerBytes,
-    scratch: f32Bytes * (scratchNumbers(sizes) + factors),
+    scratch: f32Bytes * scratchNumbers(sizes, factors),
   };
 }
 
-export function factorCount(
+function factorCount(
   config: DecoderConfig,
   { rank, targets }: Pick<Recipe, 'rank' | 'targets'>,
 ): number {
@@ -51,20 +56,40 @@ export function factorCount(
   return config.blocks * rank * each.reduce((sum, shape) => sum + shape.in + shape.out, 0);
 }
 
-/** Numbers that are there at once, gradients of the factors not counted. */
-function scratchNumbers({ config, recipe, answersMax }: MemorySizes): number {
+/** The most numbers that are there at once, at any of the stages where they are many. */
+function scratchNumbers({ config, recipe, answersMax }: MemorySizes, factors: number): number {
   const { blocks, width, heads, kvHeads, headSize, ffnWidth, vocabSize } = config;
   const { rank, targets, batchWindows, windowTokens, recompute } = recipe;
+  const has = (...names: readonly Projection[]): number =>
+    Number(targets.some((name) => names.includes(name)));
   const rows = batchWindows * windowTokens;
-  const queries = heads * headSize;
-  // Per row: both norms' inputs and results; q, k, v and what attention made of them; gate, up and their product; h.
-  const kept =
-    4 * width + 2 * queries + 2 * kvHeads * headSize + 3 * ffnWidth + rank * targets.length;
-  const scores = batchWindows * heads * windowTokens ** 2;
-  const wayBack = rows * (3 * ffnWidth + 2 * width) + 3 * scores;
+  const state = rows * width;
+  const queries = rows * heads * headSize;
+  const inner = rows * ffnWidth;
+  // What a block keeps: its input, q, k, v and, where a factor's gradient wants them, the inputs of projections.
+  const attention =
+    state * (1 + has('attn_q', 'attn_k', 'attn_v')) + queries + 2 * rows * kvHeads * headSize;
+  const mlp =
+    queries * has('attn_output') +
+    state * (1 + has('ffn_gate', 'ffn_up')) +
+    inner * (2 + has('ffn_down'));
+  const kept = attention + mlp + rows * rank * targets.length;
+  // The way back through attention; 2.5 and 4 are fitted to what ggml 0.23.0's allocator takes.
+  const scores = 2.5 * batchWindows * heads * windowTokens ** 2 + 4 * state;
   const logits = 2 * answersMax * vocabSize;
-  const outside = rows * width * (recompute ? blocks : 1);
-  return outside + rows * kept * (recompute ? 1 : blocks) + Math.max(logits, wayBack);
+  if (recompute) {
+    const inputs = blocks * state;
+    return Math.max(
+      inputs + 2 * state + logits,
+      inputs + factors + kept + 3 * inner - 2 * state,
+      inputs + factors + kept - mlp + scores,
+    );
+  }
+  return Math.max(
+    state + blocks * kept + Math.max(logits, inner + 2 * state),
+    state + blocks * kept - mlp + scores,
+    state + kept + factors,
+  );
 }
 
 export function bytesOfWeights({

@@ -1,0 +1,91 @@
+import { describe, expect, it } from 'vitest';
+import { GgmlKernels } from '../../../src/kernels/ggml/ggml-kernels.ts';
+import type { StoredTensor } from '../../../src/kernels/kernels.ts';
+import type { BlockWeights } from '../../../src/model/decoder.ts';
+import {
+  type DecoderConfig,
+  type Projection,
+  projectionShape,
+  projections,
+} from '../../../src/model/decoder-config.ts';
+import { lowRankDelta } from '../../../src/model/trained-delta.ts';
+import { TrainingDecoder } from '../../../src/model/training-decoder.ts';
+import { bytesOfWeights, estimateMemory } from '../../../src/trainer/memory-estimate.ts';
+
+interface Case {
+  readonly blocks: number;
+  readonly width: number;
+  readonly heads: number;
+  readonly kvHeads: number;
+  readonly ffnWidth: number;
+  readonly vocabSize: number;
+  readonly rank: number;
+  readonly batchWindows: number;
+  readonly windowTokens: number;
+  readonly answersMax: number;
+  readonly targets: readonly Projection[];
+}
+
+const middle: Case = {
+  ...{ blocks: 6, width: 192, heads: 6, kvHeads: 2, ffnWidth: 512, vocabSize: 4096 },
+  ...{ rank: 16, batchWindows: 2, windowTokens: 128, answersMax: 256, targets: projections },
+};
+const cases: Readonly<Record<string, Partial<Case>>> = {
+  'a middling model': {},
+  'few logits': { answersMax: 16 },
+  'a large vocabulary': { vocabSize: 20_000 },
+  'long windows': { windowTokens: 512, batchWindows: 1, answersMax: 64 },
+  'many ranks': { rank: 64, answersMax: 32 },
+  'one block': { blocks: 1, ffnWidth: 256 },
+  'few targets': { targets: ['attn_q', 'attn_v'], answersMax: 32 },
+  'many blocks': { blocks: 16, kvHeads: 6, answersMax: 100 },
+};
+
+function measure(sizes: Case, recompute: boolean): { estimate: number; measured: number } {
+  const { rank, batchWindows, windowTokens, answersMax, targets, ...model } = sizes;
+  const headSize = sizes.width / sizes.heads;
+  const config: DecoderConfig = {
+    ...{ ...model, headSize, family: 'llama', name: 'sizes', contextLength: 4096 },
+    ...{ ropeSize: headSize, ropeBase: 1e4, ropeStyle: 'norm', normEps: 1e-5 },
+    tiedEmbeddings: true,
+  };
+  using kernels = new GgmlKernels({ threads: 1 });
+  const store = (...shape: number[]): StoredTensor => kernels.store('f32', shape);
+  const blocks = Array.from({ length: config.blocks }, () => {
+    const matrices = projections.map((name) => {
+      const shape = projectionShape(config, name);
+      return [name, store(shape.out, shape.in)];
+    });
+    const norms = ['attn_norm', 'ffn_norm'].map((name) => [name, store(config.width)]);
+    return Object.fromEntries([...matrices, ...norms]) as BlockWeights;
+  });
+  const tokenEmbedding = store(config.vocabSize, config.width);
+  const outputNorm = store(config.width);
+  const weights = { tokenEmbedding, output: tokenEmbedding, outputNorm, blocks };
+  const recipe = { rank, targets, batchWindows, windowTokens, recompute };
+  using _ = new TrainingDecoder({
+    ...{ config, weights, kernels, answersMax, recompute },
+    delta: lowRankDelta(config, ({ projection }) => (targets.includes(projection) ? rank : 0)),
+    ...{ windows: batchWindows, windowRows: windowTokens },
+  });
+  const weightBytes = bytesOfWeights(weights);
+  const { scratch } = estimateMemory({
+    config,
+    recipe,
+    answersMax,
+    weightBytes,
+    optimizerBytes: 0,
+  });
+  return { estimate: scratch, measured: kernels.scratchBytes };
+}
+
+describe('the memory of training, before it is taken', () => {
+  for (const [name, more] of Object.entries(cases)) {
+    for (const recompute of [false, true]) {
+      it(`is within a tenth: ${name}, ${recompute ? 'computed again' : 'kept'}`, () => {
+        const { estimate, measured } = measure({ ...middle, ...more }, recompute);
+        expect(Math.abs(estimate / measured - 1), `${estimate} for ${measured}`).toBeLessThan(0.1);
+      });
+    }
+  }
+});
