@@ -42,8 +42,16 @@ export function numberOf(flag: string | boolean | undefined, name: string): numb
   throw usageError(`${name}: not a number: ${given}`);
 }
 
+/** How a command calls the server that its flags or the environment name. */
+export function clientOf({ flags, terminal }: Invocation): (call: Call) => Promise<Response> {
+  const defaults = clientDefaults(terminal.environment);
+  const url = text(flags.url) ?? defaults.url;
+  if (!URL.canParse(url)) throw usageError(`--url: not a URL: ${url}`);
+  return (call) => callGateway({ url, apiKey: defaults.apiKey, timeoutMs }, call);
+}
+
 /** A command that is one call to a running server. */
-function clientCommand(
+export function clientCommand(
   positionals: readonly string[],
   flagTypes: FlagTypes,
   callOf: (invocation: Invocation) => Call | Promise<Call>,
@@ -53,12 +61,8 @@ function clientCommand(
     flags: { ...json, url: { type: 'string' }, ...flagTypes },
     positionals,
     async run(invocation) {
-      const { flags, terminal } = invocation;
-      const defaults = clientDefaults(terminal.environment);
-      const url = text(flags.url) ?? defaults.url;
-      if (!URL.canParse(url)) throw usageError(`--url: not a URL: ${url}`);
-      const options = { url, apiKey: defaults.apiKey, timeoutMs };
-      await print(await callGateway(options, await callOf(invocation)), invocation);
+      const send = clientOf(invocation);
+      await print(await send(await callOf(invocation)), invocation);
     },
   };
 }

@@ -48,14 +48,22 @@ export interface EngineRestart {
   readonly reason: string;
 }
 
+/** A fine-tuning job that had been worked on is over. */
+export interface JobEnd {
+  readonly state: string;
+  readonly code: string | null;
+}
+
 export interface Events {
   readonly 'request-end': RequestEnd;
   readonly 'engine-restart': EngineRestart;
+  readonly 'job-end': JobEnd;
 }
 
 const channels = {
   'request-end': channel('rankgate:request-end'),
   'engine-restart': channel('rankgate:engine-restart'),
+  'job-end': channel('rankgate:job-end'),
 } as const;
 
 export function publish<K extends keyof Events>(event: K, payload: Events[K]): void {

@@ -22,6 +22,7 @@ import { findBaseModel } from './model/model-source.ts';
 import { placementCommand } from './placement-command.ts';
 import { fetchModel, serve } from './serve.ts';
 import type { Terminal } from './terminal.ts';
+import { trainCommands } from './train-commands.ts';
 
 export const usage = `rankgate serve [--config file] [--model …] [--port 8080] [--threads n] [--weights faithful|fast|parity] …
 rankgate adapters add NAME DIRECTORY|hf:OWNER/NAME[@REVISION] [--accept-base-name NAME] [--levels uniform]
@@ -40,11 +41,17 @@ rankgate adapters extract --from FILE.gguf --base FILE.gguf --rank K | --energy 
 rankgate adapters compensate --reference FILE.gguf --calib FILE.txt --output DIRECTORY [--method eora] [--rank 32]
                       [--seed N] [--levels uniform] [--model …] [--config file] …
 rankgate placement FILE.json [--seed N] [--iterations N]
+rankgate train FILE.jsonl [--validation FILE.jsonl] [--model NAME] [--suffix NAME] [--kind K] [--rank K] [--objective O]
+                      [--epochs N] [--batch-size WINDOWS] [--learning-rate X] [--seed N] [--recipe FILE.json]
+rankgate jobs list [--after ID]
+rankgate jobs show ID
+rankgate jobs cancel ID
 rankgate doctor [--measure] [--config file] …
 rankgate --version
 A name is shared, or TENANT/NAME. add sends the directory's files; with --on-server it names one inside the server's root.
-extract and compensate compute here, for minutes; add takes the directory that they make. The other adapters commands talk
-to a running server: --url, or RANKGATE_URL; RANKGATE_API_KEY. Every command takes --json.
+extract and compensate compute here, for minutes; add takes the directory that they make. The other adapters commands, train
+and jobs talk to a running server: --url, or RANKGATE_URL; RANKGATE_API_KEY. ^C ends the following of a job, not the job.
+Every command takes --json.
 `;
 
 const loadFrom = ({ flags, terminal }: Invocation): Config =>
@@ -79,6 +86,7 @@ const commands: Readonly<Record<string, Command>> = {
   placement: placementCommand,
   ...adapterCommands,
   ...makeCommands,
+  ...trainCommands,
 };
 
 /** package.json lies one folder above this file, in the source tree and in the built one. */
@@ -97,7 +105,7 @@ function parse(command: Command, args: string[]): { flags: Flags; positionals: s
 }
 
 async function dispatch(args: readonly string[], terminal: Terminal): Promise<void> {
-  const words = args[0] === 'adapters' ? 2 : 1;
+  const words = args[0] === 'adapters' || args[0] === 'jobs' ? 2 : 1;
   const name = args.slice(0, words).join(' ');
   const command = Object.hasOwn(commands, name) ? commands[name] : undefined;
   if (command === undefined) throw usageError(name === '' ? 'no command' : `no command ${name}`);

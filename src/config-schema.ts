@@ -59,6 +59,17 @@ export interface Settings {
   readonly uploadMsMax: number;
   /** Uploads and downloads at a time; half of them for one tenant. */
   readonly uploadsMax: number;
+  /** Processes that train at a time; 0: nothing is trained here. */
+  readonly trainersMax: number;
+  /** Of one trainer; null: one fewer than `threads`, at least one. */
+  readonly trainerThreads: number | null;
+  /** Of trainers, as the system counts: 19 has what nobody else wants, 0 is as serving. */
+  readonly trainerNice: number;
+  /** Of one file of examples. */
+  readonly fileBytesMax: number;
+  /** Of one tenant's files of examples. */
+  readonly filesMax: number;
+  readonly filesBytesMax: number;
   /** New tokens when a request names no limit; cut to what the context leaves. */
   readonly chatTokensDefault: number;
   readonly completionTokensDefault: number;
@@ -146,6 +157,12 @@ const shape = {
   uploadBytesMax: count(1024, 2 ** 31).default(2 ** 31),
   uploadMsMax: count(1000, 86_400_000).default(900_000),
   uploadsMax: count(1, 256).default(4),
+  trainersMax: count(0, 16).default(1),
+  trainerThreads: count(1, 256).nullable().default(null),
+  trainerNice: count(0, 19).default(19),
+  fileBytesMax: count(1024, 2 ** 31).default(64 * 1024 * 1024),
+  filesMax: count(1, 10_000).default(100),
+  filesBytesMax: count(1024, 2 ** 40).default(2 ** 30),
   chatTokensDefault: count(1, 2 ** 20).default(512),
   completionTokensDefault: count(1, 2 ** 20).default(16),
   pingMs: count(100, 3_600_000).default(10_000),

@@ -15,6 +15,12 @@ export type ErrorCode =
   | 'ADAPTER_CORRUPT' // bytes on disk no longer match their hash
   | 'BASE_MISMATCH' // made for another base model
   | 'INVALID_MODEL_FILE' // a hostile, broken or unsupported base model file
+  | 'INVALID_FILE' // no file of examples: `lines` says where
+  | 'FILE_NOT_FOUND'
+  | 'FILE_IN_USE' // a job that has not ended needs it
+  | 'JOB_NOT_FOUND'
+  | 'QUOTA_EXCEEDED' // an owner's own limit: waiting does not help, removing does
+  | 'TRAINER_FAILED' // the trainer process died too often
   | 'SHAPE_MISMATCH' // caught in TypeScript, before native code would abort the process
   | 'UNSUPPORTED' // a real feature that this build does not have
   | 'FORBIDDEN'
@@ -29,8 +35,15 @@ export type ErrorCode =
   | 'CANCELLED' // the caller went away
   | 'INTERNAL';
 
+/** Of a file that was sent; lines are counted from 1. */
+export interface LineError {
+  readonly line: number;
+  readonly message: string;
+}
+
 export interface ErrorDetails {
   readonly param?: string;
+  readonly lines?: readonly LineError[];
   readonly retryAfterS?: number;
   readonly cause?: unknown;
 }
@@ -38,6 +51,7 @@ export interface ErrorDetails {
 export class GatewayError extends Error {
   readonly code: ErrorCode;
   readonly param: string | undefined;
+  readonly lines: readonly LineError[] | undefined;
   readonly retryAfterS: number | undefined;
 
   constructor(code: ErrorCode, message: string, details: ErrorDetails = {}) {
@@ -45,6 +59,7 @@ export class GatewayError extends Error {
     this.name = 'GatewayError';
     this.code = code;
     this.param = details.param;
+    this.lines = details.lines;
     this.retryAfterS = details.retryAfterS;
   }
 }

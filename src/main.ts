@@ -28,6 +28,7 @@ import { probeEngine } from './server/health.ts';
 import { InFlight } from './server/in-flight.ts';
 import { createLifecycle, type Listening, listen } from './server/listen.ts';
 import { createMetrics } from './server/metrics.ts';
+import { type OpenedTraining, openTraining } from './training.ts';
 
 export interface Gateway {
   readonly url: string;
@@ -178,6 +179,15 @@ function logToStdout(): (line: string) => void {
   return (line) => void process.stdout.write(`${line}\n`);
 }
 
+function logFailure({ log }: Config): (error: unknown) => void {
+  const write = log === 'json' ? logToStdout() : () => {};
+  return (error) => {
+    const time = new Date().toISOString();
+    const cause = error instanceof Error ? (error.stack ?? error.message) : String(error);
+    write(JSON.stringify({ time, level: 'error', event: 'training-failure', cause }));
+  };
+}
+
 interface Parts {
   readonly config: Config;
   readonly modelName: string;
@@ -187,6 +197,7 @@ interface Parts {
   readonly importer: Importer;
   readonly router: Router;
   readonly uploadRoot: string;
+  readonly training: OpenedTraining | null;
 }
 
 async function startServer(parts: Parts): Promise<{ listening: Listening; stop: () => void }> {
@@ -195,11 +206,13 @@ async function startServer(parts: Parts): Promise<{ listening: Listening; stop: 
   const startedS = Math.floor(clock.unixMs() / 1000);
   const lifecycle = createLifecycle();
   const inFlight = new InFlight();
-  const metrics = createMetrics({ engine, registry, inFlight, clock, modelName });
+  const training = parts.training?.training ?? null;
+  const metrics = createMetrics({ engine, registry, inFlight, clock, modelName, training });
   const app = createApp({
     engine,
     registry,
     inFlight,
+    training,
     lifecycle,
     clock,
     text: parts.text,
@@ -267,10 +280,25 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
     const warm = warmUp(engine);
     if (isNew) await warm; // what was learned before predicts well enough meanwhile
     const modelName = config.modelName ?? modelNameOf(model.label);
+    const training =
+      config.trainersMax === 0
+        ? null
+        : openTraining({
+            config,
+            model,
+            engine,
+            registry,
+            importer,
+            cacheDirectory: paths.cache,
+            onFailure: logFailure(config),
+          });
+    closers.push(() => training?.close());
     const uploadRoot = paths.uploads;
     const parts = { config, modelName, engine, text, registry, importer, router, uploadRoot };
-    const { listening, stop } = await startServer(parts);
+    const { listening, stop } = await startServer({ ...parts, training });
     closers.push(stop, () => listening.close(config.drainGraceMs));
+    // Beside the drain: both take seconds.
+    closers.push(() => void training?.close().catch(() => {}));
     const host = config.host.includes(':') ? `[${config.host}]` : config.host;
     const url = `http://${host === '0.0.0.0' ? '127.0.0.1' : host}:${listening.port}`;
     return { url, modelName, enginePid: () => engine.pid, close: closeAll };

@@ -12,13 +12,33 @@ export interface Terminal {
 
 const barWidth = 30;
 
-export function renderProgress({ label, done, total }: FetchProgress): string {
-  const share = total > 0 ? Math.min(1, done / total) : 0;
+export function renderBar(share: number): string {
   const filled = Math.round(share * barWidth);
   const bar = '#'.repeat(filled) + '-'.repeat(barWidth - filled);
+  return `[${bar}] ${String(Math.floor(share * 100)).padStart(3)} %`;
+}
+
+const blocks = '▁▂▃▄▅▆▇█';
+const curveWidth = 24;
+
+/** Means of equal parts of the values, the least as the lowest block. */
+export function sparkline(values: readonly number[]): string {
+  const finite = values.filter(Number.isFinite);
+  const width = Math.min(curveWidth, finite.length);
+  const means = Array.from({ length: width }, (_, i) => {
+    const from = Math.floor((i * finite.length) / width);
+    const part = finite.slice(from, Math.floor(((i + 1) * finite.length) / width));
+    return part.reduce((sum, value) => sum + value, 0) / part.length;
+  });
+  const low = Math.min(...means);
+  const span = Math.max(...means) - low || 1;
+  return means.map((mean) => blocks[Math.round(((mean - low) / span) * 7)]).join('');
+}
+
+export function renderProgress({ label, done, total }: FetchProgress): string {
+  const share = total > 0 ? Math.min(1, done / total) : 0;
   const megabytes = (bytes: number): string => (bytes / 1e6).toFixed(1);
-  const percent = String(Math.floor(share * 100)).padStart(3);
-  return `${label} [${bar}] ${percent} % ${megabytes(done)} of ${megabytes(total)} MB`;
+  return `${label} ${renderBar(share)} ${megabytes(done)} of ${megabytes(total)} MB`;
 }
 
 export function createProgress(

@@ -9,10 +9,11 @@ const linesMax = 42_000; // docs/decisions/2026-11-25-line-budget-4.md; raised o
 
 /** A folder may import itself and what is listed for it. */
 const layers: Readonly<Record<string, readonly string[]>> = {
-  server: ['router', 'engine', 'adapters', 'model'],
+  server: ['router', 'engine', 'jobs', 'adapters', 'model'],
   router: ['engine', 'adapters', 'model'],
   engine: ['adapters', 'model', 'kernels'],
-  trainer: ['adapters', 'model', 'kernels'],
+  trainer: ['jobs', 'adapters', 'model', 'kernels'],
+  jobs: ['adapters', 'model'],
   adapters: ['model', 'kernels'],
   model: ['kernels'],
   kernels: [],
@@ -24,6 +25,7 @@ const entries = [
   'engine/engine-process.ts',
   'engine/text-worker.ts',
   'adapters/import-worker.ts',
+  'trainer/trainer-process.ts',
   'trainer/batch-growth.ts', // these six: tested, not yet in a recipe
   'trainer/codyra.ts',
   'trainer/trp.ts',
@@ -40,7 +42,7 @@ const entries = [
   'adapters/families/queryable.ts', // no import of banks and labels yet; served from packed files
 ];
 /** Folders of the gateway process: they must not reach native tensor code (design.md section 1). */
-const gatewayFolders = ['server', 'router'];
+const gatewayFolders = ['server', 'router', 'jobs'];
 
 interface Source {
   readonly path: string;

@@ -3,24 +3,24 @@
 // nothing knows, which the next open sweeps away.
 
 import { LRUCache } from 'lru-cache';
+import type { OwnDatabase } from '../database.ts';
 import { GatewayError } from '../errors.ts';
 import type { AdapterManifest, Generation } from './adapter.ts';
 import type { BlobStore } from './blobs.ts';
 import { formatManifest, parseManifest } from './manifest.ts';
 import type { StoredGeneration } from './registry.ts';
-import type { RegistryDatabase } from './registry-schema.ts';
 
 /** Generations that were imported and never named are kept for a retry; beyond this many the oldest go. */
 const unnamedMax = 16;
 const manifestsMax = 4096; // Measured: 24 KB of heap and 0.8 ms to parse for 210 modules.
 
 export class Generations {
-  readonly #db: RegistryDatabase;
+  readonly #db: OwnDatabase;
   readonly #blobs: BlobStore;
   readonly #leases: Map<Generation, number> = new Map();
   readonly #stored: LRUCache<Generation, StoredGeneration> = new LRUCache({ max: manifestsMax });
 
-  constructor(db: RegistryDatabase, blobs: BlobStore) {
+  constructor(db: OwnDatabase, blobs: BlobStore) {
     this.#db = db;
     this.#blobs = blobs;
     const drop = db.sql(`DELETE FROM generations WHERE ${unreferenced}`);

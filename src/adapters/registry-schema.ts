@@ -1,14 +1,8 @@
-// The registry's database: settings, lock, tables, transactions. The version is in the file; another program's is refused.
+// The registry's tables.
 
-import Database from 'libsql';
-import { GatewayError } from '../errors.ts';
-
-/** 1 held manifests of format 2, whose packed files this build does not read. */
-const schemaVersion = 2;
+import type { Schema } from '../database.ts';
 
 const tables = `
-  CREATE TABLE schema (version INTEGER NOT NULL) STRICT;
-  INSERT INTO schema VALUES (${schemaVersion});
   CREATE TABLE generations (
     generation TEXT PRIMARY KEY,
     manifest TEXT NOT NULL,
@@ -37,123 +31,9 @@ const tables = `
   CREATE INDEX previous_by_generation ON previous (generation);
 `;
 
-export class RegistryDatabase {
-  readonly #lock: Database.Database;
-  readonly #db: Database.Database;
-  readonly #statements: Map<string, Database.Statement> = new Map();
-
-  constructor(lock: Database.Database, db: Database.Database) {
-    this.#lock = lock;
-    this.#db = db;
-  }
-
-  get isOpen(): boolean {
-    return this.#db.open;
-  }
-
-  sql(text: string): Database.Statement {
-    const known = this.#statements.get(text);
-    if (known !== undefined) return known;
-    const statement = this.#db.prepare(text);
-    this.#statements.set(text, statement);
-    return statement;
-  }
-
-  /** One transaction; an error of SQLite comes out as DISK_FULL or INTERNAL. */
-  atomically<T>(work: () => T): T {
-    try {
-      // Not libsql's transaction(): SQLite has rolled back by itself when the disk is full, and the error of rolling back
-      // once more would take that error's place.
-      this.#db.exec('BEGIN IMMEDIATE');
-      const result = work();
-      this.#db.exec('COMMIT');
-      return result;
-    } catch (error) {
-      if (this.#db.inTransaction) this.#db.exec('ROLLBACK');
-      if (error instanceof GatewayError) throw error;
-      const isFull = (error as { readonly code?: string }).code?.startsWith('SQLITE_FULL') ?? false;
-      const code = isFull ? 'DISK_FULL' : 'INTERNAL';
-      throw new GatewayError(code, 'the registry could not be written', { cause: error });
-    }
-  }
-
-  close(): void {
-    closeAll(this.#lock, this.#db);
-  }
-}
-
-/** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for another schema. A database that
- *  would grow beyond `bytesMax` fails as on a full disk. */
-export function openDatabase(path: string, bytesMax: number): RegistryDatabase {
-  const opened: Database.Database[] = [];
-  try {
-    // Leases are this process's memory, so nobody else may delete what they keep: a transaction that is held on a file of
-    // its own keeps others out, and the system ends it with the process. (locking_mode = EXCLUSIVE would do, but libsql 0.5
-    // finalises statements at garbage collection only, and until then a closed database stays locked.)
-    const lock = new Database(path === ':memory:' ? path : `${path}.lock`);
-    opened.push(lock);
-    lock.exec('BEGIN EXCLUSIVE');
-    const db = new Database(path);
-    opened.push(db);
-    for (const setting of [
-      'journal_mode = WAL',
-      'synchronous = FULL',
-      'busy_timeout = 2000', // A backup may read the file meanwhile.
-      'foreign_keys = ON',
-      'trusted_schema = OFF',
-      'journal_size_limit = 4194304',
-    ]) {
-      db.pragma(setting);
-    }
-    const { page_size: pageBytes } = db.prepare('PRAGMA page_size').get() as { page_size: number };
-    db.pragma(`max_page_count = ${Math.ceil(bytesMax / pageBytes)}`);
-    // Not transaction(), whose own rollback would hide that the disk is full.
-    db.exec('BEGIN IMMEDIATE');
-    migrate(db);
-    db.exec('COMMIT');
-    return new RegistryDatabase(lock, db);
-  } catch (error) {
-    for (const database of opened) {
-      if (database.inTransaction) database.exec('ROLLBACK'); // close() alone may leave it locked.
-      database.close();
-    }
-    throw openError(error);
-  }
-}
-
-function closeAll(lock: Database.Database, db: Database.Database): void {
-  if (!db.open) return;
-  try {
-    db.pragma('wal_checkpoint(TRUNCATE)'); // SQLite does it at close only once the statements are gone.
-  } catch {
-    // A full disk: the next open reads the log.
-  }
-  db.close();
-  lock.exec('ROLLBACK');
-  lock.close();
-}
-
-function migrate(db: Database.Database): void {
-  const known = db.prepare("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'schema'");
-  if (known.get() === undefined) {
-    db.exec(tables);
-    return;
-  }
-  const { version } = db.prepare('SELECT version FROM schema').get() as { version: number };
-  if (version === schemaVersion) return;
-  const message = `the registry has schema ${version}, this build reads ${schemaVersion} only`;
-  throw new GatewayError('UNSUPPORTED', message);
-}
-
-function openError(error: unknown): GatewayError {
-  if (error instanceof GatewayError) return error;
-  const code = (error as { readonly code?: string }).code ?? 'unknown error';
-  if (code.startsWith('SQLITE_BUSY') || code.startsWith('SQLITE_LOCKED')) {
-    const message = 'another process uses this registry';
-    return new GatewayError('NO_CAPACITY', message, { cause: error });
-  }
-  if (code.startsWith('SQLITE_FULL')) {
-    return new GatewayError('DISK_FULL', 'no room left for the registry', { cause: error });
-  }
-  return new GatewayError('INTERNAL', `the registry cannot be opened (${code})`, { cause: error });
-}
+export const registrySchema: Schema = {
+  what: 'registry',
+  // 1 held manifests of format 2, whose packed files this build does not read.
+  version: 2,
+  tables,
+};

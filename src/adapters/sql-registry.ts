@@ -2,6 +2,7 @@
 // acknowledged survives kill -9 and power loss (WAL, synchronous=FULL). One process owns the database (it is locked):
 // leases live in memory.
 
+import { type OwnDatabase, openDatabase } from '../database.ts';
 import { GatewayError } from '../errors.ts';
 import {
   type AdapterManifest,
@@ -13,7 +14,7 @@ import {
 import type { BlobStore } from './blobs.ts';
 import { Generations } from './generations.ts';
 import type { AdapterRecord, Lease, Registry, StoredGeneration } from './registry.ts';
-import { openDatabase, type RegistryDatabase } from './registry-schema.ts';
+import { registrySchema } from './registry-schema.ts';
 
 export interface SqlRegistryOptions {
   /** The database file; `:memory:` in tests. */
@@ -45,13 +46,13 @@ interface NameRow {
 }
 
 class SqlRegistry implements Registry {
-  readonly #db: RegistryDatabase;
+  readonly #db: OwnDatabase;
   readonly #options: SqlRegistryOptions;
   readonly #generations: Generations;
 
   constructor(options: SqlRegistryOptions) {
     this.#options = options;
-    this.#db = openDatabase(options.path, options.bytesMax ?? bytesMaxDefault);
+    this.#db = openDatabase(options.path, options.bytesMax ?? bytesMaxDefault, registrySchema);
     this.#generations = new Generations(this.#db, options.blobs);
   }
 

@@ -12,6 +12,8 @@ import { completeChat } from './chat.ts';
 import { completeText } from './completions.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Access, Env, Handle, Route } from './env.ts';
+import * as files from './files.ts';
+import * as jobs from './fine-tuning.ts';
 import { createReadyz, livez, metricsPage } from './health.ts';
 import { listModels, showModel } from './models.ts';
 import { HttpError, problemOf } from './problem.ts';
@@ -54,6 +56,17 @@ function routeTable(metricsPublic: boolean): readonly Route[] {
     admin('POST', '/v1/adapters/:name/squeeze', squeezeAdapter),
     admin('POST', '/v1/load_lora_adapter', loadLora),
     admin('POST', '/v1/unload_lora_adapter', unloadLora),
+    admin('POST', '/v1/files', files.createAddFile()),
+    admin('GET', '/v1/files', files.listFiles),
+    admin('GET', '/v1/files/:id', files.showFile),
+    admin('GET', '/v1/files/:id/content', files.sendFile),
+    admin('DELETE', '/v1/files/:id', files.deleteFile),
+    admin('POST', '/v1/fine_tuning/jobs', jobs.createJob),
+    admin('GET', '/v1/fine_tuning/jobs', jobs.listJobs),
+    admin('GET', '/v1/fine_tuning/jobs/:id', jobs.showJob),
+    admin('POST', '/v1/fine_tuning/jobs/:id/cancel', jobs.cancelJob),
+    admin('GET', '/v1/fine_tuning/jobs/:id/events', jobs.listEvents),
+    admin('GET', '/v1/fine_tuning/jobs/:id/checkpoints', jobs.listCheckpoints),
     open('GET', '/livez', livez),
     open('GET', '/readyz', createReadyz()),
     (metricsPublic ? open : inference)('GET', '/metrics', metricsPage),

@@ -6,6 +6,8 @@ import type { Settings } from '../config-schema.ts';
 import type { EngineClock } from '../engine/clock.ts';
 import type { Engine } from '../engine/engine.ts';
 import type { TextService } from '../engine/text.ts';
+import type { JobStore } from '../jobs/job-store.ts';
+import type { TrainingFiles } from '../jobs/training-files.ts';
 import type { Router } from '../router/router.ts';
 import type { ApiKey } from './auth.ts';
 import type { InFlight } from './in-flight.ts';
@@ -44,6 +46,7 @@ export interface ServerConfig
         | 'uploadBytesMax'
         | 'uploadMsMax'
         | 'uploadsMax'
+        | 'fileBytesMax'
         | 'hubUrl'
         | 'hubToken'
       )
@@ -61,6 +64,13 @@ export interface ServerConfig
   readonly uploadRoot: string;
 }
 
+export interface Training {
+  readonly jobs: JobStore;
+  readonly files: TrainingFiles;
+  /** Told when a job was created or cancelled. */
+  readonly trainers: { wake(): void };
+}
+
 export interface ServerDeps {
   readonly engine: Engine;
   readonly text: TextService;
@@ -68,6 +78,8 @@ export interface ServerDeps {
   readonly importer: Importer;
   readonly router: Pick<Router, 'route' | 'settle'>;
   readonly inFlight: InFlight;
+  /** null: nothing is trained here. */
+  readonly training: Training | null;
   readonly config: ServerConfig;
   readonly clock: Clock;
   readonly random: Random;

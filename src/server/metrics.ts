@@ -10,9 +10,10 @@ import type { EngineStats } from '../engine/messages.ts';
 import type { ServerDeps } from './deps.ts';
 import { type Labels, Page } from './prometheus.ts';
 
-export type MetricsSource = Pick<ServerDeps, 'engine' | 'registry' | 'inFlight' | 'clock'> & {
-  readonly modelName: string;
-};
+export type MetricsSource = Pick<
+  ServerDeps,
+  'engine' | 'registry' | 'inFlight' | 'clock' | 'training'
+> & { readonly modelName: string };
 
 export interface Metrics {
   /** With the names of adapters that `sees` allows. */
@@ -39,6 +40,9 @@ export function createMetrics(source: MetricsSource): Metrics {
   loopDelay.enable();
   let sees = (_name: string): boolean => false;
   addEngineState(page, source, (name) => sees(name));
+  page.gauge('rankgate_jobs', 'Fine-tuning jobs that are remembered, by state.', () =>
+    [...(source.training?.jobs.counts() ?? [])].map(([state, count]) => [{ state }, count]),
+  );
   page.gauge('rankgate_event_loop_delay_seconds', 'Delay of the event loop since the start.', () =>
     [0.5, 0.99, 1].map((quantile) => [
       { quantile: String(quantile) },
@@ -50,6 +54,8 @@ export function createMetrics(source: MetricsSource): Metrics {
     countRequests(page, { model_name: source.modelName }),
   );
   const restarts = page.counter('rankgate_engine_restarts_total', 'Deaths of the engine process.');
+  const ends = page.counter('rankgate_job_ends_total', 'Ends of jobs that were worked on.');
+  const stopJobs = onEvent('job-end', ({ state, code }) => ends({ state, code: code ?? '' }));
   const stopRestarts = onEvent('engine-restart', ({ reason }) => restarts({ reason }));
   return {
     render(visible) {
@@ -59,6 +65,7 @@ export function createMetrics(source: MetricsSource): Metrics {
     close() {
       stopRequests();
       stopRestarts();
+      stopJobs();
       loopDelay.disable();
     },
   };

@@ -1,11 +1,13 @@
 // multipart/form-data (RFC 7578) as it arrives: one part after another, its body in pieces, nothing held but the bytes in
 // which the next boundary could hide. Strict: no preamble, one Content-Disposition a part, no transfer encodings. A part's
-// filename is a label that nobody reads (faults.md B65).
+// filename is a label that names nothing on disk (faults.md B65).
 
 import { invalidRequest } from './problem.ts';
 
 export interface Part {
   readonly name: string;
+  /** As its sender wrote it, shortened; null without one. */
+  readonly filename: string | null;
   /** To be read to its end before the next part is asked for. */
   readonly body: AsyncIterable<Uint8Array>;
 }
@@ -40,7 +42,7 @@ export async function* readMultipart(
       if (count === partsMax) throw invalidRequest(`the body has more than ${partsMax} parts`);
       const head = await input.collect(headEnd, headBytesMax);
       const body = input.until(delimiter);
-      yield { name: nameOf(head.toString('utf8')), body };
+      yield { ...labelsOf(head.toString('utf8')), body };
       if ((await body.next()).done !== true) throw new Error('a part was not read to its end');
     }
   } finally {
@@ -62,17 +64,19 @@ export async function readText(part: Part, bytesMax: number): Promise<string> {
   return Buffer.concat(chunks).toString('utf8');
 }
 
-function nameOf(head: string): string {
+function labelsOf(head: string): Pick<Part, 'name' | 'filename'> {
   const fields = head.split('\r\n').map((line) => {
     const [, name = '', value = ''] = /^([\w-]+):[ \t]*(.*)$/.exec(line) ?? [];
     return [name.toLowerCase(), value] as const;
   });
   const encoding = fields.find(([name]) => name === 'content-transfer-encoding')?.[1] ?? 'binary';
   const dispositions = fields.filter(([name]) => name === 'content-disposition');
-  const match = /^form-data;[ \t]*name="([\w.-]{1,64})"(?:;.*)?$/i.exec(dispositions[0]?.[1] ?? '');
+  const match = /^form-data;[ \t]*name="([\w.-]{1,64})"(;.*)?$/i.exec(dispositions[0]?.[1] ?? '');
   const isPlain = /^(?:binary|7bit|8bit)$/i.test(encoding);
   if (match === null || dispositions.length !== 1 || !isPlain) throw malformed();
-  return match[1]!;
+  // Percent-encoded quotes, as browsers and Node send them, stay as they are: it is a label.
+  const [, filename = null] = /;[ \t]*filename="([^"]*)"/i.exec(match[2] ?? '') ?? [];
+  return { name: match[1]!, filename: filename?.replace(/\p{Cc}/gu, '').slice(0, 256) ?? null };
 }
 
 function malformed(): Error {

@@ -2,7 +2,7 @@
 // which status. Messages of 5xx are fixed texts, and a message that looks like it holds a path, an address or a stack is
 // replaced (faults.md B77): the cause is in the log under the request's id.
 
-import { asGatewayError, type ErrorCode, GatewayError } from '../errors.ts';
+import { asGatewayError, type ErrorCode, GatewayError, type LineError } from '../errors.ts';
 
 /** Failures of HTTP itself, which no other layer can cause. */
 export class HttpError extends Error {
@@ -32,6 +32,8 @@ export interface Problem {
     readonly type: string;
     readonly param: string | null;
     readonly code: string;
+    /** The first wrong lines of a file that was sent. */
+    readonly lines?: readonly LineError[];
   };
 }
 
@@ -59,6 +61,12 @@ const rules: Readonly<Record<ErrorCode, Rule>> = {
     retry: false,
   },
   BASE_MISMATCH: { status: 422 },
+  INVALID_FILE: { status: 422 },
+  FILE_NOT_FOUND: { status: 404 },
+  FILE_IN_USE: { status: 409, retry: false },
+  JOB_NOT_FOUND: { status: 404 },
+  QUOTA_EXCEEDED: { status: 429, retry: false },
+  TRAINER_FAILED: { status: 500, message: 'the trainer failed', retry: false },
   INVALID_MODEL_FILE: { status: 500, message: 'the base model cannot be used' },
   SHAPE_MISMATCH: { status: 500, message: 'internal error' },
   UNSUPPORTED: { status: 400 },
@@ -87,13 +95,19 @@ export function problemOf(thrown: unknown): Problem {
     return { status, headers, error: { message, type: typeOf(status), param: null, code } };
   }
   const error = asGatewayError(thrown);
-  const { code, param = null } = error;
+  const { code, param = null, lines } = error;
   const { status, message = harmless(error) } = rules[code];
   const shown = code === 'UNAUTHENTICATED' ? 'invalid_api_key' : code.toLowerCase();
   return {
     status,
     headers: headersOf(error),
-    error: { message, type: typeOf(status), param, code: shown },
+    error: {
+      message,
+      type: typeOf(status),
+      param,
+      code: shown,
+      ...(lines === undefined ? {} : { lines }),
+    },
   };
 }
 

@@ -130,7 +130,7 @@ async function writePart(
   return { bytes, sha256: hash.digest('hex') };
 }
 
-function storeError(cause: unknown): never {
+export function storeError(cause: unknown): never {
   const code = (cause as NodeJS.ErrnoException).code;
   const isFull = code === 'ENOSPC' || code === 'EDQUOT';
   throw new GatewayError(isFull ? 'DISK_FULL' : 'INTERNAL', 'the upload cannot be kept', { cause });

@@ -6,7 +6,7 @@ import type { FinishedAnswer } from '../../src/router/latency-model.ts';
 import type { Plan, RouteInput } from '../../src/router/policy.ts';
 import { type App, createApp } from '../../src/server/app.ts';
 import type { ApiKey } from '../../src/server/auth.ts';
-import type { ServerConfig } from '../../src/server/deps.ts';
+import type { ServerConfig, Training } from '../../src/server/deps.ts';
 import { InFlight } from '../../src/server/in-flight.ts';
 import { createLifecycle, type SettableLifecycle } from '../../src/server/listen.ts';
 import { createMetrics } from '../../src/server/metrics.ts';
@@ -45,6 +45,7 @@ const configDefault: ServerConfig = {
   uploadBytesMax: 64 * 1024,
   uploadMsMax: 60_000,
   uploadsMax: 4,
+  fileBytesMax: 64 * 1024,
   hubUrl: null,
   hubToken: null,
   uploadRoot: '/nowhere/uploads',
@@ -86,7 +87,10 @@ export interface FetchOptions {
 }
 
 /** The real app over fakes. The policy is a table: rank 4 with a total budget, every rank without, or the fixed one. */
-export function createHarness(config: Partial<ServerConfig> = {}): Harness {
+export function createHarness(
+  config: Partial<ServerConfig> = {},
+  training: Training | null = null,
+): Harness {
   const clock = createManualClock();
   const registry = new FakeRegistry();
   registry.store(generationA, fakeManifest(16), 1234);
@@ -107,7 +111,8 @@ export function createHarness(config: Partial<ServerConfig> = {}): Harness {
   const routed: RouteInput[] = [];
   let ids = 0;
   const whole: ServerConfig = { ...configDefault, ...config };
-  const metrics = createMetrics({ engine, registry, inFlight, clock, modelName: whole.modelName });
+  const { modelName } = whole;
+  const metrics = createMetrics({ engine, registry, inFlight, clock, modelName, training });
   const app = createApp({
     engine,
     text,
@@ -121,6 +126,7 @@ export function createHarness(config: Partial<ServerConfig> = {}): Harness {
       settle: (outcome) => void outcomes.push(outcome),
     },
     inFlight,
+    training,
     config: whole,
     clock,
     random: { id: () => `id${++ids}`, seed: () => 77 },

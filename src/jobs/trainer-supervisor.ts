@@ -1,0 +1,315 @@
+// Jobs → trainer processes, a few at a time: claims, spawns, hears, renews, kills, and publishes what they make. A trainer
+// counts for nothing but its messages: each is written under its claim, and one whose claim is void is killed. Failures of a
+// job, of its process and of the disk stay the job's: nothing here throws into the gateway.
+
+import { mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { join, relative } from 'node:path';
+import type { Generation } from '../adapters/adapter.ts';
+import { publish } from '../channels.ts';
+import { asGatewayError, type ErrorCode } from '../errors.ts';
+import type { Job, JobError, JobProgress } from './job.ts';
+import type { Claimed, JobStore } from './job-store.ts';
+import type { FromTrainer, TrainerSpec, TrainingResult } from './messages.ts';
+import { type EnginePressure, paceOf } from './pace.ts';
+import { TrainerChild, type TrainerChildOptions } from './trainer-child.ts';
+
+export interface TrainerSupervisorOptions extends TrainerChildOptions {
+  readonly store: JobStore;
+  /** Of all jobs, exists; nothing else lies in it. */
+  readonly directory: string;
+  readonly trainersMax: number;
+  /** Monotonic. */
+  readonly nowMs: () => number;
+  /** What a trainer is told besides what the claim says. */
+  readonly specOf: (
+    job: Job,
+  ) => Pick<
+    TrainerSpec,
+    'modelPath' | 'modelHash' | 'trainingPath' | 'heldOutPath' | 'threads' | 'cacheDirectory'
+  >;
+  /** Stores the packed adapter of a directory. */
+  readonly importResult: (directory: string) => Promise<Generation>;
+  /** Points a job's name at it. Again is as once: the gateway may die before the job has succeeded. */
+  readonly promote: (name: string, generation: Generation) => void;
+  readonly pressure: () => EnginePressure;
+  /** How long `close` waits for last checkpoints. */
+  readonly stopMsMax: number;
+  /** What no job is to blame for: a store that cannot be written, say. */
+  readonly onFailure: (error: unknown) => void;
+}
+
+interface Run {
+  readonly claim: Claimed;
+  readonly folder: string;
+  /** null once it has ended, while its result is published. */
+  child: TrainerChild | null;
+  progress: JobProgress;
+  /** Of the last write that a message caused. */
+  writtenMs: number;
+  outcome: Extract<FromTrainer, { kind: 'result' | 'failed' | 'stopped' }> | null;
+  hasSwept: boolean;
+}
+
+const tickMs = 1000;
+/** Another attempt may fare better: nothing is wrong with the job. */
+const passing: readonly ErrorCode[] = ['DISK_FULL', 'CONTENDED', 'NO_CAPACITY', 'INTERNAL'];
+
+export class TrainerSupervisor {
+  readonly #options: TrainerSupervisorOptions;
+  readonly #runs: Map<string, Run> = new Map();
+  #cancelTick: () => void = () => {};
+  #share = 1;
+  #isClosing = false;
+  #onIdle: () => void = () => {};
+
+  constructor(options: TrainerSupervisorOptions) {
+    this.#options = options;
+    this.#sweepJobs();
+    this.#tick();
+    this.wake();
+  }
+
+  /** Process ids of the trainers; for tests. */
+  get pids(): readonly number[] {
+    return [...this.#runs.values()].flatMap(({ child }) => child?.pid ?? []);
+  }
+
+  /** A job was created or cancelled: starts what may start, ends what has lost its claim. */
+  wake(): void {
+    this.#safely(() => {
+      const { store, trainersMax } = this.#options;
+      for (const { claim, child } of this.#runs.values()) {
+        if (!store.isHeld(claim)) child?.kill();
+      }
+      while (!this.#isClosing && this.#runs.size < trainersMax) {
+        const claimed = store.claim();
+        if (claimed === null) break;
+        this.#start(claimed);
+      }
+    });
+  }
+
+  /** Lets every trainer write a checkpoint, for a while, and gives its job back. */
+  async close(): Promise<void> {
+    this.#isClosing = true;
+    this.#cancelTick();
+    if (this.#runs.size === 0) return;
+    const idle = new Promise<void>((resolve) => {
+      this.#onIdle = resolve;
+    });
+    for (const { child } of this.#runs.values()) child?.send({ kind: 'stop' });
+    const cancel = this.#options.after(this.#options.stopMsMax, () => {
+      for (const run of this.#runs.values()) {
+        if (run.child !== null) run.child.kill();
+        else this.#end(run, () => this.#options.store.release(run.claim)); // The importer ends its own work.
+      }
+    });
+    await idle;
+    cancel();
+  }
+
+  #tick(): void {
+    this.#cancelTick = this.#options.after(tickMs, () => {
+      this.#tick();
+      this.#safely(() => {
+        for (const run of this.#runs.values()) {
+          // Nobody else gives signs of life of a result that is being published.
+          if (run.child === null && this.#isDue(run, this.#renewMs)) {
+            this.#options.store.renew(run.claim);
+          }
+        }
+        this.#options.store.expire();
+      });
+      this.wake();
+      this.#setPace();
+    });
+  }
+
+  #setPace(): void {
+    const share = paceOf(this.#options.pressure());
+    if (share === this.#share) return;
+    this.#share = share;
+    for (const { child } of this.#runs.values()) child?.send({ kind: 'pace', share });
+  }
+
+  #start(claim: Claimed): void {
+    const { store, directory, specOf, nowMs } = this.#options;
+    const { jobId, fence, job, checkpointPath } = claim;
+    const folder = join(directory, jobId, String(fence));
+    try {
+      mkdirSync(folder, { recursive: true });
+    } catch (error) {
+      store.crash(claim, `no folder for it (${(error as NodeJS.ErrnoException).code})`);
+      return;
+    }
+    const fresh = { step: 0, steps: 0, loss: null, learningRate: null, tokens: 0 };
+    const run: Run = {
+      claim,
+      folder,
+      child: null,
+      progress: job.progress ?? fresh,
+      writtenMs: nowMs(),
+      outcome: null,
+      hasSwept: false,
+    };
+    const resumeFrom = checkpointPath === null ? null : join(directory, checkpointPath);
+    const own = { jobId, fence, recipe: job.request.recipe, startFrom: null, resumeFrom, folder };
+    run.child = new TrainerChild(
+      this.#options,
+      { ...specOf(job), ...own },
+      {
+        onMessage: (message) => this.#hear(run, message),
+        onEnd: (why) => void this.#settle(run, why),
+      },
+    );
+    this.#runs.set(jobId, run);
+    run.child.send({ kind: 'pace', share: this.#share });
+  }
+
+  #hear(run: Run, message: FromTrainer): void {
+    let isHeld = false;
+    this.#safely(() => {
+      isHeld = this.#write(run, message);
+    });
+    if (!isHeld) run.child?.kill();
+  }
+
+  /** False when the claim is void. A write syncs the disk: what comes often is written seldom. */
+  #write(run: Run, message: FromTrainer): boolean {
+    const { store, directory } = this.#options;
+    const { claim } = run;
+    switch (message.kind) {
+      case 'alive':
+        return !this.#isDue(run, this.#renewMs) || store.renew(claim);
+      case 'started':
+        run.progress = { ...run.progress, steps: message.steps };
+        return store.start(claim, message.steps, startMessage(message));
+      case 'progress': {
+        const { step, steps, loss, learningRate } = message;
+        const tokens = run.progress.tokens + message.tokens;
+        run.progress = { step, steps, loss, learningRate, tokens };
+        const isWanted = this.#isDue(run, tickMs) || step === steps;
+        return !isWanted || store.progress(claim, run.progress);
+      }
+      case 'evaluation': {
+        const { step, losses } = message;
+        const shown = losses.map(({ rank, loss }) => `${loss.toFixed(4)} at rank ${rank}`);
+        const text = `step ${step}: held-out loss ${shown.join(', ') || 'unknown'}`;
+        return store.tell(claim, text, { step, valid_losses: losses });
+      }
+      case 'checkpoint': {
+        const isKept = store.checkpoint(claim, relative(directory, message.path), {
+          ...run.progress,
+          step: message.step,
+        });
+        if (isKept) this.#sweepClaims(run);
+        return isKept;
+      }
+      case 'result':
+      case 'failed':
+      case 'stopped':
+        run.outcome = message;
+        return store.renew(claim);
+    }
+  }
+
+  /** The process has ended. */
+  async #settle(run: Run, why: string): Promise<void> {
+    const { claim, outcome } = run;
+    const { store } = this.#options;
+    run.child = null;
+    if (outcome?.kind === 'result') return this.#publish(run, outcome);
+    this.#end(run, () => {
+      if (outcome?.kind === 'failed') this.#fail(run, outcome, outcome.retry);
+      else if (this.#isClosing || outcome?.kind === 'stopped') store.release(claim);
+      else store.crash(claim, `the trainer ended (${why})`);
+    });
+  }
+
+  async #publish(run: Run, { directory, losses, baseLoss, aurac }: TrainingResult): Promise<void> {
+    const { store, importResult, promote } = this.#options;
+    const { claim } = run;
+    try {
+      const generation = await importResult(directory);
+      // Cancelled meanwhile, it gets no name. Nothing comes between the three.
+      if (store.isHeld(claim)) {
+        promote(claim.job.request.adapter, generation);
+        store.succeed(claim, { generation, losses, baseLoss, aurac });
+      }
+      this.#end(run, () => {});
+    } catch (thrown) {
+      const error = asGatewayError(thrown);
+      this.#end(run, () => {
+        if (this.#isClosing) store.release(claim);
+        else this.#fail(run, error, passing.includes(error.code));
+      });
+    }
+  }
+
+  #fail({ claim }: Run, { code, message }: JobError, retry: boolean): void {
+    const { store } = this.#options;
+    if (retry) store.crash(claim, `${message} (${code.toLowerCase()})`);
+    else store.fail(claim, { code, message });
+  }
+
+  #end(run: Run, work: () => void): void {
+    const { jobId } = run.claim;
+    if (this.#runs.get(jobId) !== run) return; // given back by close() already
+    this.#safely(work);
+    this.#runs.delete(jobId);
+    this.#safely(() => this.#forget(jobId));
+    if (this.#runs.size === 0) this.#onIdle();
+    this.wake();
+  }
+
+  /** What lies of a job that has ended. */
+  #forget(jobId: string): void {
+    const job = this.#options.store.find(jobId, null);
+    if (job?.finishedS === null) return;
+    rmSync(join(this.#options.directory, jobId), { recursive: true, force: true });
+    if (job !== null) publish('job-end', { state: job.state, code: job.error?.code ?? null });
+  }
+
+  /** Folders of earlier claims, once this one has a checkpoint of its own. */
+  #sweepClaims(run: Run): void {
+    if (run.hasSwept) return;
+    run.hasSwept = true;
+    const all = join(run.folder, '..');
+    const older = readdirSync(all).filter((name) => Number(name) < run.claim.fence);
+    for (const name of older) rmSync(join(all, name), { recursive: true, force: true });
+  }
+
+  /** What a crash left of jobs that have ended. */
+  #sweepJobs(): void {
+    const { directory, store } = this.#options;
+    const left = readdirSync(directory).filter(
+      (name) => store.find(name, null)?.finishedS !== null,
+    );
+    for (const name of left) rmSync(join(directory, name), { recursive: true, force: true });
+  }
+
+  get #renewMs(): number {
+    return this.#options.store.leaseMs / 4;
+  }
+
+  #isDue(run: Run, everyMs: number): boolean {
+    const nowMs = this.#options.nowMs();
+    if (nowMs - run.writtenMs < everyMs) return false;
+    run.writtenMs = nowMs;
+    return true;
+  }
+
+  /** A store that cannot be written now (a full disk) is written later: leases run out, and the job is taken up again. */
+  #safely(work: () => void): void {
+    try {
+      work();
+    } catch (error) {
+      this.#options.onFailure(error);
+    }
+  }
+}
+
+function startMessage({ steps, memory }: Extract<FromTrainer, { kind: 'started' }>): string {
+  const bytes = Object.values(memory).reduce((sum, part) => sum + part, 0);
+  return `training has begun: ${steps} steps, ${(bytes / 1e6).toFixed(0)} MB`;
+}

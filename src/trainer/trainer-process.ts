@@ -1,0 +1,51 @@
+// Entry of the trainer process: one claim of one job, and then it ends. Its only argument is the TrainerSpec as JSON, written
+// by the gateway that forks it. A parent that is gone ends it at once: nobody would take what it makes.
+
+import { asGatewayError, type ErrorCode } from '../errors.ts';
+import type { FromTrainer, ToTrainer, TrainerSpec } from '../jobs/messages.ts';
+import { Pacer, type PacerClock } from './pacer.ts';
+import { trainFile } from './train-file.ts';
+
+/** The machine's doing, not the job's: another attempt may fare better. */
+const passing: readonly ErrorCode[] = ['DISK_FULL', 'INTERNAL', 'NO_CAPACITY'];
+/** Well below the lease. */
+const aliveMs = 2000;
+
+const clock: PacerClock = {
+  nowMs: () => performance.now(),
+  after(ms, callback) {
+    const timer = setTimeout(callback, ms);
+    return () => clearTimeout(timer);
+  },
+};
+
+function tell(message: FromTrainer): void {
+  // An error here is a closed channel, which 'disconnect' answers.
+  process.send?.(message, undefined, undefined, () => {});
+}
+
+async function run(): Promise<void> {
+  process.once('disconnect', () => process.exit(0));
+  // The terminal's ^C reaches the whole group; the parent decides when this process ends.
+  process.on('SIGINT', () => {});
+  const pacer = new Pacer(clock);
+  process.on('message', (message: ToTrainer) => {
+    if (message.kind === 'pace') pacer.setShare(message.share);
+    else pacer.stop();
+  });
+  const living = setInterval(() => tell({ kind: 'alive' }), aliveMs);
+  try {
+    const spec = JSON.parse(process.argv[2] ?? 'null') as TrainerSpec;
+    await trainFile(spec, { tell, breathe: () => pacer.breathe(), nowMs: clock.nowMs });
+  } catch (error) {
+    const { code, message } = asGatewayError(error);
+    if (code === 'INTERNAL') process.stderr.write(`trainer: ${(error as Error).stack}\n`);
+    tell({ kind: 'failed', code, message, retry: passing.includes(code) });
+  } finally {
+    clearInterval(living);
+    // Ends once everything has been sent; libuv's pools would keep it for a while.
+    process.send?.({ kind: 'alive' }, undefined, undefined, () => process.exit(0));
+  }
+}
+
+await run();

@@ -1,0 +1,110 @@
+// Training put together: the job store, the files, and the processes that work on them, with the way of their results into the
+// registry. Built by main.ts; the server sees its `Training` part.
+
+import { randomUUID } from 'node:crypto';
+import { mkdirSync } from 'node:fs';
+import { open, rename } from 'node:fs/promises';
+import { join } from 'node:path';
+import type { Generation } from './adapters/adapter.ts';
+import type { Importer, Registry } from './adapters/registry.ts';
+import { type Config, childEnvironment } from './config.ts';
+import { systemClock } from './engine/clock.ts';
+import type { Engine } from './engine/engine.ts';
+import { openJobsDatabase } from './jobs/job.ts';
+import { JobStore } from './jobs/job-store.ts';
+import { TrainerSupervisor } from './jobs/trainer-supervisor.ts';
+import { TrainingFiles } from './jobs/training-files.ts';
+import type { ModelFile } from './model/model-source.ts';
+import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
+import type { Training } from './server/deps.ts';
+
+export interface TrainingParts {
+  readonly config: Config;
+  readonly model: ModelFile;
+  readonly engine: Engine;
+  readonly registry: Registry;
+  readonly importer: Importer;
+  readonly cacheDirectory: string;
+  readonly onFailure: (error: unknown) => void;
+}
+
+export interface OpenedTraining {
+  readonly training: Training;
+  /** Lets trainers write a last checkpoint. Idempotent. */
+  close(): Promise<void>;
+}
+
+/** Loading a base and one piece of computing at the lowest priority on busy cores take seconds. Guess. */
+const leaseMs = 120_000;
+const stopMsMax = 10_000;
+
+export function openTraining(parts: TrainingParts): OpenedTraining {
+  const { config } = parts;
+  const at = (name: string): string => join(config.dataDir, name);
+  for (const name of ['files', 'jobs']) mkdirSync(at(name), { recursive: true });
+  const db = openJobsDatabase(at('jobs.sqlite'));
+  const unixS = (): number => Math.floor(Date.now() / 1000);
+  const newId = (): string => randomUUID().replaceAll('-', '');
+  const jobs = new JobStore({ db, nowMs: systemClock.nowMs, unixS, newId, leaseMs });
+  const files = new TrainingFiles({
+    db,
+    directory: at('files'),
+    unixS,
+    newId,
+    filesMax: config.filesMax,
+    bytesMax: config.filesBytesMax,
+    files: { open, rename },
+  });
+  const trainers = startTrainers(parts, { jobs, files, directory: at('jobs') });
+  let closing: Promise<void> | null = null;
+  return {
+    training: { jobs, files, trainers },
+    close() {
+      closing ??= trainers.close().finally(() => db.close());
+      return closing;
+    },
+  };
+}
+
+function startTrainers(
+  parts: TrainingParts,
+  { jobs, files, directory }: { jobs: JobStore; files: TrainingFiles; directory: string },
+): TrainerSupervisor {
+  const { config, model, engine, registry, importer, cacheDirectory, onFailure } = parts;
+  // One core is left to serving, where there is one.
+  const threads = config.trainerThreads ?? Math.max(1, config.threads - 1);
+  return new TrainerSupervisor({
+    entry: entryUrl(import.meta.url, './trainer/trainer-process'),
+    execArgv: entryExecArgv(import.meta.url),
+    environment: childEnvironment(),
+    nice: config.trainerNice,
+    after: systemClock.after,
+    nowMs: systemClock.nowMs,
+    store: jobs,
+    directory,
+    trainersMax: config.trainersMax,
+    stopMsMax,
+    onFailure,
+    specOf: ({ trainingFile, validationFile }) => ({
+      modelPath: model.path,
+      modelHash: model.sha256,
+      trainingPath: files.pathOf(trainingFile),
+      heldOutPath: validationFile === null ? null : files.pathOf(validationFile),
+      threads,
+      cacheDirectory,
+    }),
+    importResult: async (from) => (await importer.importPeft(from)).generation,
+    promote: (name, generation) => promote(registry, name, generation),
+    pressure() {
+      const { running, waiting, threads: now } = engine.stats();
+      return { running, waiting, threads: now, threadsMax: config.threads };
+    },
+  });
+}
+
+/** The name holds its job's id, so whatever it points at is the same job's, of an attempt that was cut off after this. */
+function promote(registry: Registry, name: string, generation: Generation): void {
+  const before = registry.find(name)?.generation;
+  if (before === undefined) registry.create(name, generation);
+  else if (before !== generation) registry.swap(name, generation, null);
+}
