@@ -5,7 +5,7 @@ import { z } from 'zod';
 import { isAdapterName, rankMaxLimit, tenantOf } from './adapters/adapter.ts';
 import { type DeviceWish, deviceWishes } from './kernels/ggml/select-device.ts';
 import { budgetMsMax } from './router/budget.ts';
-import type { TierPolicy } from './router/policy.ts';
+import type { PolicySettings, TierPolicy } from './router/policy.ts';
 
 export interface Settings {
   readonly host: string;
@@ -84,6 +84,8 @@ export interface Settings {
   readonly drainGraceMs: number;
   readonly log: 'json' | 'none';
   readonly tiers: Readonly<Record<string, TierPolicy>>;
+  /** Who chooses ranks (router/create-policy.ts). */
+  readonly rankPolicy: PolicySettings;
   /** The budget of a request that states none. */
   readonly latencyDefaults: TierPolicy;
 }
@@ -111,15 +113,47 @@ const tier = z
     perTokenMs: ms.nullable().default(null),
     strict: z.boolean().default(false),
     rankMin: count(0, rankMaxLimit).default(0),
+    priority: count(0, 9).default(5),
   })
+  .readonly();
+
+const rank = count(0, rankMaxLimit);
+const rankPolicy = z
+  .discriminatedUnion('kind', [
+    z.strictObject({ kind: z.literal('guarded') }),
+    z.strictObject({ kind: z.literal('largest') }),
+    z.strictObject({ kind: z.literal('fixed'), rank }),
+    z.strictObject({
+      kind: z.literal('table'),
+      rows: z
+        .array(z.strictObject({ fromMs: z.number().min(0).max(budgetMsMax), rank }))
+        .min(1)
+        .max(64)
+        .refine(
+          (rows) => rows.every(({ fromMs }, i) => i === 0 || fromMs > rows[i - 1]!.fromMs),
+          'want rows of rising fromMs',
+        )
+        .readonly(),
+    }),
+    z.strictObject({
+      kind: z.literal('critic'),
+      /** How much a later request's outcome counts. */
+      discount: z.number().min(0).lt(1).default(0.9),
+      regularizer: z.enum(['none', 'beer']).default('none'),
+    }),
+  ])
+  .refine(
+    (policy) => policy.kind !== 'critic' || policy.regularizer === 'none' || policy.discount > 0,
+    "the regularizer 'beer' bounds how alike a decision and the next may look: it needs a discount above 0",
+  )
   .readonly();
 
 // Guesses, from the step times of figures.md (12 ms a token for one stream, 30 to 50 ms for eight, SmolLM2 on two cores):
 // `instant` is for one short answer at a time, `balanced` reads faster than a person does, `quality` takes every rank.
 const tiersDefault: Record<string, z.input<typeof tier>> = {
-  instant: { ttftMs: 300, perTokenMs: 20 },
+  instant: { ttftMs: 300, perTokenMs: 20, priority: 8 },
   balanced: { ttftMs: 1500, perTokenMs: 60 },
-  quality: {},
+  quality: { priority: 2 },
 };
 
 const shape = {
@@ -180,6 +214,7 @@ const shape = {
     )
     .prefault(tiersDefault)
     .readonly(),
+  rankPolicy: rankPolicy.prefault({ kind: 'guarded' }),
   latencyDefaults: tier.prefault({}),
 };
 

@@ -28,7 +28,8 @@ const kebab = (text: string): string =>
 const environmentName = (text: string): string =>
   `RANKGATE_${kebab(text).replaceAll('-', '_').toUpperCase()}`;
 
-const isFileOnly = (setting: Key): boolean => ['record', 'object'].includes(kindOf(setting));
+const isFileOnly = (setting: Key): boolean =>
+  ['record', 'object', 'union'].includes(kindOf(setting));
 
 /** What node:util's parseArgs takes for the settings that have a flag, and `--config`. */
 export const configFlags: Readonly<Record<string, { type: 'string' | 'boolean' }>> = {

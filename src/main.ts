@@ -21,6 +21,7 @@ import { readDecoderConfig } from './model/decoder-config.ts';
 import { openGguf } from './model/gguf.ts';
 import { type ModelFile, modelNameOf } from './model/model-source.ts';
 import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
+import { createPolicy } from './router/create-policy.ts';
 import { Router } from './router/router.ts';
 import { createApp } from './server/app.ts';
 import type { Clock } from './server/deps.ts';
@@ -149,7 +150,10 @@ function startRouter(
 ): { router: Router; isNew: boolean } {
   const { hash: baseHash, backend } = engine.base;
   const identity = { baseHash, backend, threads: config.threads };
-  const router = new Router({ identity, prefillTokensMax: config.prefillTokensMax });
+  const { prefillTokensMax, stepRowsMax: rowsMax } = config;
+  const policy = createPolicy(config.rankPolicy);
+  const draw = (): number => randomInt(2 ** 32) / 2 ** 32;
+  const router = new Router({ identity, rowsMax, prefillTokensMax, policy, draw });
   const saved = readIfThere(path);
   const isNew = saved === null || !router.restore(saved);
   engine.onStep((report) => router.observe(report));

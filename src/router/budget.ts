@@ -72,6 +72,25 @@ export function statesTime(times: BudgetTimes): boolean {
   return times.totalMs !== null || times.ttftMs !== null || times.perTokenMs !== null;
 }
 
+/** What is left of times that count from the arrival, `spentMs` later. At or below zero it cannot be met any more. */
+export function remaining<T extends BudgetTimes>(times: T, spentMs: number): T {
+  const { totalMs, ttftMs } = times;
+  return {
+    ...times,
+    totalMs: totalMs === null ? null : totalMs - spentMs,
+    ttftMs: ttftMs === null ? null : ttftMs - spentMs,
+  };
+}
+
+/** How long the whole answer may take by the budget; null when nothing bounds it. */
+export function wholeMs(
+  { totalMs, ttftMs, perTokenMs }: BudgetTimes,
+  tokensMax: number,
+): number | null {
+  if (totalMs !== null) return totalMs;
+  return perTokenMs === null ? null : (ttftMs ?? 0) + perTokenMs * tokensMax;
+}
+
 /** Whether times (seen, or predicted) are within every one that is stated. */
 export function meets(budget: BudgetTimes, times: Record<keyof BudgetTimes, number>): boolean {
   const { totalMs, ttftMs, perTokenMs } = budget;
@@ -81,6 +100,9 @@ export function meets(budget: BudgetTimes, times: Record<keyof BudgetTimes, numb
     times.perTokenMs <= (perTokenMs ?? Number.POSITIVE_INFINITY)
   );
 }
+
+/** Of work that takes none: a budget that even this does not meet is spent. */
+export const noTime: Record<keyof BudgetTimes, number> = { totalMs: 0, ttftMs: 0, perTokenMs: 0 };
 
 /** Throws INVALID_BUDGET with the body field or header at fault as `param`. */
 export function parseBudget(source: BudgetSource, defaults: BudgetDefaults): Budget {
@@ -109,6 +131,7 @@ export function parseBudget(source: BudgetSource, defaults: BudgetDefaults): Bud
     strict: latency.strict ?? tier.strict,
     rank: latency.rank ?? null,
     rankMin: latency.min_rank ?? tier.rankMin,
+    priority: tier.priority,
   };
 }
 

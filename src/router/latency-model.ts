@@ -7,6 +7,7 @@ import { z } from 'zod';
 import type { StepReport } from '../engine/messages.ts';
 import { AnswerLengths, savedCurves } from './answer-length.ts';
 import type { Prediction, RouteInput } from './policy.ts';
+import { parseSaved } from './saved-state.ts';
 import { type StepEstimate, StepTime, type StepWork, savedStepTime } from './step-time.ts';
 
 const adaptersMax = 4096; // ~1.5 MB of answer-length curves
@@ -15,6 +16,8 @@ const stepsMin = 8;
 const errorGain = 0.05;
 const errorStart = 0.25; // relative deviation of a whole answer's time before any was seen (guess)
 const errorClip = 1;
+/** Relative deviation of the wait for a row (guess). */
+const waitDoubt = 0.5;
 
 export interface ModelIdentity {
   readonly baseHash: string;
@@ -25,6 +28,8 @@ export interface ModelIdentity {
 
 export interface LatencyModelOptions {
   readonly identity: ModelIdentity;
+  /** Most sequences in one step. */
+  readonly rowsMax: number;
   /** Most prompt tokens that the engine processes in one step. */
   readonly prefillTokensMax: number;
 }
@@ -56,6 +61,8 @@ export class LatencyModel {
   // Mean squared relative errors of finished answers: of the wait for the first token, and of the pace after it.
   #ttftError: number = errorStart ** 2;
   #tokenError: number = errorStart ** 2;
+  /** How long answers take after their first token, of the moment: not saved. */
+  #decodeMs = 0;
 
   constructor(options: LatencyModelOptions) {
     this.#options = options;
@@ -70,6 +77,7 @@ export class LatencyModel {
     const { completionTokens, tokensMax, ttftMs, totalMs, prediction: predicted } = answer;
     if (!(completionTokens >= 1) || !(totalMs >= ttftMs) || !(ttftMs >= 0)) return;
     this.#lengths.learn(answer.adapter ?? '', completionTokens, completionTokens >= tokensMax);
+    this.#decodeMs += errorGain * (totalMs - ttftMs - this.#decodeMs);
     if (predicted === null) return;
     this.#ttftError = blend(this.#ttftError, ttftMs, predicted.ttftMs);
     if (completionTokens < 2) return;
@@ -80,8 +88,8 @@ export class LatencyModel {
   predict(input: RouteInput, ranks: number): Prediction | null {
     if (this.#stepTime.steps < stepsMin) return null;
     const first = this.#firstToken(input, ranks);
-    const pace = this.#pace(input, ranks);
     const length = this.#lengths.expect(input.adapter?.name ?? '', input.tokensMax);
+    const pace = this.#pace(input, ranks, length.mean);
     const later = Math.max(0, length.mean - 1);
     const sigmas = [
       first.ms * Math.sqrt(this.#ttftError),
@@ -102,38 +110,47 @@ export class LatencyModel {
     };
   }
 
-  /** Everything that waits is prefilled first, in steps of at most prefillTokensMax that also decode the running rows. */
-  #firstToken(input: RouteInput, ranks: number): StepEstimate {
+  /** How long until what waits has been prefilled, and has had a place among the rows, which come free as answers end. */
+  drainMs(load: RouteInput['load']): number {
+    const first = this.#firstToken({ load, promptTokens: 0 }, 0);
+    return Math.max(first.ms, (load.waiting / Math.max(1, load.decodeRows)) * this.#decodeMs);
+  }
+
+  /** Everything that waits is prefilled first, in steps of at most prefillTokensMax that also decode the running rows; where
+   *  that would be more rows than a step has, as many answers must end before. */
+  #firstToken(input: Pick<RouteInput, 'load' | 'promptTokens'>, ranks: number): StepEstimate {
     const { load, promptTokens } = input;
     const { decodeRows, kvCells, waiting, waitingPromptTokens } = load;
+    const { prefillTokensMax, rowsMax } = this.#options;
     const tokens = promptTokens + waitingPromptTokens;
-    const rows = Math.max(1, waiting);
-    const steps = Math.max(1, Math.ceil(tokens / this.#options.prefillTokensMax));
-    // The ranks of those that wait are not known: they are taken to be like those that run.
-    const rankMean = decodeRows === 0 ? 0 : load.decodeRanks / decodeRows;
+    const prompts = Math.max(1, waiting);
+    const steps = Math.max(1, Math.ceil(tokens / prefillTokensMax));
     const work: StepWork = [
       steps,
       steps * decodeRows,
       tokens,
       steps * load.decodeRanks,
-      promptTokens * ranks + waitingPromptTokens * rankMean,
-      steps * kvCells + triangle(promptTokens) + rows * triangle(waitingPromptTokens / rows),
+      // The ranks of those that wait are not known: they are taken to be like those that run.
+      promptTokens * ranks + waitingPromptTokens * rankMean(load),
+      steps * kvCells + triangle(promptTokens) + prompts * triangle(waitingPromptTokens / prompts),
     ];
-    return this.#stepTime.estimate(work);
+    const { ms, doubtMs } = this.#stepTime.estimate(work);
+    const waitMs = (Math.max(0, decodeRows + waiting + 1 - rowsMax) / rowsMax) * this.#decodeMs;
+    return { ms: ms + waitMs, doubtMs: Math.hypot(doubtMs, waitMs * waitDoubt) };
   }
 
-  /** A decode step once this row and all that wait before it have joined. */
-  #pace(input: RouteInput, ranks: number): StepEstimate {
-    const { load, promptTokens, tokensMax } = input;
-    const { decodeRows, decodeRanks, waiting, waitingPromptTokens } = load;
-    const rankMean = decodeRows === 0 ? 0 : decodeRanks / decodeRows;
+  /** A decode step once this row and those that wait before it have joined, as far as there are rows. */
+  #pace({ load, promptTokens }: RouteInput, ranks: number, tokens: number): StepEstimate {
+    const { decodeRows, waiting, waitingPromptTokens } = load;
+    const rows = Math.min(this.#options.rowsMax, decodeRows + waiting + 1);
+    const joining = Math.max(0, rows - 1 - decodeRows) / Math.max(1, waiting);
     return this.#stepTime.estimate([
       1,
-      decodeRows + waiting + 1,
+      rows,
       0,
-      decodeRanks + waiting * rankMean + ranks,
+      (rows - 1) * rankMean(load) + ranks,
       0,
-      load.kvCells + waitingPromptTokens + promptTokens + tokensMax / 2,
+      load.kvCells + joining * waitingPromptTokens + promptTokens + tokens / 2,
     ]);
   }
 
@@ -151,21 +168,18 @@ export class LatencyModel {
 
   /** False, and nothing changed, when the text is damaged or belongs to another base, backend or thread count. */
   restore(text: string): boolean {
-    let json: unknown;
-    try {
-      json = JSON.parse(text);
-    } catch {
-      return false;
-    }
-    const { success, data } = savedModel.safeParse(json);
-    if (!success) return false;
-    if (!isDeepStrictEqual(data.identity, this.#options.identity)) return false;
+    const data = parseSaved(text, savedModel);
+    if (data === null || !isDeepStrictEqual(data.identity, this.#options.identity)) return false;
     this.#stepTime.restore(data.stepTime);
     this.#lengths.restore(data.lengths);
     this.#ttftError = data.ttftError;
     this.#tokenError = data.tokenError;
     return true;
   }
+}
+
+function rankMean({ decodeRows, decodeRanks }: RouteInput['load']): number {
+  return decodeRows === 0 ? 0 : decodeRanks / decodeRows;
 }
 
 /** Cells that a prompt's tokens attend to: token i sees i of them. */

@@ -13,6 +13,8 @@ export interface TierPolicy extends BudgetTimes {
   /** Refuse (DEADLINE_TOO_SHORT) instead of serving late when even the smallest allowed rank does not fit. */
   readonly strict: boolean;
   readonly rankMin: number;
+  /** 0…9, larger first: whose sequences get room in the engine before whose. */
+  readonly priority: number;
 }
 
 /** A request's latency budget after parsing (budget.ts). */
@@ -52,8 +54,10 @@ export type PlanReason =
   | 'fits' // the largest rank whose prediction fits, and it is all of them
   | 'system-dropped' // every rank, but the system adapter does not fit
   | 'reduced' // the largest rank that fits is smaller than the adapter; the system adapter went before
+  | 'learned' // smaller than the largest that fits: what came of it says that it is worth more (guarded-policy.ts)
+  | 'configured' // the operator's rank or table, and not all of them
   | 'fixed' // the caller fixed the rank
-  | 'infeasible'; // not even the smallest allowed rank fits; served at it, without the system adapter (or refused when strict)
+  | 'infeasible'; // not even the smallest allowed (or the configured) rank fits; served at it, without the system adapter (or refused when strict)
 
 export interface Plan {
   readonly rank: number;
@@ -78,3 +82,40 @@ export interface Prediction {
 
 /** Predicts one request with so many active ranks under the given load; null while nothing was learned. */
 export type Predict = (input: RouteInput, ranks: number) => Prediction | null;
+
+/** What became of a plan, or how good its answer was: one of the two, or both. */
+export interface Outcome {
+  readonly input: RouteInput;
+  readonly plan: Plan;
+  /** Whether every stated time was kept; null: none was stated, or nothing is known. */
+  readonly met: boolean | null;
+  /** 0…1, of whoever judged the answer; null: nobody did. */
+  readonly score: number | null;
+}
+
+/** Chooses a plan per request and learns from what became of it. Memory is bounded. */
+export interface RankPolicy {
+  readonly name: string;
+  /** `draw`: uniform in [0, 1). Throws INVALID_BUDGET for a fixed rank that the adapter has not. */
+  choose(input: RouteInput, predict: Predict, draw: () => number): Plan;
+  settle(outcome: Outcome): void;
+  save(): string;
+  /** False, and nothing changed, when the text is not one that `save` of the same policy made. */
+  restore(text: string): boolean;
+}
+
+/** The configuration's `rankPolicy`. */
+export type PolicySettings =
+  | { readonly kind: 'guarded' | 'largest' }
+  | { readonly kind: 'fixed'; readonly rank: number }
+  /** Ascending by `fromMs`: a budget of at least that much for the whole answer has the row's rank. */
+  | {
+      readonly kind: 'table';
+      readonly rows: ReadonlyArray<{ readonly fromMs: number; readonly rank: number }>;
+    }
+  | {
+      readonly kind: 'critic';
+      /** In [0, 1): how much the outcome of the next decision counts. */
+      readonly discount: number;
+      readonly regularizer: 'none' | 'beer';
+    };

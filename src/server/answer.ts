@@ -5,8 +5,8 @@ import { setMaxListeners } from 'node:events';
 import type { InferenceReport } from '../channels.ts';
 import type { AdapterUse, EngineEvent, GenerateRequest, Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
-import { meets, statesTime } from '../router/budget.ts';
-import type { Budget, Plan } from '../router/policy.ts';
+import { meets, remaining, statesTime } from '../router/budget.ts';
+import type { Budget, Plan, RouteInput } from '../router/policy.ts';
 import {
   engineUse,
   namesOf,
@@ -43,7 +43,6 @@ export interface AnswerRequest {
 interface Sequence extends FlyingSequence {
   queueMs: number | null;
   cachedTokens: number;
-  completionTokens: number;
   /** Null until it has ended. */
   end: (EngineEvent & { readonly kind: 'end' }) | null;
 }
@@ -51,6 +50,9 @@ interface Sequence extends FlyingSequence {
 export class Answer {
   readonly request: AnswerRequest;
   readonly used: readonly UsedAdapter[];
+  /** When, and what it was planned from. */
+  readonly #plannedMs: number;
+  readonly #input: RouteInput;
   readonly #plan: Plan;
   readonly #promptTokens: number;
   readonly #deps: ServerDeps;
@@ -70,16 +72,19 @@ export class Answer {
     this.#deps = deps;
     this.request = request;
     this.#promptTokens = prompts.reduce((sum, prompt) => sum + prompt.length, 0);
-    this.#plan = deps.router.route({
-      budget,
+    this.#plannedMs = deps.clock.nowMs();
+    this.#input = {
+      // Tokenising and waiting for it are the budget's loss.
+      budget: remaining(budget, this.#plannedMs - request.receivedMs),
       promptTokens: Math.max(...prompts.map((prompt) => prompt.length)),
       tokensMax,
       ...routedAs(target),
-      load: deps.inFlight.load(deps.engine.stats().kvCellsUsed, {
+      load: deps.inFlight.load({
         count: prompts.length * n - 1,
         promptTokens: this.#promptTokens * n - prompts[0]!.length,
       }),
-    });
+    };
+    this.#plan = deps.router.route(this.#input);
     this.used = usedAdapters(target, this.#plan);
     this.#sequences = prompts.flatMap((prompt) =>
       Array.from({ length: n }, () => ({
@@ -156,7 +161,7 @@ export class Answer {
     }
     for (const sequence of this.#sequences) this.#deps.inFlight.remove(sequence);
     this.request.target.release();
-    if (this.#isComplete) this.#settle();
+    this.#settle();
   }
 
   report(): InferenceReport {
@@ -196,11 +201,18 @@ export class Answer {
     return this.#endedMs === null ? null : this.#endedMs - this.request.receivedMs;
   }
 
-  /** Cut by the drain, not by the client: whoever still reads shall know that another replica may answer. */
+  /** Cut by the drain, not by the client: whoever still reads shall know that another replica may answer. A full queue is
+   *  said by the engine, which does not know how long it will be so. */
   #blame(error: unknown): unknown {
-    const isCancelled = error instanceof GatewayError && error.code === 'CANCELLED';
-    if (!isCancelled || !this.#deps.lifecycle.cutOff.aborted) return error;
-    return new GatewayError('NO_CAPACITY', 'the server is shutting down', { retryAfterS: 5 });
+    if (!(error instanceof GatewayError)) return error;
+    const { inFlight, lifecycle, router } = this.#deps;
+    const { code, message, retryAfterS } = error;
+    if (code === 'CANCELLED' && lifecycle.cutOff.aborted) {
+      return new GatewayError('NO_CAPACITY', 'the server is shutting down', { retryAfterS: 5 });
+    }
+    if (code !== 'CONTENDED' || retryAfterS !== undefined) return error;
+    const load = inFlight.load();
+    return new GatewayError(code, message, { retryAfterS: router.retryAfterS(load) });
   }
 
   #request(index: number): GenerateRequest {
@@ -255,15 +267,28 @@ export class Answer {
 
   /** The engine's own times: ours stand still while the client does not read, and that says nothing of the machine. */
   #settle(): void {
+    const { router, clock } = this.#deps;
+    const { budget } = this.#input;
+    const judge = (met: boolean): void =>
+      router.judge({ input: this.#input, plan: this.#plan, met, score: null });
+    if (!this.#isComplete) {
+      // Given up when its time was over: late, whoever gave up. Before that nothing is known.
+      const ranMs = clock.nowMs() - this.#plannedMs;
+      if (budget.totalMs !== null && ranMs > budget.totalMs) judge(false);
+      return;
+    }
     const { completionTokens, end } = this.#longest;
     if (end === null) return;
-    this.#deps.router.settle({
+    const { ttftMs, totalMs } = end;
+    router.settle({
       adapter: namesOf(this.request.target.parts) || null,
       prediction: this.#plan.prediction,
       tokensMax: this.request.tokensMax,
       completionTokens,
-      ttftMs: end.ttftMs,
-      totalMs: end.totalMs,
+      ttftMs,
+      totalMs,
     });
+    const perTokenMs = (totalMs - ttftMs) / Math.max(1, completionTokens - 1);
+    if (statesTime(budget)) judge(meets(budget, { totalMs, ttftMs, perTokenMs }));
   }
 }

@@ -40,6 +40,8 @@ function routeTable(metricsPublic: boolean): readonly Route[] {
   return [
     inference('POST', '/v1/chat/completions', completeChat),
     inference('POST', '/v1/completions', completeText),
+    inference('POST', '/v1/tiers/:tier/chat/completions', completeChat),
+    inference('POST', '/v1/tiers/:tier/completions', completeText),
     inference('GET', '/v1/models', listModels),
     inference('GET', '/v1/models/:id', showModel),
     admin('POST', '/v1/adapters', createAddAdapter()),

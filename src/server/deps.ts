@@ -47,6 +47,7 @@ export interface ServerConfig
         | 'uploadMsMax'
         | 'uploadsMax'
         | 'fileBytesMax'
+        | 'queueRequestsMax'
         | 'hubUrl'
         | 'hubToken'
       )
@@ -76,7 +77,7 @@ export interface ServerDeps {
   readonly text: TextService;
   readonly registry: Registry;
   readonly importer: Importer;
-  readonly router: Pick<Router, 'route' | 'settle'>;
+  readonly router: Pick<Router, 'route' | 'settle' | 'judge' | 'retryAfterS'>;
   readonly inFlight: InFlight;
   /** null: nothing is trained here. */
   readonly training: Training | null;

@@ -9,7 +9,7 @@ import { Answer } from './answer.ts';
 import { resolveTarget, type Target } from './blend.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
-import { invalidRequest } from './problem.ts';
+import { HttpError, invalidRequest } from './problem.ts';
 import { reply, type Shape } from './reply.ts';
 import type { GenerationBody } from './schemas.ts';
 
@@ -39,12 +39,13 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
   if (body.stream_options !== undefined && body.stream !== true) {
     throw invalidRequest('stream_options is for streams only', 'stream_options');
   }
+  checkRoom(deps);
   const sampling = samplingOf(body, deps);
   const target = resolveTarget(body, deps.config, deps.registry);
   let answer: Answer | null = null;
   try {
     const header = (name: string): string | null => c.req.header(name) ?? null;
-    const source = { latency: body.latency, header, tier: tierOf(body, target) };
+    const source = { latency: body.latency, header, tier: tierOf(c, body, target, deps) };
     const budget = parseBudget(source, deps.config);
     const prompts = await ask.encode();
     const prior = await priorOf(target, deps);
@@ -77,6 +78,15 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
   }
 }
 
+/** Said here and at once: the engine may be in the middle of a long step. */
+function checkRoom({ engine, inFlight, config, router }: ServerDeps): void {
+  const { queued } = inFlight;
+  if (queued < config.queueRequestsMax) return;
+  const code = engine.isReady() ? 'CONTENDED' : 'NO_CAPACITY';
+  const retryAfterS = router.retryAfterS(inFlight.load());
+  throw new GatewayError(code, `${queued} requests wait`, { retryAfterS });
+}
+
 async function priorOf(
   { instruction }: Target,
   { text }: ServerDeps,
@@ -87,17 +97,29 @@ async function priorOf(
   throw invalidRequest('instruction_prior has no tokens', 'instruction_prior');
 }
 
-function tierOf(body: GenerationBody, target: Target): string | null {
+/** Of the path, `service_tier` and the model's suffix: those that are there must agree. */
+function tierOf(
+  c: Context<Env>,
+  body: GenerationBody,
+  target: Target,
+  { config }: ServerDeps,
+): string | null {
+  const inPath = c.req.param('tier') ?? null;
+  if (inPath !== null && !Object.hasOwn(config.tiers, inPath)) {
+    const known = Object.keys(config.tiers).join(', ');
+    throw new HttpError(404, 'not_found', `there is no such tier; there are ${known}`);
+  }
   const named = body.service_tier;
   // OpenAI's words for "whatever is usual here".
-  const tier = named === undefined || named === 'auto' || named === 'default' ? null : named;
-  if (tier !== null && target.tier !== null && tier !== target.tier) {
+  const inBody = named === undefined || named === 'auto' || named === 'default' ? null : named;
+  const [tier = null, ...others] = [inPath, inBody, target.tier].filter((one) => one !== null);
+  if (others.some((other) => other !== tier)) {
     throw invalidRequest(
-      `service_tier '${tier}' contradicts the model's suffix ':${target.tier}'`,
-      'service_tier',
+      `the tiers ${[tier, ...others].join(' and ')} contradict each other`,
+      inBody === null ? 'model' : 'service_tier',
     );
   }
-  return tier ?? target.tier;
+  return tier;
 }
 
 function tokensMaxOf(prompts: readonly Int32Array[], ask: Ask, contextMax: number): number {

@@ -9,7 +9,14 @@ export interface FlyingSequence {
   /** Active ranks of all its adapters. */
   readonly ranks: number;
   readonly generations: readonly Generation[];
+  /** So far. */
+  completionTokens: number;
   isStarted: boolean;
+}
+
+interface Siblings {
+  readonly count: number;
+  readonly promptTokens: number;
 }
 
 export class InFlight {
@@ -27,28 +34,34 @@ export class InFlight {
     return this.#sequences.size;
   }
 
-  /** `siblings` are sequences of the same request: they will wait and prefill beside the one that is planned. */
-  load(
-    kvCells: number,
-    siblings: { readonly count: number; readonly promptTokens: number },
-  ): RouteInput['load'] {
-    let [decodeRows, decodeRanks, waiting, waitingPromptTokens] = [0, 0, 0, 0];
+  /** Those that have no room in the engine yet. */
+  get queued(): number {
+    let count = 0;
+    for (const { isStarted } of this.#sequences) if (!isStarted) count += 1;
+    return count;
+  }
+
+  /** A sequence waits until its first token: one with room may have its prompt before it. `siblings` are sequences of the
+   *  same request: they will wait and prefill beside the one that is planned. */
+  load({ count, promptTokens }: Siblings = { count: 0, promptTokens: 0 }): RouteInput['load'] {
+    const load = {
+      decodeRows: 0,
+      decodeRanks: 0,
+      waiting: count,
+      waitingPromptTokens: promptTokens,
+      kvCells: 0,
+    };
     for (const sequence of this.#sequences) {
-      if (sequence.isStarted) {
-        decodeRows += 1;
-        decodeRanks += sequence.ranks;
+      if (sequence.completionTokens > 0) {
+        load.decodeRows += 1;
+        load.decodeRanks += sequence.ranks;
+        load.kvCells += sequence.promptTokens + sequence.completionTokens;
       } else {
-        waiting += 1;
-        waitingPromptTokens += sequence.promptTokens;
+        load.waiting += 1;
+        load.waitingPromptTokens += sequence.promptTokens;
       }
     }
-    return {
-      decodeRows,
-      decodeRanks,
-      waiting: waiting + siblings.count,
-      waitingPromptTokens: waitingPromptTokens + siblings.promptTokens,
-      kvCells,
-    };
+    return load;
   }
 
   /** Generations that sequences wait for. */

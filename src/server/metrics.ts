@@ -7,6 +7,7 @@ import type { Registry } from '../adapters/registry.ts';
 import type { ResidentKey } from '../adapters/residency.ts';
 import { onEvent, type RequestEnd } from '../channels.ts';
 import type { EngineStats } from '../engine/messages.ts';
+import { PredictionErrors } from '../router/prediction-errors.ts';
 import type { ServerDeps } from './deps.ts';
 import { type Labels, Page } from './prometheus.ts';
 
@@ -57,6 +58,7 @@ export function createMetrics(source: MetricsSource): Metrics {
   const ends = page.counter('rankgate_job_ends_total', 'Ends of jobs that were worked on.');
   const stopJobs = onEvent('job-end', ({ state, code }) => ends({ state, code: code ?? '' }));
   const stopRestarts = onEvent('engine-restart', ({ reason }) => restarts({ reason }));
+  const stopErrors = addPredictionErrors(page, (name) => sees(name));
   return {
     render(visible) {
       sees = visible;
@@ -66,9 +68,37 @@ export function createMetrics(source: MetricsSource): Metrics {
       stopRequests();
       stopRestarts();
       stopJobs();
+      stopErrors();
       loopDelay.disable();
     },
   };
+}
+
+/** Returns the function that stops it. */
+function addPredictionErrors(page: Page, sees: (name: string) => boolean): () => void {
+  const errors = new PredictionErrors();
+  page.gauge(
+    'rankgate_prediction_error',
+    '|actual/predicted − 1| of total times: median and p90 of the last 512 answers.',
+    () => errors.ofAll().map(({ quantile, error }) => [{ quantile: String(quantile) }, error]),
+  );
+  page.gauge(
+    'rankgate_adapter_prediction_error',
+    'The same by adapter, of the last 128 answers of each; of the last 128 adapters.',
+    () =>
+      errors
+        .ofEach()
+        .filter(([adapter]) => adapter.split(',').every(sees)) // a blend has several names
+        .flatMap(([adapter, quantiles]) =>
+          quantiles.map(({ quantile, error }) => [{ adapter, quantile: String(quantile) }, error]),
+        ),
+  );
+  return onEvent('request-end', ({ inference }) => {
+    if (inference === null) return;
+    const { adapter, predictedMs, plannedToEndMs } = inference;
+    if (predictedMs === null || plannedToEndMs === null) return;
+    errors.add(adapter, predictedMs, plannedToEndMs);
+  });
 }
 
 function addEngineState(page: Page, source: MetricsSource, sees: (name: string) => boolean): void {

@@ -115,12 +115,13 @@ function harmless({ code, message }: GatewayError): string {
   return revealing.test(message) ? code.toLowerCase().replaceAll('_', ' ') : message;
 }
 
-function headersOf({ code, retryAfterS = 1 }: GatewayError): Record<string, string> {
-  if (code === 'CONTENDED' || code === 'NO_CAPACITY') {
-    return { 'retry-after': String(Math.max(1, Math.ceil(retryAfterS))) };
-  }
+function headersOf({ code, retryAfterS }: GatewayError): Record<string, string> {
+  const retryAfter = { 'retry-after': String(Math.max(1, Math.ceil(retryAfterS ?? 1))) };
+  if (code === 'CONTENDED' || code === 'NO_CAPACITY') return retryAfter;
   if (code === 'UNAUTHENTICATED') return { 'www-authenticate': 'Bearer' };
-  return rules[code].retry === false ? { 'x-should-retry': 'false' } : {};
+  // A strict budget that only the load of now breaks: the caller is told when, and no client repeats it by itself.
+  const later = code === 'DEADLINE_TOO_SHORT' && retryAfterS !== undefined ? retryAfter : {};
+  return rules[code].retry === false ? { 'x-should-retry': 'false', ...later } : {};
 }
 
 function typeOf(status: number): string {

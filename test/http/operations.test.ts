@@ -187,6 +187,30 @@ describe('/metrics', () => {
     }
   });
 
+  it('tells how far off predictions were, of all and of the adapters that one may see', async () => {
+    for (const totalMs of [120.5, 241, 361.5]) {
+      harness.engine.script = async function* () {
+        yield startEvent();
+        yield endEvent(1, 'stop', { ttftMs: 1, totalMs });
+      };
+      await harness.post(chat, ask);
+    }
+    harness.engine.script = async function* () {
+      yield startEvent();
+      yield endEvent(1, 'stop', { ttftMs: 1, totalMs: 120.5 });
+    };
+    await harness.post(chat, { ...ask, model: 'tiny-base' });
+    const lines = (await metrics()).split('\n');
+    for (const line of [
+      'rankgate_prediction_error{quantile="0.5"} 0',
+      'rankgate_prediction_error{quantile="0.9"} 2',
+      'rankgate_adapter_prediction_error{adapter="support",quantile="0.5"} 1',
+      'rankgate_adapter_prediction_error{adapter="support",quantile="0.9"} 2',
+    ]) {
+      expect(lines).toContain(line);
+    }
+  });
+
   it('is well-formed, and names no prompt, tenant or unknown path', async () => {
     await harness.post(chat, ask);
     await harness.fetch('GET', '/nope/secret');

@@ -192,8 +192,18 @@ describe('a tenant', () => {
         uses: 0,
       })),
     };
+    for (const model of ['acme/mine', 'rival/secret', 'support']) {
+      const messages = [{ role: 'user', content: 'Hi' }];
+      const { status } = await call('operator', 'POST', '/v1/chat/completions', {
+        model,
+        messages,
+      });
+      expect(status).toBe(200);
+    }
     const { body } = await call(who, 'GET', '/metrics');
     expect(body).toContain(`running_lora_adapters="${names.join(',')}"`);
     expect(body.includes('rival/secret')).toBe(names.includes('rival/secret'));
+    const timed = [...body.matchAll(/prediction_error\{adapter="([^"]+)",quantile="0.5"/g)];
+    expect(new Set(timed.map(([, name]) => name))).toEqual(new Set(names));
   });
 });

@@ -22,6 +22,7 @@ const budget: fc.Arbitrary<Budget> = fc.record({
   strict: fc.boolean(),
   rank: fc.constant(null),
   rankMin: fc.nat(20),
+  priority: fc.nat(9),
 });
 const curve: fc.Arbitrary<number[]> = fc
   .array(fc.integer({ min: 0, max: 5 }), { minLength: 1, maxLength: 64 })
@@ -59,6 +60,7 @@ function modelOf(reports: readonly StepReport[]): Predict {
   const model = new LatencyModel({
     identity: { baseHash: '', backend: '', threads: 1 },
     prefillTokensMax: 128,
+    rowsMax: 32,
   });
   for (const one of reports) model.observe(one);
   return (route, rank) => model.predict(route, rank);

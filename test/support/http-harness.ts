@@ -3,7 +3,7 @@ import { getEventListeners } from 'node:events';
 import type { Generation } from '../../src/adapters/adapter.ts';
 import { GatewayError } from '../../src/errors.ts';
 import type { FinishedAnswer } from '../../src/router/latency-model.ts';
-import type { Plan, RouteInput } from '../../src/router/policy.ts';
+import type { Outcome, Plan, RouteInput } from '../../src/router/policy.ts';
 import { type App, createApp } from '../../src/server/app.ts';
 import type { ApiKey } from '../../src/server/auth.ts';
 import type { ServerConfig, Training } from '../../src/server/deps.ts';
@@ -33,10 +33,10 @@ const noTimes = { totalMs: null, ttftMs: null, perTokenMs: null };
 const configDefault: ServerConfig = {
   modelName: 'tiny-base',
   tiers: {
-    instant: { ...noTimes, totalMs: 300, strict: false, rankMin: 0 },
-    quality: { ...noTimes, strict: false, rankMin: 0 },
+    instant: { ...noTimes, totalMs: 300, strict: false, rankMin: 0, priority: 8 },
+    quality: { ...noTimes, strict: false, rankMin: 0, priority: 2 },
   },
-  latencyDefaults: { ...noTimes, strict: false, rankMin: 0 },
+  latencyDefaults: { ...noTimes, strict: false, rankMin: 0, priority: 5 },
   startedS: 1_700_000_000,
   apiKeys: [],
   metricsPublic: false,
@@ -46,6 +46,7 @@ const configDefault: ServerConfig = {
   uploadMsMax: 60_000,
   uploadsMax: 4,
   fileBytesMax: 64 * 1024,
+  queueRequestsMax: 256,
   hubUrl: null,
   hubToken: null,
   uploadRoot: '/nowhere/uploads',
@@ -71,6 +72,7 @@ export interface Harness {
   readonly logs: string[];
   readonly outcomes: FinishedAnswer[];
   readonly routed: RouteInput[];
+  readonly judged: Outcome[];
   fetch(method: string, path: string, options?: FetchOptions): Promise<Response>;
   post(path: string, body: unknown, headers?: Record<string, string>): Promise<Response>;
   /** Nothing of any request is left behind. */
@@ -109,6 +111,7 @@ export function createHarness(
   const logs: string[] = [];
   const outcomes: FinishedAnswer[] = [];
   const routed: RouteInput[] = [];
+  const judged: Outcome[] = [];
   let ids = 0;
   const whole: ServerConfig = { ...configDefault, ...config };
   const { modelName } = whole;
@@ -124,6 +127,8 @@ export function createHarness(
         return tablePlan(input);
       },
       settle: (outcome) => void outcomes.push(outcome),
+      judge: (outcome) => void judged.push(outcome),
+      retryAfterS: ({ waiting }) => 3 + waiting,
     },
     inFlight,
     training,
@@ -155,6 +160,7 @@ export function createHarness(
     logs,
     outcomes,
     routed,
+    judged,
     fetch,
     post: (path, body, headers = {}) =>
       fetch('POST', path, {

@@ -83,6 +83,27 @@ describe('the configuration', () => {
     });
   });
 
+  it('has priorities of tiers, and the rank policy, from the file alone', () => {
+    expect(load()).toMatchObject({
+      tiers: { instant: { priority: 8 }, balanced: { priority: 5 }, quality: { priority: 2 } },
+      latencyDefaults: { priority: 5 },
+      rankPolicy: { kind: 'guarded' },
+    });
+    const policies = [
+      '{kind: largest}',
+      '{kind: fixed, rank: 8}',
+      '{kind: table, rows: [{fromMs: 0, rank: 1}, {fromMs: 500, rank: 8}]}',
+      '{kind: critic, discount: 0.5, regularizer: beer}',
+    ];
+    for (const policy of policies) {
+      const config = file(`rankPolicy: ${policy}\n`);
+      const { kind } = load({ flags: { config } }).rankPolicy;
+      expect(policy).toContain(kind);
+    }
+    const critic = load({ flags: { config: file('rankPolicy: {kind: critic}\n') } });
+    expect(critic.rankPolicy).toEqual({ kind: 'critic', discount: 0.9, regularizer: 'none' });
+  });
+
   it('keeps keys as digests only, from environment and file', () => {
     const plain = 'an-inference-key-1';
     const admin = 'an-admin-key-12345';
@@ -164,6 +185,17 @@ describe('the configuration', () => {
     ['tiers: {instant: {totalMs: .inf}}', /tiers\.instant\.totalMs/],
     ['tiers: {auto: {}}', /tiers: 'auto' and 'default'/],
     ['latencyDefaults: {perTokenMs: -1}', /latencyDefaults\.perTokenMs/],
+    ['tiers: {instant: {priority: 10}}', /tiers\.instant\.priority/],
+    ['tiers: {instant: {priority: 1.5}}', /tiers\.instant\.priority/],
+    ['rankPolicy: guarded', /rankPolicy: /],
+    ['rankPolicy: {kind: best}', /rankPolicy\.kind/],
+    ['rankPolicy: {kind: fixed}', /rankPolicy\.rank/],
+    ['rankPolicy: {kind: fixed, rank: 257}', /rankPolicy\.rank/],
+    ['rankPolicy: {kind: largest, rank: 8}', /rankPolicy\.rank: no such setting/],
+    ['rankPolicy: {kind: table, rows: []}', /rankPolicy\.rows/],
+    ['rankPolicy: {kind: table, rows: [{fromMs: 9, rank: 1}, {fromMs: 9, rank: 2}]}', /rising/],
+    ['rankPolicy: {kind: critic, discount: 0, regularizer: beer}', /needs a discount above 0/],
+    ['rankPolicy: {kind: critic, discount: 1}', /rankPolicy\.discount/],
     ['- port', /want a mapping/],
     ['port: 1\nport: 2', /file /],
     ['a: &a [x]\nb: [*a, *a]', /file /],
@@ -207,7 +239,7 @@ describe('the configuration', () => {
   });
 
   it('has a flag for every setting but secrets and those that only the file can set', () => {
-    const without = ['apiKeys', 'adminKeys', 'hubToken', 'tiers', 'latencyDefaults'];
+    const without = ['apiKeys', 'adminKeys', 'hubToken', 'tiers', 'latencyDefaults', 'rankPolicy'];
     expect(Object.keys(configFlags)).toHaveLength(settingNames.length - without.length + 1);
     expect(configFlags).not.toHaveProperty('api-keys');
     expect(configFlags).toHaveProperty('kv-cells', { type: 'string' });

@@ -1,10 +1,25 @@
 import { describe, expect, it } from 'vitest';
-import { type BudgetDefaults, type BudgetSource, parseBudget } from '../../../src/router/budget.ts';
+import {
+  type BudgetDefaults,
+  type BudgetSource,
+  meets,
+  noTime,
+  parseBudget,
+  remaining,
+  wholeMs,
+} from '../../../src/router/budget.ts';
 
-const none = { totalMs: null, ttftMs: null, perTokenMs: null, strict: false, rankMin: 0 };
+const none = {
+  totalMs: null,
+  ttftMs: null,
+  perTokenMs: null,
+  strict: false,
+  rankMin: 0,
+  priority: 5,
+};
 const defaults: BudgetDefaults = {
   tiers: {
-    instant: { ...none, totalMs: 500, strict: true, rankMin: 2 },
+    instant: { ...none, totalMs: 500, strict: true, rankMin: 2, priority: 8 },
     quality: none,
   },
   latencyDefaults: none,
@@ -32,6 +47,7 @@ describe('a latency budget', () => {
       strict: true,
       rank: null,
       rankMin: 4,
+      priority: 5,
     });
     expect(parse({ rank: 0 })).toMatchObject({ rank: 0, totalMs: null });
   });
@@ -58,6 +74,7 @@ describe('a latency budget', () => {
       strict: true,
       rank: null,
       rankMin: 2,
+      priority: 8,
     });
   });
 
@@ -71,6 +88,7 @@ describe('a latency budget', () => {
       totalMs: 900,
       strict: false,
       rankMin: 2,
+      priority: 8,
     });
     const source = { latency: undefined, header: headersOf({}), tier: null };
     const loose = { ...defaults, latencyDefaults: { ...none, perTokenMs: 70 } };
@@ -157,5 +175,30 @@ describe('a latency budget', () => {
     expect(() => parse(undefined, {}, tier)).toThrow(
       expect.objectContaining({ code: 'INVALID_BUDGET', param: 'service_tier' }),
     );
+  });
+});
+
+describe('what is left of a budget', () => {
+  it('is less by what was spent, but for the pace', () => {
+    const budget = { ...none, totalMs: 500, ttftMs: 100, perTokenMs: 20 };
+    expect(remaining(budget, 120)).toEqual({ ...budget, totalMs: 380, ttftMs: -20 });
+    expect(remaining(none, 120)).toEqual(none);
+  });
+
+  it('is met by work that takes no time, until it is spent', () => {
+    expect(meets(remaining({ ...none, totalMs: 100 }, 100), noTime)).toBe(true);
+    expect(meets(remaining({ ...none, totalMs: 100 }, 101), noTime)).toBe(false);
+    expect(meets(remaining({ ...none, ttftMs: 10, totalMs: 100 }, 11), noTime)).toBe(false);
+    expect(meets(remaining(none, 1e9), noTime)).toBe(true);
+  });
+
+  it.each([
+    [{ totalMs: 500, ttftMs: 1, perTokenMs: 1 }, 500],
+    [{ perTokenMs: 20 }, 200],
+    [{ perTokenMs: 20, ttftMs: 300 }, 500],
+    [{ ttftMs: 300 }, null],
+    [{}, null],
+  ])('%j comes to %d ms for ten tokens', (times, ms) => {
+    expect(wholeMs({ ...none, ...times }, 10)).toBe(ms);
   });
 });

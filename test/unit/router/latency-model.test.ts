@@ -24,6 +24,7 @@ function trainedModel(): LatencyModel {
   const model = new LatencyModel({
     identity: { baseHash: '', backend: '', threads: 1 },
     prefillTokensMax: chunk,
+    rowsMax: 32,
   });
   const rng = createRng(1);
   for (let i = 0; i < 4000; i++) {
@@ -50,6 +51,7 @@ function inputOf(load: Partial<RouteInput['load']>, tokensMax = 101): RouteInput
       strict: false,
       rank: null,
       rankMin: 0,
+      priority: 5,
     },
     promptTokens: 100,
     tokensMax,
@@ -115,6 +117,20 @@ describe('a prediction', () => {
     });
     expect(Math.abs(perTokenMs - wanted) / wanted).toBeLessThan(0.01);
     expect(totalMs).toBeCloseTo(ttftMs + 100 * perTokenMs, 6);
+  });
+
+  it('waits for answers to end where every row is taken, and shares a step with no more rows than it has', () => {
+    const held = trainedModel();
+    const answer = { adapter: 'b', tokensMax: 90, completionTokens: 90, prediction: null };
+    for (let i = 0; i < 200; i++) held.settle({ ...answer, ttftMs: 10, totalMs: 1610 });
+    const full = inputOf({ decodeRows: 32, decodeRanks: 256, waiting: 3 });
+    const [after, before] = [held.predict(full, 4)!, model.predict(full, 4)!];
+    expect(after.ttftMs - before.ttftMs).toBeCloseTo((1600 * 4) / 32, 0);
+    expect(after.ttftSigmaMs).toBeGreaterThan(before.ttftSigmaMs);
+    const roomy = inputOf({ decodeRows: 28, decodeRanks: 224, waiting: 3 });
+    expect(held.predict(roomy, 4)!.ttftMs).toBeCloseTo(model.predict(roomy, 4)!.ttftMs, 6);
+    const wanted = stepMs({ ...noWork, decodeRows: 32, decodeRanks: 31 * 8 + 4, kvCells: 150.5 });
+    expect(Math.abs(before.perTokenMs - wanted) / wanted).toBeLessThan(0.01);
   });
 
   it('learns the length of answers, and is less sure when lengths vary', () => {

@@ -11,6 +11,7 @@ const open: Budget = {
   strict: false,
   rank: null,
   rankMin: 0,
+  priority: 5,
 };
 
 function inputOf(budget: Partial<Budget>, rankMax = 16, rankCurve?: number[]): RouteInput {

@@ -1,14 +1,19 @@
 import { describe, expect, it } from 'vitest';
 import type { StepReport } from '../../../src/engine/messages.ts';
-import type { LatencyModelOptions } from '../../../src/router/latency-model.ts';
+import { CriticPolicy } from '../../../src/router/critic-policy.ts';
+import { GuardedPolicy } from '../../../src/router/guarded-policy.ts';
 import type { Budget, Plan, RouteInput } from '../../../src/router/policy.ts';
-import { Router } from '../../../src/router/router.ts';
+import { Router, type RouterOptions } from '../../../src/router/router.ts';
+import { largestPolicy } from '../../../src/router/set-ranks.ts';
 import { createRng, type Rng } from '../../support/random.ts';
 import { routedAdapter } from '../../support/routed-adapter.ts';
 
-const options: LatencyModelOptions = {
+const options: RouterOptions = {
   identity: { baseHash: 'b'.repeat(64), backend: 'test 1', threads: 2 },
   prefillTokensMax: 64,
+  rowsMax: 64,
+  policy: largestPolicy,
+  draw: () => 0.5,
 };
 const idle = { decodeRows: 0, decodeRanks: 0, waiting: 0, waitingPromptTokens: 0, kvCells: 0 };
 const open: Budget = {
@@ -18,6 +23,7 @@ const open: Budget = {
   strict: false,
   rank: null,
   rankMin: 0,
+  priority: 5,
 };
 const adapter = routedAdapter(16);
 
@@ -222,10 +228,59 @@ describe('the router', () => {
       '',
       '{}',
       saved.slice(0, -2),
-      saved.replace(/"steps":\d+/, '"steps":-1'),
+      saved.replace(/steps\\":\d+/, 'steps\\":-1'),
     ]) {
       expect(new Router(options).restore(damaged)).toBe(false);
     }
+  });
+
+  it('refuses a strict budget that was spent before the plan, and serves another at the smallest rank', () => {
+    const job = { promptTokens: 5, tokens: 5, others: 0 };
+    const router = new Router(options);
+    expect(() => router.route(inputOf(job, { totalMs: -1, strict: true }))).toThrow(
+      expect.objectContaining({ code: 'DEADLINE_TOO_SHORT', retryAfterS: undefined }),
+    );
+    const late = router.route(inputOf(job, { totalMs: -1 }));
+    expect(late).toMatchObject({ rank: 0, reason: 'infeasible', prediction: null });
+  });
+
+  it('says when to come back by what waits, how fast it is served, and at most a minute', () => {
+    const rng = createRng(7);
+    const router = new Router(options);
+    train(router, rng, 100);
+    const load = { ...idle, decodeRows: 2, decodeRanks: 16, kvCells: 200 };
+    expect(router.retryAfterS(load)).toBe(1);
+    const some = router.drainMs({ ...load, waiting: 4, waitingPromptTokens: 400 });
+    // Seven steps of 64 prompt tokens beside two rows, and two answers in turn at either row.
+    const prefillMs = 7 * (8 + 2 + 0.25 * 16 + 0.2) + 2 * 400 + 0.02 * 400 * 8;
+    expect(some).toBeGreaterThan(0.9 * prefillMs);
+    expect(some).toBeLessThan(prefillMs + 2 * 60 * 30);
+    const wider = { ...load, decodeRows: 4, decodeRanks: 32, waiting: 8 };
+    expect(router.drainMs(wider) / router.drainMs({ ...load, waiting: 8 })).toBeLessThan(0.7);
+    const full = { ...load, waiting: 4000, waitingPromptTokens: 400_000 };
+    expect(router.retryAfterS(full)).toBe(60);
+  });
+
+  it('keeps what its policy learned, for the same policy', () => {
+    const input = inputOf({ promptTokens: 40, tokens: 40, others: 2 });
+    const policy = new GuardedPolicy();
+    const router = new Router({ ...options, policy });
+    train(router, createRng(8), 20);
+    router.judge({ input, plan: router.route(input), met: null, score: 0.5 });
+    const learned = policy.save();
+    expect(learned).not.toBe(new GuardedPolicy().save());
+    const [same, other] = [
+      new GuardedPolicy(),
+      new CriticPolicy({ discount: 0.9, regularizer: 'none' }),
+    ];
+    const before = other.save();
+    for (const one of [same, other]) {
+      const next = new Router({ ...options, policy: one });
+      expect(next.restore(router.save())).toBe(true);
+      expect(next.predict(input, 4)).toEqual(router.predict(input, 4));
+    }
+    expect(same.save()).toBe(learned);
+    expect(other.save()).toBe(before);
   });
 
   it('is not wrecked by outcomes that are none', () => {
