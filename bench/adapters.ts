@@ -48,6 +48,7 @@ export async function benchAdapters(
     sides.set('llamacpp', await open('llamacpp', 'parity'));
     sides.set('parity', await open('rankgate', 'parity'));
     sides.set('faithful', await open('rankgate', 'faithful'));
+    sides.set('fast', await open('rankgate', 'fast'));
     const results = await runRounds(entrantsOf(sides, sizes), rounds);
     return {
       ...summariseAdapters(results),
@@ -76,11 +77,8 @@ function entrantsOf(
     ...withAdapters,
     adapters: withAdapters.adapters.map(() => null),
   };
-  const [llamacpp, parity, faithful] = [...sides.values()] as [
-    SideProcess,
-    SideProcess,
-    SideProcess,
-  ];
+  const side = (name: string): SideProcess => sides.get(name)!;
+  const [llamacpp, parity, faithful] = [side('llamacpp'), side('parity'), side('faithful')];
   return [
     { name: 'llamacpp_serial', side: llamacpp, job: withAdapters },
     {
@@ -93,6 +91,7 @@ function entrantsOf(
     { name: 'parity_no_adapter', side: parity, job: withoutAdapters },
     { name: 'faithful', side: faithful, job: withAdapters },
     { name: 'faithful_no_adapter', side: faithful, job: withoutAdapters },
+    { name: 'fast', side: side('fast'), job: withAdapters },
   ];
 }
 
@@ -119,11 +118,14 @@ export function summariseAdapters(
   const opponent = Math.max(value('llamacpp_serial'), value('llamacpp_round_robin'));
   const opponentCpu = Math.min(value('llamacpp_serial_cpu'), value('llamacpp_round_robin_cpu'));
   const last = (name: string): JobResult => results.get(name)!.at(-1)!;
+  const distance = (name: string): number =>
+    probeDistance(last('llamacpp_serial'), last(name), last('llamacpp_no_adapter'));
   return {
     bench: 'adapters',
     figures: {
       parity_ratio_to_llamacpp: round(value('parity') / opponent),
       faithful_ratio_to_llamacpp: round(value('faithful') / opponent),
+      fast_ratio_to_llamacpp: round(value('fast') / opponent),
       ratio_to_no_adapter: round(value('faithful') / value('faithful_no_adapter')),
       parity_ratio_to_no_adapter: round(value('parity') / value('parity_no_adapter')),
       llamacpp_ratio_to_no_adapter: round(opponent / value('llamacpp_no_adapter')),
@@ -133,23 +135,18 @@ export function summariseAdapters(
       ),
       parity_cpu_ratio_to_llamacpp: round(opponentCpu / value('parity_cpu')),
       faithful_cpu_ratio_to_llamacpp: round(opponentCpu / value('faithful_cpu')),
+      fast_cpu_ratio_to_llamacpp: round(opponentCpu / value('fast_cpu')),
       cpu_ratio_to_no_adapter: round(value('faithful_no_adapter_cpu') / value('faithful_cpu')),
       ids_equal_parity: agreement(last('parity'), last('llamacpp_serial')),
-      first_logits_distance_parity: probeDistance(
-        last('llamacpp_serial'),
-        last('parity'),
-        last('llamacpp_no_adapter'),
-      ),
-      first_logits_distance_faithful: probeDistance(
-        last('llamacpp_serial'),
-        last('faithful'),
-        last('llamacpp_no_adapter'),
-      ),
+      first_logits_distance_parity: distance('parity'),
+      first_logits_distance_faithful: distance('faithful'),
+      first_logits_distance_fast: distance('fast'),
       idle_core_share_max: idleShareMax(results),
     },
     series,
     notes: [
       'throughput ratios: against the better of llamacpp_serial and llamacpp_round_robin',
+      'fast rounds activations to 8 bits as llama.cpp does (bench fidelity: the same divergence); parity has its very kernels',
       'ttft_p50_ratio: faithful against llamacpp_serial, the order in which llama-server serves different LoRA sets',
       'first_logits_distance: RMS to llamacpp_serial over the RMS that the adapters cause: ≪ 1, both sides applied the same',
     ],

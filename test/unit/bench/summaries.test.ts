@@ -244,11 +244,13 @@ describe('bench adapters', () => {
         ['parity_no_adapter', side(25, [4, 4], 25)], // 400
         ['faithful', side(50, [5, 7], 60, { probes: [[1, 3]] })], // 200
         ['faithful_no_adapter', side(20, [4, 4], 30)], // 500
+        ['fast', side(16, [2, 3], 18, { probes: [[1, 3.5]] })], // 625
       ]),
     );
     expect(figures).toEqual({
       parity_ratio_to_llamacpp: 1.4, // 7 tokens in 40 ms: 175 / 125
       faithful_ratio_to_llamacpp: 1.6,
+      fast_ratio_to_llamacpp: 5, // 625 / 125
       ratio_to_no_adapter: 0.4,
       parity_ratio_to_no_adapter: 0.4375, // 175 / 400
       llamacpp_ratio_to_no_adapter: 0.5,
@@ -256,10 +258,12 @@ describe('bench adapters', () => {
       ttft_p50_ratio_round_robin: 0.5, // 6 / 12
       parity_cpu_ratio_to_llamacpp: 2, // 90 / 45
       faithful_cpu_ratio_to_llamacpp: 1.5,
+      fast_cpu_ratio_to_llamacpp: 5, // 90 / 18
       cpu_ratio_to_no_adapter: 0.5,
       ids_equal_parity: 0.8571, // 5 of 5 and 1 of 2
       first_logits_distance_parity: 0.25, // 0.5 / 2
       first_logits_distance_faithful: 0.5,
+      first_logits_distance_fast: 0.75, // 1.5 / 2
       idle_core_share_max: 0,
     });
     expect(series.llamacpp_serial_ttft_worst!.median).toBe(50);
