@@ -1,0 +1,144 @@
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import OpenAI, { toFile } from 'openai';
+import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import type { GatewayProcess } from '../support/gateway-process.ts';
+import { createRng } from '../support/random.ts';
+import {
+  answer,
+  clientOf,
+  createJob,
+  foldersOf,
+  jobUntil,
+  startTraining,
+  type TrainedJob,
+  trainerPid,
+  trainWithKills,
+} from '../support/training-gateway.ts';
+
+// OpenAI's own client against the built gateway over the tiny model: from a file to an answer of the adapter that was trained
+// on it; and the same bytes of that adapter after kill -9 of trainers and gateways.
+
+let dataDir: string;
+let gateway: GatewayProcess;
+let first: TrainedJob;
+
+beforeAll(async () => {
+  dataDir = mkdtempSync(join(tmpdir(), 'rankgate-training-'));
+  gateway = await startTraining(dataDir);
+}, 180_000);
+afterAll(async () => {
+  await gateway[Symbol.asyncDispose]();
+  rmSync(dataDir, { recursive: true, force: true });
+});
+
+const say = async (model: string): Promise<string> => {
+  const completion = await clientOf(gateway).chat.completions.create({
+    model,
+    messages: [{ role: 'user', content: 'question 3' }],
+    temperature: 0,
+    max_tokens: 12,
+  });
+  return completion.choices[0]!.message.content!;
+};
+
+describe('training, from a file to an answer', () => {
+  it('is driven by OpenAI’s client alone', async () => {
+    const client = clientOf(gateway);
+    const { id } = await createJob(gateway, 'first');
+    first = await jobUntil(client, id, ({ status }) => status === 'succeeded');
+    expect(first.fine_tuned_model).toMatch(/^ft\..+\.first\.[a-z0-9]+$/);
+    expect(first.trained_tokens).toBeGreaterThan(0);
+    const { base_loss: base, losses } = first.rankgate;
+    expect(losses!.at(-1)!.loss).toBeLessThan(base! / 2);
+    const events = [];
+    for await (const event of client.fineTuning.jobs.listEvents(id, { limit: 5 }))
+      events.push(event);
+    expect(events.at(-1)!.message).toContain('waits for a trainer');
+    expect(events[0]!.message).toContain('can be asked for');
+    expect(events.some(({ type }) => type === 'metrics')).toBe(true);
+    const checkpoints = await client.fineTuning.jobs.checkpoints.list(id);
+    expect(checkpoints.data.length).toBeGreaterThan(1);
+    const listed = [];
+    for await (const job of client.fineTuning.jobs.list({ limit: 1 })) listed.push(job.id);
+    expect(listed).toEqual([id]);
+    expect(await say(first.fine_tuned_model!)).toContain(answer);
+    expect(await say(gateway.modelName)).not.toContain(answer);
+    expect((await client.models.retrieve(first.fine_tuned_model!)).id).toBe(first.fine_tuned_model);
+    expect([foldersOf(gateway), readdirSync(join(dataDir, 'uploads'))]).toEqual([[], []]);
+  }, 120_000);
+
+  it('refuses a file with its wrong lines', async () => {
+    const file = await toFile(Buffer.from('{"prompt":1}\n'), 'bad.jsonl');
+    const error: unknown = await clientOf(gateway)
+      .files.create({ file, purpose: 'fine-tune' })
+      .catch((thrown: unknown) => thrown);
+    expect(error).toBeInstanceOf(OpenAI.UnprocessableEntityError);
+    expect((error as { error: { lines: unknown } }).error.lines).toMatchObject([{ line: 1 }]);
+  });
+
+  it('makes the same bytes when its trainers are killed', async () => {
+    const random = createRng(11);
+    const { job, killed } = await trainWithKills(gateway, {
+      suffix: 'killed',
+      kills: 3,
+      random: random.next,
+    });
+    expect(killed).toBe(3);
+    expect(job.rankgate.generation).toBe(first.rankgate.generation);
+  }, 180_000);
+
+  it('goes on after kill -9 of the gateway, to the same bytes', async () => {
+    const { id } = await createJob(gateway, 'crashed');
+    const client = clientOf(gateway);
+    await jobUntil(client, id, ({ rankgate }) => (rankgate.progress?.step ?? 0) >= 5);
+    const pid = trainerPid(gateway)!;
+    await gateway.stop('SIGKILL');
+    // The trainer ends by itself: nobody is left to hear it.
+    await expect.poll(() => isAlive(pid), { timeout: 10_000 }).toBe(false);
+    gateway = await startTraining(dataDir);
+    const { rankgate } = await jobUntil(
+      clientOf(gateway),
+      id,
+      ({ status }) => status === 'succeeded',
+    );
+    expect(rankgate.generation).toBe(first.rankgate.generation);
+    expect(foldersOf(gateway)).toEqual([]);
+  }, 180_000);
+
+  it('is given back by a gateway that closes, and goes on where it was', async () => {
+    const { id } = await createJob(gateway, 'closed');
+    await jobUntil(clientOf(gateway), id, ({ rankgate }) => (rankgate.progress?.step ?? 0) >= 5);
+    expect(await gateway.stop('SIGTERM')).toBe(0);
+    gateway = await startTraining(dataDir);
+    const client = clientOf(gateway);
+    const job = await jobUntil(client, id, ({ status }) => status === 'succeeded');
+    expect(job.rankgate.generation).toBe(first.rankgate.generation);
+    expect(job.rankgate.attempts).toBe(0);
+    const { data } = await client.fineTuning.jobs.listEvents(id, { limit: 100 });
+    expect(data.map(({ message }) => message)).toContain(
+      'the gateway closes: the job goes on when it is there again',
+    );
+  }, 180_000);
+
+  it('can be cancelled, and leaves nothing', async () => {
+    const client = clientOf(gateway);
+    const { id } = await createJob(gateway, 'cancelled');
+    await jobUntil(client, id, ({ rankgate }) => (rankgate.progress?.step ?? 0) >= 5);
+    expect((await client.fineTuning.jobs.cancel(id)).status).toBe('cancelled');
+    await expect.poll(() => trainerPid(gateway)).toBeNull();
+    await expect.poll(() => foldersOf(gateway)).toEqual([]);
+    const names = (await client.models.list()).data.map((model) => model.id);
+    expect(names.filter((name) => name.includes('cancelled'))).toEqual([]);
+  }, 60_000);
+});
+
+function isAlive(pid: number): boolean {
+  try {
+    process.kill(pid, 0);
+    return true;
+  } catch {
+    return false;
+  }
+}
