@@ -70,9 +70,7 @@ function moveA({ options, state, basis, learningRate }: Setting, parameter: Para
     saved.set(leadingDirections(parameter, basis, count));
     turnMoments(momentsOf(state, name), { before, now: saved, count, rows });
   }
-  // Saved in f32, so what rounding put into M's directions is taken out again.
-  const kept = { rows: columns, columns: count, data: Float64Array.from(saved) };
-  const directions = outside(basis, kept).data; // [count, in]
+  const directions = Float64Array.from(saved); // [count, in]
   const side = sideOf(rows, columns, 'row');
   const low = new Float32Array(count * rows);
   project(gradient, side, directions, low);
@@ -90,7 +88,7 @@ function leadingDirections(parameter: Parameter, basis: Columns, count: number):
   const least = negligible * lengthOf(all);
   const scales = sigma.slice(0, count).map((size) => (size > least ? 1 / size : 0));
   const directions = new Float64Array(count * columns);
-  directions.set(outside(basis, eachScaled(us, scales)).data);
+  directions.set(eachScaled(us, scales).data);
   return directions;
 }
 

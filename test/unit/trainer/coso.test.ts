@@ -148,6 +148,42 @@ describe('coso', () => {
     expect(Math.max(...moved.subarray(3 * height).map(Math.abs))).toBeGreaterThan(0.05);
   });
 
+  it('moments follow their directions when others lead', () => {
+    // Two directions take turns as the first. Along each, A goes where adamw by itself would.
+    const along = orthonormal(random(width, 2, 40));
+    const sides = orthonormal(random(ranks, 2, 41));
+    const pair = pairOf(42, 0.3);
+    pair.a.values.fill(0);
+    const optimizer = createCoso({ ...options, rank: 2, gap: 1 }, [pair.a, pair.b], new Map());
+    const alone = [0, 1].map(() => parameterOf('x', ranks, new Float32Array(ranks)));
+    const plain = { name: 'adamw', ...adam, weightDecay: 0 } as const;
+    const references = alone.map((parameter) => createAdamw(plain, [parameter]));
+    for (const sizes of [
+      [3, 1],
+      [1, 3],
+      [2, 0.5],
+      [-1, 2],
+      [3, 1],
+    ]) {
+      pair.a.gradient.fill(0);
+      sizes.forEach((size, d) => {
+        for (let r = 0; r < ranks; r++) {
+          const side = size * sides.data[d * ranks + r]!;
+          alone[d]!.gradient[r] = side;
+          for (let i = 0; i < width; i++) {
+            pair.a.gradient[r * width + i]! += side * along.data[d * width + i]!;
+          }
+        }
+        references[d]!.step([alone[d]!], 0.01);
+      });
+      optimizer.step([pair.a, pair.b], 0.01);
+    }
+    const moved = { rows: width, columns: ranks, data: Float64Array.from(pair.a.values) };
+    const got = innerProducts(moved, along).data; // [R, 2]
+    expect(largestDifference(got.subarray(0, ranks), alone[0]!.values)).toBeLessThan(1e-6);
+    expect(largestDifference(got.subarray(ranks), alone[1]!.values)).toBeLessThan(1e-6);
+  });
+
   it('goes on after a restore, bit for bit, also between two choices of directions', () => {
     const bases = new Map([['m.a', part(0)]]);
     const [whole, parts] = [pairOf(14, 0.3), pairOf(14, 0.3)];

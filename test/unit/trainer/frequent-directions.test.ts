@@ -57,6 +57,17 @@ describe('frequent directions', () => {
     expect(error).toBeGreaterThan(1e-3 * rest[10]!);
   });
 
+  it('many small rows of one direction are not lost to a few large ones', () => {
+    // Dropping the smallest direction each time, without taking from the others, would lose all 2,000 of them.
+    const row = (at: number, size: number): Float32Array =>
+      Float32Array.from({ length: 16 }, (_, i) => (i === at ? size : 0));
+    const large = [0, 1, 2].map((at) => row(at, 10));
+    const small = Array.from({ length: 2000 }, () => row(3, 1));
+    const { error, rest } = judge([...large, ...small], 4);
+    expect(rest[3]).toBeCloseTo(100, 6);
+    expect(error).toBeLessThanOrEqual(100 + 1e-6);
+  });
+
   it('fewer rows than l, or a lower rank, are kept exactly', () => {
     const few = judge(rowsOf(7, 16, 1), 8);
     expect(few.error).toBeLessThan(1e-10 * few.rest[0]!);

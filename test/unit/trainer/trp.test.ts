@@ -1,5 +1,7 @@
 import { describe, expect, it } from 'vitest';
 import { svd } from '../../../src/adapters/orthogonal.ts';
+import { orthonormal } from '../../../src/adapters/randomized-svd.ts';
+import { outside } from '../../../src/trainer/coso.ts';
 import { createAdamw } from '../../../src/trainer/optimizers/adam.ts';
 import { addNuclearGradient, ranksOfEnergy, truncateProduct } from '../../../src/trainer/trp.ts';
 import {
@@ -77,6 +79,21 @@ describe('addNuclearGradient', () => {
     );
     expect(largestDifference(pair.a.gradient, wanted[0]!)).toBeLessThan(2e-6);
     expect(largestDifference(pair.b.gradient, wanted[1]!)).toBeLessThan(2e-6);
+  });
+
+  it('knows only the directions that the product has', () => {
+    const pair = pairOf(4, 6, 0.3);
+    pair.b.values.copyWithin(2 * height, 0, 2 * height); // B has two directions, A four.
+    addNuclearGradient(pair, { weight: 1, scale: 1 });
+    const two = {
+      rows: height,
+      columns: 2,
+      data: Float64Array.from(pair.b.values.slice(0, 2 * height)),
+    };
+    const all = { rows: height, columns: 4, data: Float64Array.from(pair.b.gradient) };
+    const outsideOfB = outside(orthonormal(two), all).data;
+    expect(Math.max(...outsideOfB.map(Math.abs))).toBeLessThan(1e-6);
+    expect(Math.max(...pair.b.gradient.map(Math.abs))).toBeGreaterThan(0.01);
   });
 
   it('of a product of zeros adds nothing', () => {

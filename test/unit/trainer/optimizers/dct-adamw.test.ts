@@ -27,7 +27,7 @@ const options: DctAdamwOptions = {
 
 function matrix(rows: number, columns: number, seed: number): Parameter {
   const rng = createRng(seed);
-  const values = normals(rng, rows * columns);
+  const values = normals(rng, rows * columns, 0.3);
   return { name: 'w', rows, columns, values, gradient: normals(rng, rows * columns) };
 }
 
@@ -70,10 +70,11 @@ describe('dct-adamw', () => {
   ] as const)('%s: %d of 128 directions leave at most their share of the energy', (norm, rank) => {
     const rng = createRng(rank);
     // Noise, something smooth, and something that only one direction has.
+    const basis = cosineBasis(128);
     const draws = [
       normals(rng, 40 * 128),
       Float32Array.from({ length: 40 * 128 }, (_, i) => Math.exp(-((i % 128) / 20))),
-      Float32Array.from({ length: 40 * 128 }, (_, i) => cosineBasis(128)[5 * 128 + (i % 128)]!),
+      Float32Array.from({ length: 40 * 128 }, (_, i) => basis[5 * 128 + (i % 128)]!),
     ];
     const errors = draws.map((x) => {
       const coordinates = coordinatesOf(x, 40, 128);
@@ -96,6 +97,7 @@ describe('dct-adamw', () => {
   it.each([
     [9, 6],
     [6, 9],
+    [6, 6],
   ])('with all directions is adamw on the rotated matrix, %d × %d', (rows, columns) => {
     const n = Math.min(rows, columns);
     const basis = cosineBasis(n);
