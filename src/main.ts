@@ -17,6 +17,7 @@ import type { EngineConfig } from './engine/open-loop.ts';
 import { Supervisor } from './engine/supervisor.ts';
 import type { TextService } from './engine/text.ts';
 import { createTextService } from './engine/text-service.ts';
+import { openArchive } from './kept-archive.ts';
 import { readDecoderConfig } from './model/decoder-config.ts';
 import { openGguf } from './model/gguf.ts';
 import { type ModelFile, modelNameOf } from './model/model-source.ts';
@@ -24,6 +25,7 @@ import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
 import { createPolicy } from './router/create-policy.ts';
 import { Router } from './router/router.ts';
 import { createApp } from './server/app.ts';
+import type { ArchiveDeps } from './server/archive.ts';
 import type { Clock } from './server/deps.ts';
 import { probeEngine } from './server/health.ts';
 import { InFlight } from './server/in-flight.ts';
@@ -45,7 +47,7 @@ const readyMsMax = 180_000;
 const silenceMsMax = 60_000;
 const flightsMax = 4096;
 const eventsMax = 4096;
-const latencySaveMs = 60_000;
+const saveMs = 60_000;
 /** glibc stops giving large blocks back once one was freed, and then keeps what loading leaves behind: 40 MB (measured).
  *  Named, the limit stays where it starts. Other C libraries do not read this.
  *  The engine makes few objects: V8's own limit for young ones (3 × 16 MB) costs 16 MB more, and no less time (measured). */
@@ -59,6 +61,7 @@ interface Paths {
   readonly cache: string;
   readonly registry: string;
   readonly latency: string;
+  readonly archive: string;
 }
 
 function makePaths(config: Config): Paths {
@@ -71,6 +74,7 @@ function makePaths(config: Config): Paths {
     cache: at('cache'),
     registry: at('registry.sqlite'),
     latency: at('latency.json'),
+    archive: at('archive.json'),
   };
 }
 
@@ -200,12 +204,13 @@ interface Parts {
   readonly registry: Registry;
   readonly importer: Importer;
   readonly router: Router;
+  readonly archive: ArchiveDeps;
   readonly uploadRoot: string;
   readonly training: OpenedTraining | null;
 }
 
 async function startServer(parts: Parts): Promise<{ listening: Listening; stop: () => void }> {
-  const { config, modelName, engine, registry, router } = parts;
+  const { config, modelName, engine, registry, router, archive } = parts;
   const clock: Clock = { ...systemClock, unixMs: () => Date.now() };
   const startedS = Math.floor(clock.unixMs() / 1000);
   const lifecycle = createLifecycle();
@@ -222,6 +227,7 @@ async function startServer(parts: Parts): Promise<{ listening: Listening; stop: 
     text: parts.text,
     importer: parts.importer,
     router,
+    archive,
     config: { ...config, modelName, startedS, uploadRoot: parts.uploadRoot },
     random: { id: () => randomUUID(), seed: () => randomInt(2 ** 32) },
     metrics: (sees) => metrics.render(sees),
@@ -275,11 +281,17 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
     });
     closers.push(() => importer.close());
     const { router, isNew } = startRouter(config, engine, paths.latency);
-    const saving = setInterval(() => saveLatency(router, paths.latency), latencySaveMs);
+    const archive = openArchive(paths.archive, (message) => process.emitWarning(message));
+    const saveArchive = (): Promise<void> => archive.save().catch(() => {}); // the next save may have room
+    const saving = setInterval(() => {
+      saveLatency(router, paths.latency);
+      void saveArchive();
+    }, saveMs);
     saving.unref();
     closers.push(() => {
       clearInterval(saving);
       saveLatency(router, paths.latency);
+      return saveArchive();
     });
     const warm = warmUp(engine);
     if (isNew) await warm; // what was learned before predicts well enough meanwhile
@@ -298,7 +310,9 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
           });
     closers.push(() => training?.close());
     const uploadRoot = paths.uploads;
-    const parts = { config, modelName, engine, text, registry, importer, router, uploadRoot };
+    const parts = {
+      ...{ config, modelName, engine, text, registry, importer, router, archive, uploadRoot },
+    };
     const { listening, stop } = await startServer({ ...parts, training });
     closers.push(stop, () => listening.close(config.drainGraceMs));
     // Beside the drain: both take seconds.

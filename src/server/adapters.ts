@@ -70,7 +70,7 @@ export function unpinAdapter(c: Context<Env>, deps: ServerDeps): Response {
 export async function aliasAdapter(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const { target } = await readBody(c, deps, aliasSchema);
   const name = nameOf(c);
-  if (name === deps.config.modelName) {
+  if (isReserved(name, deps)) {
     throw new GatewayError('ADAPTER_EXISTS', `the name '${name}' is taken`, { param: 'name' });
   }
   return c.json(describeAdapter(deps.registry.alias(name, target), deps));
@@ -134,6 +134,10 @@ export async function exportAdapter(c: Context<Env>, deps: ServerDeps): Promise<
   c.header('x-adapter-generation', lease.generation);
   return c.body(archive);
 }
+
+/** The base's, and a route's. */
+export const isReserved = (name: string, { config }: ServerDeps): boolean =>
+  name === config.modelName || name === 'archive';
 
 /** As the caller put it: an alias, maybe. */
 export const nameOf = (c: Context<Env>): string => c.req.param('name') ?? '';

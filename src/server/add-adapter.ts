@@ -9,7 +9,13 @@ import type { Generation } from '../adapters/adapter.ts';
 import { fetchHubAdapter, parseHubAdapter } from '../adapters/hub-adapter.ts';
 import type { AdapterRecord } from '../adapters/registry.ts';
 import { type ErrorCode, GatewayError } from '../errors.ts';
-import { adapterName, describeAdapter, generationField, unloadUnused } from './adapters.ts';
+import {
+  adapterName,
+  describeAdapter,
+  generationField,
+  isReserved,
+  unloadUnused,
+} from './adapters.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env, Handle } from './env.ts';
 import { readBody, unsupportedMedia } from './limits.ts';
@@ -114,15 +120,15 @@ export async function publishAdapter(
 /** What the name is now, null when it is free. Throws when the addition may not have it. */
 export function checkTarget(
   c: Context<Env>,
-  { registry, config }: ServerDeps,
+  deps: ServerDeps,
   { name, replace = false, if_generation: expected }: Addition,
 ): AdapterRecord | null {
   if (expected !== undefined && !replace) {
     throw invalidRequest('if_generation needs replace: true', 'if_generation');
   }
   checkMayName(name, c.get('caller'));
-  const existing = registry.find(name);
-  if (name === config.modelName || (existing !== null && !replace)) {
+  const existing = deps.registry.find(name);
+  if (isReserved(name, deps) || (existing !== null && !replace)) {
     throw new GatewayError('ADAPTER_EXISTS', `the name '${name}' is taken`, { param: 'name' });
   }
   if (existing === null && expected !== undefined) {

@@ -7,6 +7,7 @@ import type { AdapterUse, EngineEvent, GenerateRequest, Sampling } from '../engi
 import { GatewayError } from '../errors.ts';
 import { meets, remaining, statesTime } from '../router/budget.ts';
 import type { Budget, Plan, RouteInput } from '../router/policy.ts';
+import { madeBy, shownPlan } from './archive.ts';
 import {
   engineUse,
   namesOf,
@@ -26,6 +27,8 @@ export interface AnswerRequest {
   readonly tenant: string;
   readonly receivedMs: number;
   readonly target: Target;
+  /** Of the archive, where a score of the answer counts; null: nowhere. */
+  readonly row: string | null;
   /** The target's instruction in tokens. */
   readonly prior: AdapterUse['prior'];
   readonly prompts: readonly Int32Array[];
@@ -171,9 +174,7 @@ export class Answer {
     return {
       adapter: namesOf(request.target.parts) || null,
       generation: request.target.parts.map(({ lease }) => lease.generation).join() || null,
-      rank: this.#plan.rank,
-      rankMax: this.#plan.rankMax,
-      reason: this.#plan.reason,
+      ...shownPlan(this.#plan, request.target),
       predictedMs: this.#plan.prediction?.totalMs ?? null,
       plannedToEndMs: this.#isComplete ? (this.#longest.end?.totalMs ?? null) : null,
       budgetMet: this.#isComplete ? this.#budgetMet() : null,
@@ -290,5 +291,14 @@ export class Answer {
     });
     const perTokenMs = (totalMs - ttftMs) / Math.max(1, completionTokens - 1);
     if (statesTime(budget)) judge(meets(budget, { totalMs, ttftMs, perTokenMs }));
+    if (this.#sequences.length === 1) this.#remember(totalMs);
+  }
+
+  /** For a score of it, which may come. */
+  #remember(latencyMs: number): void {
+    const { id, tenant, row, target } = this.request;
+    const planned = { input: this.#input, plan: this.#plan };
+    const made = madeBy(target, this.#plan);
+    this.#deps.archive.scores.remember(id, { ...made, tenant, row, latencyMs, planned });
   }
 }

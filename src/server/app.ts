@@ -7,11 +7,13 @@ import type { ContentfulStatusCode } from 'hono/utils/http-status';
 import { showAurac, squeezeAdapter } from './adapter-shape.ts';
 import * as adapters from './adapters.ts';
 import { createAddAdapter } from './add-adapter.ts';
+import { offerToArchive, removeDomain, showArchive } from './archive.ts';
 import { authenticate } from './auth.ts';
 import { completeChat } from './chat.ts';
 import { completeText } from './completions.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Access, Env, Handle, Route } from './env.ts';
+import { takeFeedback } from './feedback.ts';
 import * as files from './files.ts';
 import * as jobs from './fine-tuning.ts';
 import { createReadyz, livez, metricsPage } from './health.ts';
@@ -42,10 +44,15 @@ function routeTable(metricsPublic: boolean): readonly Route[] {
     inference('POST', '/v1/completions', completeText),
     inference('POST', '/v1/tiers/:tier/chat/completions', completeChat),
     inference('POST', '/v1/tiers/:tier/completions', completeText),
+    inference('POST', '/v1/feedback', takeFeedback),
     inference('GET', '/v1/models', listModels),
     inference('GET', '/v1/models/:id', showModel),
     admin('POST', '/v1/adapters', createAddAdapter()),
     admin('GET', '/v1/adapters', adapters.listAdapters),
+    // Before the names: no adapter is called archive.
+    admin('GET', '/v1/adapters/archive', showArchive),
+    admin('POST', '/v1/adapters/archive', offerToArchive),
+    admin('DELETE', '/v1/adapters/archive/:domain', removeDomain),
     admin('GET', '/v1/adapters/:name', adapters.showAdapter),
     admin('PUT', '/v1/adapters/:name', adapters.swapAdapter),
     admin('DELETE', '/v1/adapters/:name', adapters.deleteAdapter),

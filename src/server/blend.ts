@@ -29,6 +29,8 @@ export interface Target {
   /** Empty: the base model. */
   readonly parts: readonly TargetPart[];
   readonly system: Lease | null;
+  /** The router chooses no more than this; null: the adapter's own. */
+  readonly rankLimit: number | null;
   readonly merge: Merge;
   readonly density: number;
   readonly flyTopK: number | null;
@@ -73,6 +75,7 @@ export function resolveTarget(body: GenerationBody, known: Known, registry: Regi
       tier: model.tier,
       parts,
       system,
+      rankLimit: null,
       ...optionsOf(body, parts),
       release,
     };
@@ -153,11 +156,13 @@ function optionsOf(
 
 /** What the router must know of it. A blend at rank k is every part at rank k, or at its own largest: their sum, or what
  *  they are merged into, which is as large as the largest. */
-export function routedAs({ parts, system, merge }: Target): Pick<RouteInput, 'adapter' | 'system'> {
+export function routedAs(target: Target): Pick<RouteInput, 'adapter' | 'system'> {
+  const { parts, system, merge, rankLimit } = target;
   const underneath = system === null ? null : costOf(system.manifest, system.manifest.rankMax);
   if (parts.length === 0) return { adapter: null, system: underneath };
   const manifests = parts.map(({ lease }) => lease.manifest);
-  const rankMax = Math.max(...manifests.map((one) => one.rankMax));
+  const largest = Math.max(...manifests.map((one) => one.rankMax));
+  const rankMax = Math.min(rankLimit ?? largest, largest);
   const costs = Array.from({ length: rankMax }, (_, i) =>
     manifests.map((one) => costOf(one, i + 1)),
   );

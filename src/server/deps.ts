@@ -9,6 +9,7 @@ import type { TextService } from '../engine/text.ts';
 import type { JobStore } from '../jobs/job-store.ts';
 import type { TrainingFiles } from '../jobs/training-files.ts';
 import type { Router } from '../router/router.ts';
+import type { ArchiveDeps } from './archive.ts';
 import type { ApiKey } from './auth.ts';
 import type { InFlight } from './in-flight.ts';
 
@@ -79,6 +80,7 @@ export interface ServerDeps {
   readonly importer: Importer;
   readonly router: Pick<Router, 'route' | 'settle' | 'judge' | 'retryAfterS'>;
   readonly inFlight: InFlight;
+  readonly archive: ArchiveDeps;
   /** null: nothing is trained here. */
   readonly training: Training | null;
   readonly config: ServerConfig;

@@ -6,6 +6,7 @@ import type { AdapterUse, Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
 import { parseBudget } from '../router/budget.ts';
 import { Answer } from './answer.ts';
+import { readCell, rowOf } from './archive.ts';
 import { resolveTarget, type Target } from './blend.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
@@ -40,8 +41,12 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
     throw invalidRequest('stream_options is for streams only', 'stream_options');
   }
   checkRoom(deps);
+  const { domain } = body;
+  if (domain !== undefined && body.adapters !== undefined) {
+    throw invalidRequest('domain goes with one model, not with adapters', 'domain');
+  }
   const sampling = samplingOf(body, deps);
-  const target = resolveTarget(body, deps.config, deps.registry);
+  let target = resolveTarget(body, deps.config, deps.registry);
   let answer: Answer | null = null;
   try {
     const header = (name: string): string | null => c.req.header(name) ?? null;
@@ -49,18 +54,25 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
     const budget = parseBudget(source, deps.config);
     const prompts = await ask.encode();
     const prior = await priorOf(target, deps);
+    const tokensMax = tokensMaxOf(prompts, ask, deps.engine.base.contextMax);
+    const caller = c.get('caller');
     const { signal } = c.req.raw;
     if (signal.aborted) throw new GatewayError('CANCELLED', 'the client went away');
+    let headers: Readonly<Record<string, string>> = {};
+    if (domain !== undefined && target.parts.length === 0) {
+      ({ target, headers } = readCell(target, { domain, budget, tokensMax, caller }, deps));
+    }
     const record = c.get('record');
     const request = {
       id: `${ask.idPrefix}${deps.random.id()}`,
       tenant: c.get('tenant'),
       receivedMs: record.receivedMs,
       target,
+      row: domain === undefined ? null : rowOf(target.parts[0]?.lease.name ?? null, domain, caller),
       prior,
       prompts,
       n: body.n ?? 1,
-      tokensMax: tokensMaxOf(prompts, ask, deps.engine.base.contextMax),
+      tokensMax,
       sampling,
       stop: typeof body.stop === 'string' ? [body.stop] : (body.stop ?? []),
       topLogprobs: ask.topLogprobs,
@@ -70,6 +82,7 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
     answer = made;
     record.report = () => made.report();
     await made.start(deps.config.pingMs);
+    for (const [name, value] of Object.entries(headers)) c.header(name, value);
     return await reply(c, deps, made, ask);
   } catch (error) {
     answer?.end();

@@ -32,6 +32,11 @@ export const tokens: z.ZodType<number[]> = z
     if (wrong >= 0) fail('not a token id', [wrong]);
   });
 
+/** What an answer is about: a row of the archive. */
+export const domainName: z.ZodString = z
+  .string()
+  .regex(/^[a-z0-9-]{1,64}$/, 'want 1 to 64 of a-z 0-9 and -');
+
 /** Counted first: a record's keys are validated one by one, each a hundred times slower than counted. */
 export function fewEntries(entriesMax: number): z.ZodType<Record<string, unknown>> {
   return z.custom<Record<string, unknown>>(
@@ -96,6 +101,7 @@ const shared = z.strictObject({
     .min(1)
     .max(partsMax)
     .exactOptional(),
+  domain: domainName.exactOptional(),
   merge: z.enum(merges).exactOptional(),
   density: z.number().gt(0).max(1).exactOptional(),
   fly_top_k: z.int().min(1).max(rankMaxLimit).exactOptional(),
@@ -133,6 +139,7 @@ export interface GenerationBody {
   service_tier?: string;
   latency?: unknown;
   adapters?: Array<{ id: string; weight: number }>;
+  domain?: string;
   merge?: Merge;
   density?: number;
   fly_top_k?: number;

@@ -18,7 +18,7 @@ function open(config: Partial<ServerConfig> = {}): Harness {
 }
 
 const concrete = (route: Route): string =>
-  route.path.replace(':name', 'support').replace(':id', 'support');
+  route.path.replace(':domain', 'law').replace(':name', 'support').replace(':id', 'support');
 
 async function codeOf(response: Response): Promise<string | null> {
   const text = await response.text();

@@ -2,9 +2,12 @@ import { createHash } from 'node:crypto';
 import { getEventListeners } from 'node:events';
 import type { Generation } from '../../src/adapters/adapter.ts';
 import { GatewayError } from '../../src/errors.ts';
+import { Archive } from '../../src/router/archive.ts';
+import { ArchiveScores } from '../../src/router/archive-scores.ts';
 import type { FinishedAnswer } from '../../src/router/latency-model.ts';
 import type { Outcome, Plan, RouteInput } from '../../src/router/policy.ts';
 import { type App, createApp } from '../../src/server/app.ts';
+import type { ArchiveDeps } from '../../src/server/archive.ts';
 import type { ApiKey } from '../../src/server/auth.ts';
 import type { ServerConfig, Training } from '../../src/server/deps.ts';
 import { InFlight } from '../../src/server/in-flight.ts';
@@ -73,6 +76,8 @@ export interface Harness {
   readonly outcomes: FinishedAnswer[];
   readonly routed: RouteInput[];
   readonly judged: Outcome[];
+  /** `failure`: what its next saves reject with. */
+  readonly archive: ArchiveDeps & { saves: number; failure: GatewayError | null };
   fetch(method: string, path: string, options?: FetchOptions): Promise<Response>;
   post(path: string, body: unknown, headers?: Record<string, string>): Promise<Response>;
   /** Nothing of any request is left behind. */
@@ -112,6 +117,16 @@ export function createHarness(
   const outcomes: FinishedAnswer[] = [];
   const routed: RouteInput[] = [];
   const judged: Outcome[] = [];
+  const archive: Harness['archive'] = {
+    map: new Archive(),
+    scores: new ArchiveScores(),
+    saves: 0,
+    failure: null,
+    async save() {
+      if (archive.failure !== null) throw archive.failure;
+      archive.saves += 1;
+    },
+  };
   let ids = 0;
   const whole: ServerConfig = { ...configDefault, ...config };
   const { modelName } = whole;
@@ -131,6 +146,7 @@ export function createHarness(
       retryAfterS: ({ waiting }) => 3 + waiting,
     },
     inFlight,
+    archive,
     training,
     config: whole,
     clock,
@@ -161,6 +177,7 @@ export function createHarness(
     outcomes,
     routed,
     judged,
+    archive,
     fetch,
     post: (path, body, headers = {}) =>
       fetch('POST', path, {
