@@ -128,7 +128,7 @@ function moveB(setting: Setting, parameter: Parameter, a: Parameter | undefined)
   const held = Float64Array.from(saved);
   const side = sideOf(rows, columns, 'column');
   const release = (x: Float32Array): void => {
-    const seen = new Float32Array(rows * columns);
+    const seen = new Float64Array(rows * columns);
     project(x, side, held, seen);
     addBack(x, side, held, { y: seen.map((value) => -value), kept: 1 });
   };

@@ -38,7 +38,7 @@ export function addBack(
   x: Float32Array,
   { length, step, others, otherStep }: Side,
   directions: Float64Array,
-  { y, kept }: { readonly y: Float32Array; readonly kept: number },
+  { y, kept }: { readonly y: Float32Array | Float64Array; readonly kept: number },
 ): void {
   const count = y.length / others;
   for (let j = 0; j < others; j++) {

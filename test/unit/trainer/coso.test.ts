@@ -148,6 +148,27 @@ describe('coso', () => {
     expect(Math.max(...moved.subarray(3 * height).map(Math.abs))).toBeGreaterThan(0.05);
   });
 
+  it('no gradient moves nothing, and neither does one that lies where old inputs do', () => {
+    const basis = part(0);
+    const pair = pairOf(17, 0);
+    const before = { a: pair.a.values.slice(), b: pair.b.values.slice() };
+    const optimizer = createCoso(options, [pair.a, pair.b], new Map([['m.a', basis]]));
+    optimizer.step([pair.a, pair.b], 0.01); // As in a first step, where B is zero.
+    expect(pair.a.values).toEqual(before.a);
+    // A's rows in M; B's, as the ranks that answer to M: five directions of six, none of them an axis.
+    const all = { rows: width, columns: ranks, data: Float64Array.from(pair.a.values) };
+    const answers = innerProducts(all, basis); // [R, 5]
+    const [mixA, mixB] = [random(5, ranks, 18), random(5, height, 19)];
+    pair.a.gradient.set(times(basis, mixA).data); // [in, R]
+    const columns = times(answers, mixB).data; // [R, out]
+    pair.b.gradient.forEach((_, i) => {
+      pair.b.gradient[i] = 1e-3 * columns[(i % height) * ranks + Math.floor(i / height)]!;
+    });
+    for (let t = 0; t < 3; t++) optimizer.step([pair.a, pair.b], 0.01);
+    expect(largestDifference(pair.a.values, before.a)).toBeLessThan(1e-6);
+    expect(largestDifference(pair.b.values, before.b)).toBeLessThan(1e-3);
+  });
+
   it('moments follow their directions when others lead', () => {
     // Two directions take turns as the first. Along each, A goes where adamw by itself would.
     const along = orthonormal(random(width, 2, 40));

@@ -58,6 +58,14 @@ describe('truncateProduct', () => {
     expect(pair.a.values).toEqual(before.a);
   });
 
+  it('of all energy changes nothing, not even what f64 would round away', () => {
+    const pair = pairOf(4, 2, 1);
+    pair.b.values.fill(1e-30, 0, height);
+    const before = pair.b.values.slice();
+    expect(truncateProduct(pair, 1)).toBe(4);
+    expect(pair.b.values).toEqual(before);
+  });
+
   it('of a product of zeros changes nothing', () => {
     const pair = pairOf(4, 2, 0);
     truncateProduct(pair, 0.9);
@@ -94,6 +102,13 @@ describe('addNuclearGradient', () => {
     const outsideOfB = outside(orthonormal(two), all).data;
     expect(Math.max(...outsideOfB.map(Math.abs))).toBeLessThan(1e-6);
     expect(Math.max(...pair.b.gradient.map(Math.abs))).toBeGreaterThan(0.01);
+  });
+
+  it('of no weight does not touch a gradient', () => {
+    const pair = pairOf(4, 6, 0.3);
+    pair.a.gradient.fill(-0);
+    addNuclearGradient(pair, { weight: 0, scale: 1 });
+    expect(Object.is(pair.a.gradient[0], -0)).toBe(true);
   });
 
   it('of a product of zeros adds nothing', () => {
