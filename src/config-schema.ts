@@ -37,6 +37,8 @@ export interface Settings {
   readonly prefillTokensMax: number;
   /** auto: guess tokens ahead where it pays (speculation.ts); off: one token a step. */
   readonly speculation: 'auto' | 'off';
+  /** auto: load adapters before they are asked for (prewarm.ts); off: when they are. */
+  readonly prefetch: 'auto' | 'off';
   readonly queueRequestsMax: number;
   readonly queuePromptTokensMax: number;
   /** Where adapters may be added from; null: `incoming` in the data directory. */
@@ -178,6 +180,7 @@ const shape = {
   stepRowsMax: count(1, 512).default(32),
   prefillTokensMax: count(16, 8192).default(224),
   speculation: z.enum(['auto', 'off']).default('auto'),
+  prefetch: z.enum(['auto', 'off']).default('auto'),
   queueRequestsMax: count(1, 100_000).default(256),
   queuePromptTokensMax: count(1, 2 ** 28).default(262_144),
   adaptersRoot: path.nullable().default(null),

@@ -22,6 +22,7 @@ import { readDecoderConfig } from './model/decoder-config.ts';
 import { openGguf } from './model/gguf.ts';
 import { type ModelFile, modelNameOf } from './model/model-source.ts';
 import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
+import { startPrewarming } from './prewarm.ts';
 import { createPolicy } from './router/create-policy.ts';
 import { Router } from './router/router.ts';
 import { createApp } from './server/app.ts';
@@ -236,7 +237,13 @@ async function startServer(parts: Parts): Promise<{ listening: Listening; stop: 
   const { host, port, connectionsMax, keepAliveMs, uploadMsMax: requestMsMax } = config;
   const options = { host, port, connectionsMax, keepAliveMs, requestMsMax };
   const listening = await listen(app, lifecycle, options);
-  return { listening, stop: () => metrics.close() };
+  const stopPrewarming =
+    config.prefetch === 'off' ? null : startPrewarming({ engine, registry, inFlight, clock });
+  const stop = (): void => {
+    stopPrewarming?.();
+    metrics.close();
+  };
+  return { listening, stop };
 }
 
 /** Resolves when requests are answered. Rejects, with everything stopped again, when a part cannot start. */

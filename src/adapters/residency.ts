@@ -67,6 +67,8 @@ export interface ResidentState {
 export interface Residency {
   readonly pagesMax: number;
   readonly pagesFree: number;
+  /** Pages that are free, or held by what is neither in use, nor pinned, nor to be kept. */
+  pagesSpare(keep: ReadonlySet<ResidentKey>): number;
   /** null when the first `rank` ranks (all, when absent) are not resident: never, evicted, still loading. */
   acquire(generation: ResidentKey, rank?: number): ResidentUse | null;
   /** One load per generation: a second call returns the first's, which goes on to the larger rank. What is resident
@@ -135,6 +137,13 @@ class PagedResidency implements Residency, LoadHost {
 
   get pagesFree(): number {
     return this.#free.length;
+  }
+
+  pagesSpare(keep: ReadonlySet<ResidentKey>): number {
+    const all = [...this.residents.values()];
+    const kept = new Set(all.filter(({ key }) => keep.has(key)).flatMap((one) => [one, one.basis]));
+    const others = all.filter((one) => !kept.has(one) && this.#isEvictable(one));
+    return this.#free.length + pageCount(others);
   }
 
   acquire(generation: ResidentKey, rank = Number.POSITIVE_INFINITY): ResidentUse | null {

@@ -11,6 +11,7 @@ import type {
   ResidentUse,
 } from '../adapters/residency.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
+import type { HotAdapter } from './messages.ts';
 
 /** What a sequence needs of one resident: its first ranks. */
 export interface Want {
@@ -40,6 +41,10 @@ export class AdapterLoader {
   #load: AdapterLoad | null = null;
   #progress: LoadProgress = 'done';
   #isAfresh = false;
+  /** The set is nobody's yet: somebody is expected to want it. */
+  #isWarming = false;
+  #hot: readonly HotAdapter[] = [];
+  #toWarm: HotAdapter[] = [];
 
   constructor(residency: Residency, listener: LoadListener) {
     this.#residency = residency;
@@ -54,9 +59,40 @@ export class AdapterLoader {
 
   /** Starts on a set unless one is under way. Admission asks again each tick, most urgent first. */
   want(set: readonly Want[]): void {
+    const isOther = set.every(({ key }) => key !== this.#set[0]?.key);
+    if (this.#isWarming && isOther) this.#release(); // whoever waits comes first
     if (this.#set.length > 0) return;
     this.#set = set;
     this.advance();
+  }
+
+  /** What is to be loaded before anybody wants it, the hottest first, until the next list. */
+  prewarm(hot: readonly HotAdapter[]): void {
+    this.#hot = hot;
+    this.#toWarm = [...hot];
+    this.#touchHot();
+  }
+
+  /** What is hot counts as used just now, the hottest last: it goes last when room is needed. */
+  #touchHot(): void {
+    for (const { generation, rank } of this.#hot.toReversed()) {
+      this.#residency.acquire(generation, rank)?.release();
+    }
+  }
+
+  /** After a tick's admission: starts on the next that is hot, unless a load is under way. Each is tried once. */
+  warm(): void {
+    while (this.#set.length === 0) {
+      const next = this.#toWarm.shift();
+      if (next === undefined) return;
+      const { generation: key, rank, pages } = next;
+      const use = this.#residency.acquire(key, rank);
+      use?.release();
+      const hot = new Set(this.#hot.map((one) => one.generation));
+      if (use !== null || this.#residency.pagesSpare(hot) < pages) continue;
+      this.want([{ key, rank }]);
+      this.#isWarming = this.#set.length > 0;
+    }
   }
 
   /** A tick's share of the work, before its admission. */
@@ -64,8 +100,10 @@ export class AdapterLoader {
     try {
       if (this.#load !== null) {
         this.#progress = this.#load.advance(bytesPerTick);
+        if (this.#progress === 'no-room' && this.#isWarming) this.#release();
         if (this.#progress !== 'done') return;
         this.#hold();
+        if (this.#isWarming) this.#touchHot();
       }
       this.#load = this.#next();
       // Not advanced at once: this tick has had its bytes. A file that is in memory already would wake nobody.
@@ -82,6 +120,7 @@ export class AdapterLoader {
    *  can start. */
   letGo(): boolean {
     if (this.#set.length === 0 || this.#listener.isAwaited(this.#set)) return false;
+    if (this.#isWarming && this.#load !== null) return false;
     this.#release();
     return true;
   }
@@ -125,6 +164,7 @@ export class AdapterLoader {
     this.#uses = [];
     this.#set = [];
     this.#isAfresh = false;
+    this.#isWarming = false;
   }
 }
 

@@ -12,7 +12,7 @@ import { AdapterLoader, isSame, isWithin, type Want } from './adapter-loading.ts
 import { Admission } from './admission.ts';
 import { type Chosen, chooseSegment, describeToken, workOf } from './batch.ts';
 import type { EngineClock } from './clock.ts';
-import type { BaseInfo, EngineStats, FromEngine, GenerateRequest } from './messages.ts';
+import type { BaseInfo, EngineStats, FromEngine, GenerateRequest, HotAdapter } from './messages.ts';
 import { Outbox } from './outbox.ts';
 import type { PrefixCache } from './prefix-cache.ts';
 import { Sampler } from './sampler.ts';
@@ -127,6 +127,11 @@ export class EngineLoop {
     this.#wake();
   }
 
+  prewarm(hot: readonly HotAdapter[]): void {
+    this.#loader.prewarm(hot);
+    this.#wake();
+  }
+
   /** Ends all ticking. The stepper may be disposed of afterwards. */
   stop(): void {
     this.#isStopped = true;
@@ -180,6 +185,7 @@ export class EngineLoop {
     this.#admit();
     // Once more for the load that the next in line needs: its file is read during this step, not the one after.
     if (this.#loader.letGo() && this.#waiting.size > 0) this.#admit();
+    this.#loader.warm();
     this.#outbox.flush(); // a start is out before the step that may kill the process: supervisor.ts counts on it
     const isRunning = this.#running.size > 0;
     if (isRunning) this.#step();

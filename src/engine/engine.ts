@@ -7,6 +7,7 @@ import type {
   EngineEvent,
   EngineStats,
   GenerateRequest,
+  HotAdapter,
   StepReport,
 } from './messages.ts';
 
@@ -21,6 +22,8 @@ export interface Engine {
   unload(generation: Generation): void;
   /** These, and no others, stay in memory once loaded. */
   pin(generations: readonly Generation[]): void;
+  /** Loads these, the hottest first, where that takes no memory from what is in use or among them. */
+  prewarm(hot: readonly HotAdapter[]): void;
   stats(): EngineStats;
   /** Every step's figures, for the latency model. Returns the function that stops it. */
   onStep(listener: (report: StepReport) => void): () => void;

@@ -138,6 +138,13 @@ export interface EngineStats {
   readonly prefixTokensHit: number;
 }
 
+/** An adapter that will be asked for soon: so many of its ranks, in so many pages. */
+export interface HotAdapter {
+  readonly generation: Generation;
+  readonly rank: number;
+  readonly pages: number;
+}
+
 /** What the gateway must know of the base model, sent once when the engine is ready. */
 export interface BaseInfo {
   readonly config: DecoderConfig;
@@ -162,6 +169,8 @@ export type ToEngine =
   | { readonly kind: 'unload'; readonly generation: Generation }
   /** These, and no others, stay in memory once loaded. */
   | { readonly kind: 'pin'; readonly generations: readonly Generation[] }
+  /** The hottest first. */
+  | { readonly kind: 'prewarm'; readonly hot: readonly HotAdapter[] }
   | { readonly kind: 'shutdown' };
 
 export type FromEngine =

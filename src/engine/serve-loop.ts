@@ -40,6 +40,9 @@ function handle(loop: EngineLoop, message: ToEngine): void {
     case 'pin':
       loop.pin(message.generations);
       break;
+    case 'prewarm':
+      loop.prewarm(message.hot);
+      break;
     case 'shutdown':
       loop.stop();
       process.exit(0);

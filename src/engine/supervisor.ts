@@ -15,6 +15,7 @@ import type {
   EngineStats,
   FromEngine,
   GenerateRequest,
+  HotAdapter,
   StepReport,
 } from './messages.ts';
 import { RestartPolicy } from './restart-policy.ts';
@@ -115,6 +116,10 @@ export class Supervisor implements Engine {
   pin(generations: readonly Generation[]): void {
     this.#pinned = generations;
     this.#sendPins();
+  }
+
+  prewarm(hot: readonly HotAdapter[]): void {
+    if (this.#life.kind === 'ready') this.#life.child.send({ kind: 'prewarm', hot });
   }
 
   /** Every life is told: it knows nothing of what the one before it was told. */

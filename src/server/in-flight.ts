@@ -9,6 +9,7 @@ export interface FlyingSequence {
   /** Active ranks of all its adapters. */
   readonly ranks: number;
   readonly generations: readonly Generation[];
+  readonly adapters: ReadonlyArray<{ readonly id: string; readonly rank: number }>;
   /** So far. */
   completionTokens: number;
   isStarted: boolean;
@@ -21,9 +22,17 @@ interface Siblings {
 
 export class InFlight {
   readonly #sequences = new Set<FlyingSequence>();
+  readonly #listeners = new Set<(sequence: FlyingSequence) => void>();
 
   add(sequence: FlyingSequence): void {
     this.#sequences.add(sequence);
+    for (const listener of this.#listeners) listener(sequence);
+  }
+
+  /** Returns the function that stops it. */
+  onAdd(listener: (sequence: FlyingSequence) => void): () => void {
+    this.#listeners.add(listener);
+    return () => void this.#listeners.delete(listener);
   }
 
   remove(sequence: FlyingSequence): void {

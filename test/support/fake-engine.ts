@@ -316,6 +316,8 @@ export class FakeEngine implements Engine {
     this.pinned = generations;
   }
 
+  prewarm(): void {}
+
   stats(): EngineStats {
     const flights = [...this.#flights.values()];
     const started = flights.filter((flight) => flight.isStarted);

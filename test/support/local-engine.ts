@@ -11,6 +11,7 @@ import type {
   EngineStats,
   FromEngine,
   GenerateRequest,
+  HotAdapter,
   StepReport,
 } from '../../src/engine/messages.ts';
 import { type ErrorCode, GatewayError } from '../../src/errors.ts';
@@ -110,6 +111,10 @@ class LocalEngine implements Engine {
 
   pin(generations: readonly Generation[]): void {
     this.#loop.pin(generations);
+  }
+
+  prewarm(hot: readonly HotAdapter[]): void {
+    this.#loop.prewarm(hot);
   }
 
   stats(): EngineStats {

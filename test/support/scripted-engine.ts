@@ -83,6 +83,8 @@ export class ScriptedEngine implements Engine {
     this.pinned = generations;
   }
 
+  prewarm(): void {}
+
   stats(): EngineStats {
     return {
       running: this.live,

@@ -187,6 +187,7 @@ function forgetful(residency: Residency): Residency {
       return use;
     },
     beginLoad: (key, onProgress, rank) => residency.beginLoad(key, onProgress, rank),
+    pagesSpare: (keep) => residency.pagesSpare(keep),
     unload: (generation) => residency.unload(generation),
     pin: (generations) => residency.pin(generations),
     list: () => residency.list(),

@@ -7,7 +7,8 @@ it('load is what decodes, what still has its prompt to compute, and the siblings
   const inFlight = new InFlight();
   expect(inFlight.load()).toEqual(none);
   const sequence = (promptTokens: number, ranks: number): FlyingSequence => ({
-    ...{ promptTokens, ranks, generations: [], completionTokens: 0, isStarted: false },
+    ...{ promptTokens, ranks, generations: [], adapters: [] },
+    ...{ completionTokens: 0, isStarted: false },
   });
   const [one, other] = [sequence(10, 4), sequence(200, 16)];
   inFlight.add(one);
