@@ -4,17 +4,17 @@
 import { readFileSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import { GgmlKernels } from '../src/kernels/ggml/ggml-kernels.ts';
-import type { StoredTensor } from '../src/kernels/kernels.ts';
-import { projections, readDecoderConfig } from '../src/model/decoder-config.ts';
+import { readDecoderConfig } from '../src/model/decoder-config.ts';
 import { openGguf } from '../src/model/gguf.ts';
-import { factorName, type TrainingBatch, TrainingDecoder } from '../src/model/training-decoder.ts';
+import type { TrainingBatch } from '../src/model/loss-graph.ts';
+import { lowRankDelta, type TrainedDelta } from '../src/model/trained-delta.ts';
+import { TrainingDecoder } from '../src/model/training-decoder.ts';
 import { loadWeights } from '../src/model/weights.ts';
 import type { StepAnswer, TrainSpec } from './trainstep.ts';
 
 /** A trained tensor with AdamW's two moments. */
 interface Trained {
   readonly name: string;
-  readonly stored: StoredTensor;
   readonly values: Float32Array;
   readonly gradient: Float32Array;
   readonly mean: Float32Array;
@@ -52,6 +52,7 @@ function batchOf({ tokens, windows, windowRows, rank }: TrainSpec): TrainingBatc
 
 function open(spec: TrainSpec): {
   readonly decoder: TrainingDecoder;
+  readonly delta: TrainedDelta;
   readonly kernels: GgmlKernels;
 } {
   using file = openGguf(spec.modelPath);
@@ -59,36 +60,29 @@ function open(spec: TrainSpec): {
   const config = readDecoderConfig(file);
   const weights = loadWeights(file, config, { kernels, mode: 'exact', cache: null });
   const { rank, windows, windowRows, recompute } = spec;
-  const targets = projections;
   const answersMax = windows * (windowRows - 1);
-  const sizes = { rank, windows, windowRows, answersMax, recompute, targets };
-  return { decoder: new TrainingDecoder({ config, weights, kernels, ...sizes }), kernels };
+  const delta = lowRankDelta(config, () => rank);
+  const sizes = { delta, windows, windowRows, answersMax, recompute };
+  return { decoder: new TrainingDecoder({ config, weights, kernels, ...sizes }), delta, kernels };
 }
 
-function readFactors({ factors }: TrainingDecoder, path: string): Trained[] {
+function readFactors({ trained }: TrainedDelta, path: string): Trained[] {
   const bytes = readFileSync(path);
   const numbers = new Float32Array(bytes.buffer, bytes.byteOffset, bytes.byteLength / 4);
   let at = 0;
-  return factors.flatMap((block, i) =>
-    projections.flatMap((projection) =>
-      (['a', 'b'] as const).map((factor): Trained => {
-        const stored = block[projection]![factor];
-        const count = stored.bytes / 4;
-        const values = numbers.slice(at, at + count);
-        at += count;
-        const zeros = (): Float32Array => new Float32Array(count);
-        const name = factorName(i, projection, factor);
-        return { name, stored, values, gradient: zeros(), mean: zeros(), power: zeros() };
-      }),
-    ),
-  );
+  return Object.entries(trained).map(([name, [rows, columns]]): Trained => {
+    const count = rows! * columns!;
+    const values = numbers.slice(at, at + count);
+    at += count;
+    const zeros = (): Float32Array => new Float32Array(count);
+    return { name, values, gradient: zeros(), mean: zeros(), power: zeros() };
+  });
 }
 
 const spec = JSON.parse(readFileSync(process.argv[2]!, 'utf8')) as TrainSpec;
-const { decoder, kernels } = open(spec);
-const trained = readFactors(decoder, spec.factorsPath);
-const upload = ({ stored, values }: Trained): void =>
-  kernels.write(stored, new Uint8Array(values.buffer, values.byteOffset, values.byteLength), 0);
+const { decoder, delta, kernels } = open(spec);
+const trained = readFactors(delta, spec.factorsPath);
+const upload = ({ name, values }: Trained): void => decoder.write(name, values);
 trained.forEach(upload);
 const batch = batchOf(spec);
 const count = trained.reduce((sum, { values }) => sum + values.length, 0);
@@ -107,7 +101,7 @@ for await (const _ of createInterface({ input: process.stdin })) {
   steps += 1;
   const loss = decoder.step(batch);
   for (const one of trained) {
-    decoder.gradient(one.name, one.gradient);
+    decoder.read(one.name, one.gradient);
     adamw(one, steps, spec.adam);
     upload(one);
   }

@@ -1,4 +1,4 @@
-// What is trained over a frozen decoder: tensors by name, and what they add to each projection. The graph of training-decoder.ts
+// What is trained over a frozen decoder: tensors by name, and what they add to each projection. The graph of loss-graph.ts
 // knows no kind of adapter; kinds are made of these (trainer/family-graph.ts). `lowRank` is the plain pair.
 
 import type { ForwardOps, Tensor } from '../kernels/kernels.ts';
@@ -95,6 +95,9 @@ export function lowRank({ rank, ...shape }: LowRankSizes): ModuleDelta {
 export function everyRow(ops: ForwardOps, v: Tensor, rows: number): Tensor {
   return ops.training.linearT(ops.training.fill([rows, 1], 1), v);
 }
+
+/** Nothing is added anywhere. */
+export const noDelta: TrainedDelta = deltaOf([]);
 
 /** A plain pair in every module; none where `rankOf` says 0. */
 export function lowRankDelta(

@@ -4,17 +4,17 @@
 import { type Aurac, aurac } from '../adapters/aurac.ts';
 import type { PackedAdapter } from '../adapters/pack.ts';
 import type { RankLoss } from '../jobs/messages.ts';
-import type { TrainingDecoder } from '../model/training-decoder.ts';
+import type { LossDecoder } from '../model/loss-graph.ts';
+import { noDelta, type TrainedDelta, tensorName } from '../model/trained-delta.ts';
 import type { Layout } from './packing.ts';
 import { type ModuleFactors, servedFactors } from './publish.ts';
 
 export interface Evaluation {
-  readonly decoder: TrainingDecoder;
+  /** Of low-rank pairs with `rank` ranks in every module. */
+  readonly decoder: LossDecoder;
   readonly rank: number; // R
   /** Every module that has factors. */
   readonly modules: readonly ModuleFactors[];
-  /** Puts a module's factors where the decoder reads them. */
-  readonly upload: (module: ModuleFactors) => void;
   /** Whose weights add up to 1. */
   readonly batches: readonly Layout[];
   /** Between two pieces of computing. */
@@ -23,10 +23,9 @@ export interface Evaluation {
 
 /** Of the base alone. */
 export async function baseLoss(evaluation: Evaluation): Promise<number> {
-  return lossOf(evaluation, 0);
+  return lossOf(evaluation, noDelta);
 }
 
-/** Writes over what the decoder reads. */
 export async function lossesByRank(
   evaluation: Evaluation,
   packed: PackedAdapter,
@@ -35,12 +34,11 @@ export async function lossesByRank(
   const losses: RankLoss[] = [];
   for (const rank of ranks) {
     for (const { site } of evaluation.modules) {
-      evaluation.upload({
-        site,
-        ...servedFactors(packed, site, { level: rank, ranks: evaluation.rank }),
-      });
+      const { a, b } = servedFactors(packed, site, { level: rank, ranks: evaluation.rank });
+      evaluation.decoder.write(tensorName(site, 'a'), a);
+      evaluation.decoder.write(tensorName(site, 'b'), b);
     }
-    losses.push({ rank, loss: await lossOf(evaluation, 1) });
+    losses.push({ rank, loss: await lossOf(evaluation) });
   }
   return losses;
 }
@@ -55,15 +53,13 @@ export function gainAurac(base: number, losses: readonly RankLoss[]): Aurac {
 
 async function lossOf(
   { decoder, rank, batches, breathe }: Evaluation,
-  gate: number,
+  delta?: TrainedDelta,
 ): Promise<number> {
   let sum = 0;
   for (const batch of batches) {
     await breathe();
-    sum += decoder.evaluate({
-      ...batch,
-      gate: new Float32Array(batch.tokens.length * rank).fill(gate),
-    });
+    const gate = new Float32Array(batch.tokens.length * rank).fill(1);
+    sum += decoder.evaluate({ ...batch, gate }, delta);
   }
   return sum;
 }

@@ -1,9 +1,9 @@
 // Examples → windows of rows, and windows → what a decoder computes at once. Examples share a window and see nothing of each
-// other: each is a sequence of its own (training-decoder.ts). An order is a function of the seed and the epoch alone, so a
+// other: each is a sequence of its own (loss-graph.ts). An order is a function of the seed and the epoch alone, so a
 // job that goes on from a checkpoint meets the same windows.
 
 import type { Random } from '../adapters/families/seeded-random.ts';
-import type { TrainingBatch } from '../model/training-decoder.ts';
+import type { TrainingBatch } from '../model/loss-graph.ts';
 import type { Example } from './examples.ts';
 
 /** Indices of the examples that share it. */

@@ -15,7 +15,9 @@ import type { Recipe } from '../jobs/recipe.ts';
 import type { Kernels } from '../kernels/kernels.ts';
 import type { DecoderWeights } from '../model/decoder.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
-import { factorName, TrainingDecoder } from '../model/training-decoder.ts';
+import { LossDecoder } from '../model/loss-graph.ts';
+import { lowRankDelta, tensorName } from '../model/trained-delta.ts';
+import { TrainingDecoder } from '../model/training-decoder.ts';
 import { type Checkpoint, refused } from './checkpoint.ts';
 import { baseLoss, type Evaluation, lossesByRank } from './evaluation.ts';
 import { type Example, hashExamples } from './examples.ts';
@@ -84,6 +86,8 @@ export class TrainingSession implements Disposable {
   readonly #heldOut: readonly Layout[];
   readonly #answersMax: number;
   readonly #decoder: TrainingDecoder;
+  /** Of adapters as they are served. */
+  readonly #served: LossDecoder;
   readonly #added: Float32Array;
   /** Of all examples and the generation that training goes on from. */
   readonly #data: string;
@@ -114,9 +118,13 @@ export class TrainingSession implements Disposable {
     ).flat();
     this.parameters = this.#modules.flatMap(parametersOf);
     this.#added = new Float32Array(Math.max(...this.parameters.map(({ values }) => values.length)));
-    const answersMax = this.#answersMax;
-    const sizes = { rank, windows, windowRows, answersMax, recompute, targets };
-    this.#decoder = new TrainingDecoder({ config, weights: base.weights, kernels, ...sizes });
+    const delta = lowRankDelta(config, ({ projection }) =>
+      targets.includes(projection) ? rank : 0,
+    );
+    const sizes = { delta, windows, windowRows, answersMax: this.#answersMax };
+    const over = { config, weights: base.weights, kernels };
+    this.#decoder = new TrainingDecoder({ ...over, ...sizes, recompute });
+    this.#served = new LossDecoder({ ...over, ...sizes });
     this.#optimizer = optimizerOf(recipe, this.parameters);
     this.#initialize();
   }
@@ -214,7 +222,7 @@ export class TrainingSession implements Disposable {
   #addGradients(): void {
     for (const { name, gradient } of this.parameters) {
       const added = this.#added.subarray(0, gradient.length);
-      this.#decoder.gradient(name, added);
+      this.#decoder.read(name, added);
       for (let i = 0; i < added.length; i++) gradient[i]! += added[i]!;
     }
   }
@@ -235,19 +243,14 @@ export class TrainingSession implements Disposable {
   async evaluate({ bytes }: Packed, breathe: Breathe): Promise<RankLoss[]> {
     if (this.#heldOut.length === 0) return [];
     const packed = openPacked(bytes, generationOf(bytes));
-    try {
-      return await lossesByRank(this.#evaluation(breathe), packed, this.#options.recipe.ranks);
-    } finally {
-      this.#uploadAll();
-    }
+    return await lossesByRank(this.#evaluation(breathe), packed, this.#options.recipe.ranks);
   }
 
   #evaluation(breathe: Breathe): Evaluation {
     return {
-      decoder: this.#decoder,
+      decoder: this.#served,
       rank: this.#options.recipe.rank,
       modules: this.#modules,
-      upload: (module) => this.#upload(module),
       batches: this.#heldOut,
       breathe,
     };
@@ -284,26 +287,20 @@ export class TrainingSession implements Disposable {
   }
 
   #uploadAll(): void {
-    for (const module of this.#modules) this.#upload(module);
-  }
-
-  #upload({ site, a, b }: ModuleFactors): void {
-    const { kernels } = this.#options.base;
-    const factors = this.#decoder.factors[site.block]![site.projection]!;
-    kernels.write(factors.a, bytesOf(a), 0);
-    kernels.write(factors.b, bytesOf(b), 0);
+    for (const { name, values } of this.parameters) this.#decoder.write(name, values);
   }
 
   /** The base is the caller's. */
   [Symbol.dispose](): void {
     this.#decoder[Symbol.dispose]();
+    this.#served[Symbol.dispose]();
   }
 }
 
 function parametersOf({ site, a, b }: ModuleFactors): Parameter[] {
   return (['a', 'b'] as const).map((factor): Parameter => {
     const [values, columns] = factor === 'a' ? [a, site.in] : [b, site.out];
-    const name = factorName(site.block, site.projection, factor);
+    const name = tensorName(site, factor);
     const gradient = new Float32Array(values.length);
     return { name, values, gradient, rows: values.length / columns, columns };
   });
@@ -347,8 +344,4 @@ function repeated(gates: Float64Array, rows: number): Float32Array {
   const result = new Float32Array(rows * gates.length);
   for (let row = 0; row < rows; row++) result.set(gates, row * gates.length);
   return result;
-}
-
-function bytesOf({ buffer, byteOffset, byteLength }: Float32Array): Uint8Array {
-  return new Uint8Array(buffer, byteOffset, byteLength);
 }

@@ -12,11 +12,9 @@ import {
   projectionShape,
   projections,
 } from '../../src/model/decoder-config.ts';
-import {
-  factorName,
-  type TrainingBatch,
-  TrainingDecoder,
-} from '../../src/model/training-decoder.ts';
+import type { TrainingBatch } from '../../src/model/loss-graph.ts';
+import { lowRankDelta, tensorName } from '../../src/model/trained-delta.ts';
+import { TrainingDecoder } from '../../src/model/training-decoder.ts';
 import { loadForTest, whyNoTensorflow } from '../support/tensorflow.ts';
 
 // A one-block decoder with low-rank deltas against torch in f64 (test/oracle/torch-block.py): loss and every gradient.
@@ -100,12 +98,13 @@ function batch(): TrainingBatch {
 function open(kernels: Kernels, recompute: boolean): TrainingDecoder {
   const windows = golden.windows.length;
   const answersMax = golden.tokens.length;
-  const sizes = { rank: R, windows, windowRows, answersMax, recompute, targets: projections };
+  const delta = lowRankDelta(config, () => R);
+  const sizes = { delta, windows, windowRows, answersMax, recompute };
   const decoder = new TrainingDecoder({ config, kernels, weights: load(kernels), ...sizes });
   for (const name of projections) {
     for (const factor of ['a', 'b'] as const) {
       const numbers = unpack(golden.factors[`${name}.${factor}`]!);
-      kernels.write(decoder.factors[0]![name]![factor], new Uint8Array(numbers.buffer), 0);
+      decoder.write(tensorName({ block: 0, projection: name }, factor), numbers);
     }
   }
   return decoder;
@@ -133,7 +132,7 @@ describe('one block with low-rank deltas, as torch differentiates it', () => {
           for (const factor of ['a', 'b'] as const) {
             const wanted = unpack(golden.gradients[`${name}.${factor}`]!);
             const got = new Float32Array(wanted.length);
-            decoder.gradient(factorName(0, name, factor), got);
+            decoder.read(tensorName({ block: 0, projection: name }, factor), got);
             const away = Math.hypot(...wanted.map((value, i) => value - got[i]!));
             expect(away / Math.hypot(...wanted), `${name}.${factor}`).toBeLessThan(1e-5);
           }

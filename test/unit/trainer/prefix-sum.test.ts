@@ -1,8 +1,10 @@
 import { expect, it } from 'vitest';
 import { createRandom } from '../../../src/adapters/families/seeded-random.ts';
 import { parseRecipe } from '../../../src/jobs/recipe.ts';
-import { projections } from '../../../src/model/decoder-config.ts';
-import { factorName, TrainingDecoder } from '../../../src/model/training-decoder.ts';
+import { projectionShape, projections } from '../../../src/model/decoder-config.ts';
+import { LossDecoder } from '../../../src/model/loss-graph.ts';
+import { lowRankDelta, noDelta, tensorName } from '../../../src/model/trained-delta.ts';
+import { TrainingDecoder } from '../../../src/model/training-decoder.ts';
 import { passesOf } from '../../../src/trainer/objective.ts';
 import { answersIn, layOut, packWindows } from '../../../src/trainer/packing.ts';
 import { openTinyBase, tinyExamples } from '../../support/training-base.ts';
@@ -23,12 +25,12 @@ it.each(['none', 'rank', 'sqrt'] as const)(
     const windows = packWindows(examples, 48, null);
     const weight = 1 / answersIn(examples, windows);
     const layout = layOut(examples, windows, { windows: windows.length, windowRows: 48, weight });
-    const open = (size: number): TrainingDecoder =>
-      new TrainingDecoder({
-        ...{ config, weights, kernels, targets: projections, recompute: false },
-        ...{ rank: size, windows: windows.length, windowRows: 48 },
-        answersMax: layout.answers.length,
-      });
+    const sizesOf = (size: number) => ({
+      ...{ config, weights, kernels, recompute: false },
+      delta: lowRankDelta(config, () => size),
+      ...{ windows: windows.length, windowRows: 48, answersMax: layout.answers.length },
+    });
+    const open = (size: number): TrainingDecoder => new TrainingDecoder(sizesOf(size));
     using diag = open(rank);
     using sum = open(stacked.length);
     const random = createRandom(9n);
@@ -36,15 +38,16 @@ it.each(['none', 'rank', 'sqrt'] as const)(
     for (let block = 0; block < config.blocks; block++) {
       for (const projection of projections) {
         for (const side of ['a', 'b'] as const) {
-          const target = diag.factors[block]![projection]![side];
-          const width = target.shape[1]!;
+          const name = tensorName({ block, projection }, side);
+          const shape = projectionShape(config, projection);
+          const width = side === 'a' ? shape.in : shape.out;
           const rows = Array.from({ length: rank }, () =>
             Float32Array.from({ length: width }, () => random.normal() / Math.sqrt(width)),
           );
-          kernels.write(target, bytesOf(rows), 0);
+          diag.write(name, joined(rows));
           const wide = stacked.map(({ r }) => rows[r]!);
-          kernels.write(sum.factors[block]![projection]![side], bytesOf(wide), 0);
-          factors.set(factorName(block, projection, side), new Float32Array(rank * width));
+          sum.write(name, joined(wide));
+          factors.set(name, new Float32Array(rank * width));
         }
       }
     }
@@ -58,13 +61,13 @@ it.each(['none', 'rank', 'sqrt'] as const)(
         (_, i) => gates[i % gates.length]!,
       );
     const whole = diag.step({ ...layout, gate: gateOf(pass!.gates) });
-    for (const [name, gradient] of factors) diag.gradient(name, gradient);
+    for (const [name, gradient] of factors) diag.read(name, gradient);
     const parts = sum.step({ ...layout, gate: gateOf(scales) });
     expect(Math.abs(whole / parts - 1)).toBeLessThan(1e-6);
     for (const [name, gradient] of factors) {
       const width = gradient.length / rank;
       const wide = new Float32Array(stacked.length * width);
-      sum.gradient(name, wide);
+      sum.read(name, wide);
       const added = new Float64Array(gradient.length);
       wide.forEach((value, i) => {
         added[stacked[Math.floor(i / width)]!.r * width + (i % width)]! += value;
@@ -73,13 +76,12 @@ it.each(['none', 'rank', 'sqrt'] as const)(
       expect(away / Math.hypot(...added), name).toBeLessThan(1e-4);
     }
     // The adapter is there: without it the loss is another one.
-    expect(
-      Math.abs(diag.evaluate({ ...layout, gate: gateOf([0, 0, 0, 0]) }) - whole),
-    ).toBeGreaterThan(1e-3);
+    using alone = new LossDecoder({ ...sizesOf(rank), delta: noDelta });
+    const without = alone.evaluate({ ...layout, gate: gateOf([0]) });
+    expect(Math.abs(without - whole)).toBeGreaterThan(1e-3);
   },
 );
 
-function bytesOf(rows: readonly Float32Array[]): Uint8Array {
-  const all = Float32Array.from(rows.flatMap((row) => Array.from(row)));
-  return new Uint8Array(all.buffer);
+function joined(rows: readonly Float32Array[]): Float32Array {
+  return Float32Array.from(rows.flatMap((row) => Array.from(row)));
 }
