@@ -313,6 +313,7 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
             registry,
             importer,
             cacheDirectory: paths.cache,
+            blobDirectory: paths.blobs,
             onFailure: logFailure(config),
           });
     closers.push(() => training?.close());

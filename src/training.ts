@@ -6,10 +6,12 @@ import { mkdirSync } from 'node:fs';
 import { open, rename } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Generation } from './adapters/adapter.ts';
+import { blobPath } from './adapters/blobs.ts';
 import type { Importer, Registry } from './adapters/registry.ts';
 import { type Config, childEnvironment } from './config.ts';
 import { systemClock } from './engine/clock.ts';
 import type { Engine } from './engine/engine.ts';
+import { GatewayError } from './errors.ts';
 import { openJobsDatabase } from './jobs/job.ts';
 import { JobStore } from './jobs/job-store.ts';
 import { TrainerSupervisor } from './jobs/trainer-supervisor.ts';
@@ -25,6 +27,7 @@ export interface TrainingParts {
   readonly registry: Registry;
   readonly importer: Importer;
   readonly cacheDirectory: string;
+  readonly blobDirectory: string;
   readonly onFailure: (error: unknown) => void;
 }
 
@@ -71,6 +74,10 @@ function startTrainers(
   { jobs, files, directory }: { jobs: JobStore; files: TrainingFiles; directory: string },
 ): TrainerSupervisor {
   const { config, model, engine, registry, importer, cacheDirectory, onFailure } = parts;
+  const startOf = (generation: Generation): string => {
+    if (registry.stored(generation) !== null) return blobPath(parts.blobDirectory, generation);
+    throw new GatewayError('ADAPTER_NOT_FOUND', 'the adapter that the job starts from is gone');
+  };
   // One core is left to serving, where there is one.
   const threads = config.trainerThreads ?? Math.max(1, config.threads - 1);
   return new TrainerSupervisor({
@@ -85,11 +92,12 @@ function startTrainers(
     trainersMax: config.trainersMax,
     stopMsMax,
     onFailure,
-    specOf: ({ trainingFile, validationFile }) => ({
+    specOf: ({ trainingFile, validationFile, request: { startFrom } }) => ({
       modelPath: model.path,
       modelHash: model.sha256,
       trainingPath: files.pathOf(trainingFile),
       heldOutPath: validationFile === null ? null : files.pathOf(validationFile),
+      startFrom: startFrom === null ? null : startOf(startFrom),
       threads,
       cacheDirectory,
     }),

@@ -17,8 +17,10 @@ export type JobState =
   | 'cancelled';
 
 export interface JobRequest {
-  /** The base model's name at the API. */
+  /** As the caller put it: the base, or an adapter. */
   readonly model: string;
+  /** What training goes on from; null: the base alone. */
+  readonly startFrom: Generation | null;
   readonly suffix: string | null;
   readonly recipe: Recipe;
   /** What the result will be called. */

@@ -8,7 +8,7 @@ import type { Generation } from '../adapters/adapter.ts';
 import { publish } from '../channels.ts';
 import { asGatewayError, type ErrorCode } from '../errors.ts';
 import type { Job, JobError, JobProgress } from './job.ts';
-import type { Claimed, JobStore } from './job-store.ts';
+import type { Claim, Claimed, JobStore } from './job-store.ts';
 import type { FromTrainer, TrainerSpec, TrainingResult } from './messages.ts';
 import { type EnginePressure, paceOf } from './pace.ts';
 import { TrainerChild, type TrainerChildOptions } from './trainer-child.ts';
@@ -20,12 +20,13 @@ export interface TrainerSupervisorOptions extends TrainerChildOptions {
   readonly trainersMax: number;
   /** Monotonic. */
   readonly nowMs: () => number;
-  /** What a trainer is told besides what the claim says. */
+  /** What a trainer is told besides what the claim says. Throws when the job cannot be done any more. */
   readonly specOf: (
     job: Job,
   ) => Pick<
     TrainerSpec,
-    'modelPath' | 'modelHash' | 'trainingPath' | 'heldOutPath' | 'threads' | 'cacheDirectory'
+    | ('modelPath' | 'modelHash' | 'threads' | 'cacheDirectory')
+    | ('trainingPath' | 'heldOutPath' | 'startFrom')
   >;
   /** Stores the packed adapter of a directory. */
   readonly importResult: (directory: string) => Promise<Generation>;
@@ -133,13 +134,16 @@ export class TrainerSupervisor {
   }
 
   #start(claim: Claimed): void {
-    const { store, directory, specOf, nowMs } = this.#options;
+    const { directory, specOf, nowMs } = this.#options;
     const { jobId, fence, job, checkpointPath } = claim;
     const folder = join(directory, jobId, String(fence));
+    let given: ReturnType<typeof specOf>;
     try {
       mkdirSync(folder, { recursive: true });
-    } catch (error) {
-      store.crash(claim, `no folder for it (${(error as NodeJS.ErrnoException).code})`);
+      given = specOf(job);
+    } catch (thrown) {
+      const error = asGatewayError(thrown);
+      this.#fail(claim, error, passing.includes(error.code));
       return;
     }
     const fresh = { step: 0, steps: 0, loss: null, learningRate: null, tokens: 0 };
@@ -153,10 +157,10 @@ export class TrainerSupervisor {
       hasSwept: false,
     };
     const resumeFrom = checkpointPath === null ? null : join(directory, checkpointPath);
-    const own = { jobId, fence, recipe: job.request.recipe, startFrom: null, resumeFrom, folder };
+    const own = { jobId, fence, recipe: job.request.recipe, resumeFrom, folder };
     run.child = new TrainerChild(
       this.#options,
-      { ...specOf(job), ...own },
+      { ...given, ...own },
       {
         onMessage: (message) => this.#hear(run, message),
         onEnd: (why) => void this.#settle(run, why),
@@ -220,7 +224,7 @@ export class TrainerSupervisor {
     run.child = null;
     if (outcome?.kind === 'result') return this.#publish(run, outcome);
     this.#end(run, () => {
-      if (outcome?.kind === 'failed') this.#fail(run, outcome, outcome.retry);
+      if (outcome?.kind === 'failed') this.#fail(claim, outcome, outcome.retry);
       else if (this.#isClosing || outcome?.kind === 'stopped') store.release(claim);
       else store.crash(claim, `the trainer ended (${why})`);
     });
@@ -241,12 +245,12 @@ export class TrainerSupervisor {
       const error = asGatewayError(thrown);
       this.#end(run, () => {
         if (this.#isClosing) store.release(claim);
-        else this.#fail(run, error, passing.includes(error.code));
+        else this.#fail(claim, error, passing.includes(error.code));
       });
     }
   }
 
-  #fail({ claim }: Run, { code, message }: JobError, retry: boolean): void {
+  #fail(claim: Claim, { code, message }: JobError, retry: boolean): void {
     const { store } = this.#options;
     if (retry) store.crash(claim, `${message} (${code.toLowerCase()})`);
     else store.fail(claim, { code, message });

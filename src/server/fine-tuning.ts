@@ -3,6 +3,7 @@
 
 import type { Context } from 'hono';
 import { z } from 'zod';
+import type { Generation } from '../adapters/adapter.ts';
 import { GatewayError } from '../errors.ts';
 import type { Job, JobCheckpoint, JobEvent } from '../jobs/job.ts';
 import { parseRecipe, type Recipe } from '../jobs/recipe.ts';
@@ -10,7 +11,7 @@ import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { ownerOf, trainingOf, viewerOf } from './files.ts';
 import { readBody } from './limits.ts';
-import { notFound } from './model-reference.ts';
+import { resolveModel } from './model-reference.ts';
 import { type Described, listOf, pageWishOf } from './page-query.ts';
 import { invalidRequest } from './problem.ts';
 import { byForm } from './schemas.ts';
@@ -61,7 +62,7 @@ export async function createJob(c: Context<Env>, deps: ServerDeps): Promise<Resp
   if (deps.lifecycle.isDraining) {
     throw new GatewayError('NO_CAPACITY', 'the server is shutting down', { retryAfterS: 5 });
   }
-  checkModel(body.model, deps);
+  const startFrom = startOf(body.model, deps);
   const recipe = recipeOf(body);
   const caller = c.get('caller');
   const suffix = body.suffix ?? null;
@@ -69,7 +70,7 @@ export async function createJob(c: Context<Env>, deps: ServerDeps): Promise<Resp
   const adapter = prefix + nameOf(deps.config.modelName, suffix, deps.random.id());
   checkMayName(adapter, caller);
   const job = jobs.create(ownerOf(caller), viewerOf(caller), {
-    request: { model: body.model, suffix, recipe, adapter },
+    request: { model: body.model, startFrom, suffix, recipe, adapter },
     trainingFile: body.training_file,
     validationFile: body.validation_file ?? null,
   });
@@ -77,11 +78,11 @@ export async function createJob(c: Context<Env>, deps: ServerDeps): Promise<Resp
   return c.json(describeJob(job));
 }
 
-function checkModel(model: string, { config, registry }: ServerDeps): void {
-  if (model === config.modelName) return;
-  if (registry.find(model) === null) throw notFound(model);
-  const message = 'a job starts from the base model: training an adapter further is not supported';
-  throw new GatewayError('UNSUPPORTED', message, { param: 'model' });
+/** null for the base. Whether the recipe can hold what the adapter is, the trainer says. */
+function startOf(model: string, { config, registry }: ServerDeps): Generation | null {
+  const { lease } = resolveModel(model, { modelName: config.modelName, tiers: {} }, registry);
+  lease?.release();
+  return lease?.generation ?? null;
 }
 
 /** OpenAI's ft:base:suffix:id, by the rules of adapter names. */

@@ -1,4 +1,4 @@
-import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import OpenAI, { toFile } from 'openai';
@@ -69,6 +69,15 @@ describe('training, from a file to an answer', () => {
     expect([foldersOf(gateway), readdirSync(join(dataDir, 'uploads'))]).toEqual([[], []]);
   }, 120_000);
 
+  it('goes on from an adapter', async () => {
+    const from = { model: first.fine_tuned_model!, stepsMax: 1 };
+    const { id } = await createJob(gateway, 'further', from);
+    const job = await jobUntil(clientOf(gateway), id, ({ status }) => status === 'succeeded');
+    // One step from the base would be far from what a hundred reached.
+    const [before, after] = [first, job].map(({ rankgate }) => rankgate.losses!.at(-1)!.loss);
+    expect(after).toBeLessThan(2 * before! + 0.1);
+  });
+
   it('refuses a file with its wrong lines', async () => {
     const file = await toFile(Buffer.from('{"prompt":1}\n'), 'bad.jsonl');
     const error: unknown = await clientOf(gateway)
@@ -94,10 +103,16 @@ describe('training, from a file to an answer', () => {
     const client = clientOf(gateway);
     await jobUntil(client, id, ({ rankgate }) => (rankgate.progress?.step ?? 0) >= 5);
     const pid = trainerPid(gateway)!;
+    const half = sendHalfAFile(gateway);
+    await expect.poll(() => readdirSync(join(dataDir, 'uploads'))).toHaveLength(1);
+    const files = readdirSync(join(dataDir, 'files'));
     await gateway.stop('SIGKILL');
+    await half;
     // The trainer ends by itself: nobody is left to hear it.
     await expect.poll(() => isAlive(pid), { timeout: 10_000 }).toBe(false);
     gateway = await startTraining(dataDir);
+    expect(existsSync(join(dataDir, 'uploads'))).toBe(false);
+    expect(readdirSync(join(dataDir, 'files'))).toEqual(files);
     const { rankgate } = await jobUntil(
       clientOf(gateway),
       id,
@@ -133,6 +148,18 @@ describe('training, from a file to an answer', () => {
     expect(names.filter((name) => name.includes('cancelled'))).toEqual([]);
   }, 60_000);
 });
+
+async function sendHalfAFile(to: GatewayProcess): Promise<void> {
+  const body = new ReadableStream({
+    start(controller) {
+      const head = 'Content-Disposition: form-data; name="file"; filename="half.jsonl"';
+      controller.enqueue(new TextEncoder().encode(`--x\r\n${head}\r\n\r\n{"prompt":`));
+    },
+  });
+  const headers = { 'content-type': 'multipart/form-data; boundary=x' };
+  const init = { method: 'POST', duplex: 'half', headers, body } as RequestInit;
+  await to.fetch('/v1/files', init).catch(() => null);
+}
 
 function isAlive(pid: number): boolean {
   try {

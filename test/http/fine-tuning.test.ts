@@ -2,7 +2,14 @@ import { createHash } from 'node:crypto';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { parseRecipe } from '../../src/jobs/recipe.ts';
 import type { ApiKey } from '../../src/server/auth.ts';
-import { createHarness, type Harness, type Json, nothingLeft } from '../support/http-harness.ts';
+import {
+  createHarness,
+  generationA,
+  generationB,
+  type Harness,
+  type Json,
+  nothingLeft,
+} from '../support/http-harness.ts';
 import { progressAt } from '../support/job-stores.ts';
 import { createTestTraining, type TestTraining } from '../support/test-training.ts';
 
@@ -114,7 +121,7 @@ describe('a fine-tuning job', () => {
     ['a suffix that is a path', { suffix: '../x' }, 400, 'suffix'],
     ['one thing said twice', { seed: 1, rankgate: { seed: 2 } }, 400, 'rankgate.seed'],
     ['another model', { model: 'nope' }, 404, 'model'],
-    ['an adapter to go on from', { model: 'support' }, 400, 'model'],
+    ['a tier', { model: 'tiny-base:instant' }, 404, 'model'],
     ['a file that is not there', { training_file: 'file-x' }, 404, 'training_file'],
     ['no such validation file', { validation_file: 'file-x' }, 404, 'validation_file'],
   ])('with %s is refused', async (_, more, status, param) => {
@@ -128,6 +135,18 @@ describe('a fine-tuning job', () => {
     expect([status, body.error.code]).toEqual([400, 'unsupported']);
     expect(body.error.message).toContain('fly is not in this build');
     expect((await create({ rankgate: { ranks: [3, 2] } })).body.error.message).toContain('ranks');
+  });
+
+  it('goes on from an adapter, as it is now or from a fixed generation', async () => {
+    for (const model of ['support', `support@${generationA}`]) {
+      const { body } = await create({ model });
+      expect(body.model).toBe(model);
+      expect(training.jobs.find(body.id, null)!.request.startFrom).toBe(generationA);
+    }
+    expect(training.jobs.find((await create()).body.id, null)!.request.startFrom).toBeNull();
+    harness.registry.create('rival/own', generationB);
+    const hidden = await create({ model: 'rival/own', training_file: 'file-acme' }, 'acme-admin');
+    expect(hidden.status).toBe(404);
   });
 
   it('shows how it goes, and what it made', async () => {

@@ -51,7 +51,8 @@ export async function startGatewayProcess(options: GatewayOptions): Promise<Gate
     process.execPath,
     [join(root, 'dist/cli.js'), 'serve', ...flags, ...(options.flags ?? [])],
     {
-      env: { ...process.env, ...options.environment },
+      // The tests' own tier is no setting of the gateway.
+      env: { ...process.env, RANKGATE_TIER: undefined, ...options.environment },
       stdio: ['ignore', 'pipe', 'pipe'],
     },
   );

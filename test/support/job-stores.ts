@@ -36,7 +36,7 @@ export function createTestStore(): TestStore {
 
 export function newJob(trainingFile: string = 'file-1'): NewJob {
   const recipe = parseRecipe({}, 'recipe');
-  const request = { model: 'tiny', suffix: null, recipe, adapter: 'ft.tiny.1' };
+  const request = { model: 'tiny', startFrom: null, suffix: null, recipe, adapter: 'ft.tiny.1' };
   return { request, trainingFile, validationFile: null };
 }
 

@@ -50,14 +50,18 @@ export const recipe = {
   checkpointEvery: 5,
 };
 
-export async function createJob(gateway: GatewayProcess, suffix: string): Promise<TrainedJob> {
+export async function createJob(
+  gateway: GatewayProcess,
+  suffix: string,
+  { model = gateway.modelName, ...more }: { model?: string; stepsMax?: number } = {},
+): Promise<TrainedJob> {
   const client = clientOf(gateway);
   const file = await client.files.create({
     file: await toFile(Buffer.from(examples), `${suffix}.jsonl`),
     purpose: 'fine-tune',
   });
-  const training = { training_file: file.id, suffix, seed: 5, rankgate: recipe };
-  const body = { model: gateway.modelName, ...training };
+  const training = { training_file: file.id, suffix, seed: 5, rankgate: { ...recipe, ...more } };
+  const body = { model, ...training };
   return (await client.fineTuning.jobs.create(body)) as TrainedJob;
 }
 

@@ -73,6 +73,7 @@ function start(
       modelHash: '',
       trainingPath: JSON.stringify({ scratchDir, ...orders }),
       heldOutPath: null,
+      startFrom: null,
       threads: 1,
       cacheDirectory: '',
     }),
@@ -285,6 +286,17 @@ describe('trainers', () => {
     await until(() => readdirSync(directory).length === 0, 'the end');
     expect(promoted.size).toBe(0);
     expect(now(job).state).toBe('cancelled');
+  });
+
+  it('are not even started for a job that cannot be done any more', async () => {
+    const specOf = (): never => {
+      throw new GatewayError('ADAPTER_NOT_FOUND', 'the adapter that the job starts from is gone');
+    };
+    const supervisor = start({ steps: 1 }, { specOf });
+    const job = test.store.create('', null, newJob());
+    supervisor.wake();
+    expect(supervisor.pids).toEqual([]);
+    expect(now(job)).toMatchObject({ state: 'failed', error: { code: 'ADAPTER_NOT_FOUND' } });
   });
 
   it('make an adapter that is refused: the job says why', async () => {
