@@ -1,6 +1,11 @@
 import { describe, expect, it } from 'vitest';
 import type { Residency } from '../../../src/adapters/residency.ts';
-import type { AdapterPart, AdapterUse, GenerateRequest } from '../../../src/engine/messages.ts';
+import type {
+  AdapterPart,
+  AdapterUse,
+  GenerateRequest,
+  HotAdapter,
+} from '../../../src/engine/messages.ts';
 import {
   type CellAdmission,
   type CellIdentity,
@@ -73,8 +78,22 @@ function rollRequest(dice: Dice, id: string, pointsAt: readonly number[]): Gener
   });
 }
 
-/** One seeded storm of `streams` requests. */
-async function storm(seed: number, streams: number, options: HarnessOptions): Promise<Storm> {
+/** Any adapters, at any ranks. */
+function rollHot(dice: Dice): HotAdapter[] {
+  return Array.from({ length: dice.roll(7) }, () => {
+    const generation = fakeGeneration(dice.roll(names * versions));
+    const rank = 1 + dice.roll(fakeRankOf(generation));
+    return { generation, rank, pages: Math.ceil(rank / 8) };
+  });
+}
+
+/** One seeded storm of `streams` requests. `warming`: what is prewarmed meanwhile. */
+async function storm(
+  seed: number,
+  streams: number,
+  options: HarnessOptions,
+  warming: Dice | null = null,
+): Promise<Storm> {
   const dice = new Dice(seed);
   const harness = new LoopHarness({
     cells: 33 * 16, // about five sequences: nearly always full
@@ -89,6 +108,7 @@ async function storm(seed: number, streams: number, options: HarnessOptions): Pr
   let unloads = 0;
   for (let i = 0; i < streams; ) {
     const action = dice.roll(10);
+    if (warming?.roll(3) === 0) harness.loop.prewarm(rollHot(warming));
     const generation = fakeGeneration(dice.roll(names * versions));
     if (action <= 1) {
       unloads += 1;
@@ -174,24 +194,32 @@ class RanklessCache extends PrefixCache {
   }
 }
 
-/** Counts no uses, so that pages in use are reassigned: vllm#47724. */
-function forgetful(residency: Residency): Residency {
+/** The residency but for `changes`. */
+function changed(residency: Residency, changes: Partial<Residency>): Residency {
   return {
     pagesMax: residency.pagesMax,
     get pagesFree() {
       return residency.pagesFree;
     },
-    acquire(key, rank) {
-      const use = residency.acquire(key, rank);
-      use?.release();
-      return use;
-    },
+    acquire: (key, rank) => residency.acquire(key, rank),
     beginLoad: (key, onProgress, rank) => residency.beginLoad(key, onProgress, rank),
     pagesSpare: (keep) => residency.pagesSpare(keep),
     unload: (generation) => residency.unload(generation),
     pin: (generations) => residency.pin(generations),
     list: () => residency.list(),
+    ...changes,
   };
+}
+
+/** Counts no uses, so that pages in use are reassigned: vllm#47724. */
+function forgetful(residency: Residency): Residency {
+  return changed(residency, {
+    acquire(key, rank) {
+      const use = residency.acquire(key, rank);
+      use?.release();
+      return use;
+    },
+  });
 }
 
 describe('swap oracle', () => {
@@ -208,6 +236,30 @@ describe('swap oracle', () => {
     expect(harness.stepper.copies).toBeGreaterThan(20);
     expect(unloads).toBeGreaterThan(20);
     expect(Math.max(...harness.reports.map((one) => one.decodeRows))).toBeGreaterThan(3);
+  });
+
+  it.each([4, 5, 6])('nor does what is prewarmed change one: storm %i', async (seed) => {
+    let loads = 0;
+    const count = (residency: Residency): Residency =>
+      changed(residency, {
+        beginLoad(key, onProgress, rank) {
+          loads += 1;
+          return residency.beginLoad(key, onProgress, rank);
+        },
+      });
+    const options = { wrapResidency: count };
+    const { wrong, ended, harness } = await storm(seed, 220, options, new Dice(seed + 100));
+    expect(wrong).toEqual([]);
+    expect(ended).toBeGreaterThan(150);
+    const withThem = loads;
+    await storm(seed, 220, options);
+    expect(withThem).toBeGreaterThan(1.1 * (loads - withThem));
+    // Nothing is held, and no page was lost.
+    await harness.ticks(200);
+    const { residents } = harness.loop.stats();
+    expect(residents.filter((one) => one.uses > 0)).toEqual([]);
+    const pages = residents.reduce((sum, { bytes }) => sum + Math.round(bytes / 1000), 0);
+    expect(harness.residency.pagesFree + pages).toBe(11);
   });
 
   it('the same storm is the same run: two runs agree event for event', async () => {
