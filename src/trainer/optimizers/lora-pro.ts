@@ -79,7 +79,7 @@ function inverse({ vectors, values }: Spectrum, damping: number): Columns {
 }
 
 /** X with P·X + X·Q = c for symmetric P and Q without negative eigenvalues; where both have a zero, X has one. */
-export function solveSylvester(p: Spectrum, q: Spectrum, c: Columns): Columns {
+function solveSylvester(p: Spectrum, q: Spectrum, c: Columns): Columns {
   const turned = times(innerProducts(p.vectors, c), q.vectors);
   const { rows } = turned;
   const data = turned.data.map((value, at) => {
