@@ -4,7 +4,7 @@
 
 import { createRandom } from '../../adapters/families/seeded-random.ts';
 import { type AdamOptions, adamStep, momentLengths, momentsOf } from './adam.ts';
-import type { Optimizer, Parameter, ParameterShape } from './optimizer.ts';
+import type { Optimizer, ParameterShape } from './optimizer.ts';
 import { createState, withState } from './state.ts';
 
 export interface FrugalOptions extends AdamOptions {
