@@ -1,6 +1,13 @@
-// An SQLite database of the gateway's own: settings, lock, schema version, transactions. What is acknowledged survives kill -9
-// and power loss (WAL, synchronous=FULL). The version is in the file; another program's is refused.
+// An SQLite database of the gateway's own: settings, lock, schema version, transactions, and when these are durable. The
+// version is in the file; another program's is refused.
+//
+// A commit survives kill -9. It survives a loss of power at once (synchronous = FULL), which holds the event loop for
+// milliseconds; or, where a database is `deferred` (NORMAL), once `durable` has synced the log, off the loop and once for all
+// who wait at the time.
 
+import { closeSync, constants, fdatasync, fdatasyncSync, fsyncSync, openSync } from 'node:fs';
+import { dirname } from 'node:path';
+import { promisify } from 'node:util';
 import Database from 'libsql';
 import { GatewayError } from './errors.ts';
 
@@ -12,16 +19,39 @@ export interface Schema {
   readonly tables: string;
 }
 
-export class OwnDatabase {
-  readonly #lock: Database.Database;
-  readonly #db: Database.Database;
-  readonly #what: string;
-  readonly #statements: Map<string, Database.Statement> = new Map();
+export type SyncFile = (descriptor: number) => Promise<void>;
 
-  constructor(lock: Database.Database, db: Database.Database, what: string) {
-    this.#lock = lock;
-    this.#db = db;
-    this.#what = what;
+export interface DatabaseOptions {
+  readonly path: string;
+  /** Beyond, it fails as on a full disk. */
+  readonly bytesMax: number;
+  readonly schema: Schema;
+  readonly syncs: 'commits' | 'deferred';
+  /** Tests make it fail and wait. */
+  readonly syncFile?: SyncFile;
+}
+
+interface OpenedDatabase {
+  readonly lock: Database.Database;
+  readonly db: Database.Database;
+  readonly what: string;
+  /** The log's descriptor where syncs are deferred; null: every commit is durable, or in memory. */
+  readonly log: number | null;
+  readonly syncFile: SyncFile;
+}
+
+export class OwnDatabase {
+  readonly #opened: OpenedDatabase;
+  readonly #db: Database.Database;
+  readonly #statements: Map<string, Database.Statement> = new Map();
+  #commits = 0;
+  #durableCommits = 0;
+  #syncing: Promise<void> | null = null;
+  #failure: GatewayError | null = null;
+
+  constructor(opened: OpenedDatabase) {
+    this.#opened = opened;
+    this.#db = opened.db;
   }
 
   get isOpen(): boolean {
@@ -44,24 +74,78 @@ export class OwnDatabase {
       this.#db.exec('BEGIN IMMEDIATE');
       const result = work();
       this.#db.exec('COMMIT');
+      this.#commits += 1;
       return result;
     } catch (error) {
       if (this.#db.inTransaction) this.#db.exec('ROLLBACK');
       if (error instanceof GatewayError) throw error;
       const isFull = (error as { readonly code?: string }).code?.startsWith('SQLITE_FULL') ?? false;
       const code = isFull ? 'DISK_FULL' : 'INTERNAL';
-      throw new GatewayError(code, `the ${this.#what} could not be written`, { cause: error });
+      throw new GatewayError(code, `the ${this.#opened.what} could not be written`, {
+        cause: error,
+      });
+    }
+  }
+
+  /** Resolves when all that is committed now survives a loss of power. Throws INTERNAL when the disk failed: then for ever,
+   *  as the system takes pages that it could not write for clean and would call the next sync a success. */
+  async durable(): Promise<void> {
+    const { log } = this.#opened;
+    const wanted = this.#commits;
+    while (log !== null && this.#durableCommits < wanted) {
+      if (this.#failure !== null) throw this.#failure;
+      this.#syncing ??= this.#sync(log);
+      await this.#syncing;
+    }
+  }
+
+  /** The same, holding the event loop. */
+  durableNow(): void {
+    const { log, what } = this.#opened;
+    if (this.#failure !== null) throw this.#failure;
+    try {
+      if (log !== null) fdatasyncSync(log);
+      this.#durableCommits = this.#commits;
+    } catch (error) {
+      this.#failure = syncError(error, what);
+      throw this.#failure;
+    }
+  }
+
+  /** Never rejects. */
+  async #sync(log: number): Promise<void> {
+    const covered = this.#commits;
+    try {
+      await this.#opened.syncFile(log);
+      this.#durableCommits = covered;
+    } catch (error) {
+      this.#failure = syncError(error, this.#opened.what);
+    } finally {
+      this.#syncing = null;
     }
   }
 
   close(): void {
-    closeAll(this.#lock, this.#db);
+    if (!this.#db.open) return;
+    const { lock, log } = this.#opened;
+    closeAll(lock, this.#db); // Its checkpoint syncs the log and what it moves.
+    this.#durableCommits = this.#commits;
+    if (log === null) return;
+    if (this.#syncing === null) closeSync(log);
+    else void this.#syncing.then(() => closeSync(log));
   }
 }
 
-/** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for another schema. A database that
- *  would grow beyond `bytesMax` fails as on a full disk. */
-export function openDatabase(path: string, bytesMax: number, schema: Schema): OwnDatabase {
+function syncError(error: unknown, what: string): GatewayError {
+  const code = (error as NodeJS.ErrnoException).code ?? 'unknown error';
+  const message = `the ${what} may not survive a loss of power (${code}): start again`;
+  return new GatewayError('INTERNAL', message, { cause: error });
+}
+
+/** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for another schema. */
+export function openDatabase(options: DatabaseOptions): OwnDatabase {
+  const { path, bytesMax, schema, syncFile = promisify(fdatasync) } = options;
+  const isDeferred = options.syncs === 'deferred';
   const opened: Database.Database[] = [];
   try {
     // Leases are this process's memory, so nobody else may delete what they keep: a transaction that is held on a file of
@@ -74,7 +158,7 @@ export function openDatabase(path: string, bytesMax: number, schema: Schema): Ow
     opened.push(db);
     for (const setting of [
       'journal_mode = WAL',
-      'synchronous = FULL',
+      `synchronous = ${isDeferred ? 'NORMAL' : 'FULL'}`,
       'busy_timeout = 2000', // A backup may read the file meanwhile.
       'foreign_keys = ON',
       'trusted_schema = OFF',
@@ -88,7 +172,8 @@ export function openDatabase(path: string, bytesMax: number, schema: Schema): Ow
     db.exec('BEGIN IMMEDIATE');
     migrate(db, schema);
     db.exec('COMMIT');
-    return new OwnDatabase(lock, db, schema.what);
+    const log = isDeferred && path !== ':memory:' ? openLog(path) : null;
+    return new OwnDatabase({ lock, db, log, syncFile, what: schema.what });
   } catch (error) {
     for (const database of opened) {
       if (database.inTransaction) database.exec('ROLLBACK'); // close() alone may leave it locked.
@@ -96,6 +181,20 @@ export function openDatabase(path: string, bytesMax: number, schema: Schema): Ow
     }
     throw openError(error, schema.what);
   }
+}
+
+/** The log of an open database: SQLite makes it once and keeps it until the database is closed. What was committed so far
+ *  is durable then, the file's own entry in its directory included. */
+function openLog(path: string): number {
+  const log = openSync(`${path}-wal`, constants.O_RDWR);
+  fdatasyncSync(log);
+  const directory = openSync(dirname(path), constants.O_RDONLY);
+  try {
+    fsyncSync(directory);
+  } finally {
+    closeSync(directory);
+  }
+  return log;
 }
 
 function closeAll(lock: Database.Database, db: Database.Database): void {

@@ -115,4 +115,5 @@ function promote(registry: Registry, name: string, generation: Generation): void
   const before = registry.find(name)?.generation;
   if (before === undefined) registry.create(name, generation);
   else if (before !== generation) registry.swap(name, generation, null);
+  registry.durableNow(); // The job's success must not be kept without it, nor wait for it.
 }

@@ -1,6 +1,6 @@
 // The generations that the registry knows, and when each is forgotten: when no name's present or past has it, none that is
-// there needs it, and nobody leases it. First its row goes and then its blob; a crash between the two leaves a blob that
-// nothing knows, which the next open sweeps away.
+// there needs it, and nobody leases it. First its row goes and then, once that is durable, its blob; a crash between the two
+// leaves a blob that nothing knows, which the next open sweeps away.
 
 import { LRUCache } from 'lru-cache';
 import type { OwnDatabase } from '../database.ts';
@@ -19,12 +19,15 @@ export class Generations {
   readonly #blobs: BlobStore;
   readonly #leases: Map<Generation, number> = new Map();
   readonly #stored: LRUCache<Generation, StoredGeneration> = new LRUCache({ max: manifestsMax });
+  /** Their rows are gone, their blobs not yet. */
+  readonly #unkept: Set<Generation> = new Set();
 
   constructor(db: OwnDatabase, blobs: BlobStore) {
     this.#db = db;
     this.#blobs = blobs;
     const drop = db.sql(`DELETE FROM generations WHERE ${unreferenced}`);
     while (drop.run().changes > 0); // Again for what those that went had needed.
+    db.durableNow();
     const known = db.sql('SELECT 1 FROM generations WHERE generation = ?');
     blobs.sweep((generation) => known.get(generation) !== undefined);
   }
@@ -84,6 +87,7 @@ export class Generations {
       const row = [generation, formatManifest(manifest), bytes, needs];
       this.#db.sql(`${insert} ON CONFLICT DO NOTHING`).run(...row);
     });
+    this.#unkept.delete(generation);
     const old = this.#db.sql(selectOldUnnamed).all(unnamedMax) as { generation: Generation }[];
     for (const { generation: unnamed } of old) this.collect(unnamed);
   }
@@ -110,8 +114,23 @@ export class Generations {
       }[];
       if (gone.length === 0) return;
       this.#stored.delete(generation);
-      this.#blobs.remove(generation);
+      this.#unkept.add(generation);
+      void this.#removeUnkept();
       for (const { needs } of gone) if (needs !== null) this.collect(needs);
+    } catch {
+      // The sweep of the next open.
+    }
+  }
+
+  /** A loss of power could bring the rows back: their blobs stay until it cannot. */
+  async #removeUnkept(): Promise<void> {
+    const generations = [...this.#unkept];
+    try {
+      await this.#db.durable();
+      for (const generation of generations) {
+        // Stored again meanwhile, it is kept.
+        if (this.#db.isOpen && this.#unkept.delete(generation)) this.#blobs.remove(generation);
+      }
     } catch {
       // The sweep of the next open.
     }

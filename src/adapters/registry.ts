@@ -59,6 +59,10 @@ export interface Registry {
   /** A packed file that is in the blob store becomes known. Idempotent. Throws ADAPTER_NOT_FOUND when it or the file that
    *  it needs is not there. */
   store(generation: Generation, manifest: AdapterManifest, bytes: number): void;
+  /** Resolves when every change made so far survives a loss of power: nothing is acknowledged before. */
+  durable(): Promise<void>;
+  /** The same, holding the event loop. */
+  durableNow(): void;
   close(): void;
 }
 

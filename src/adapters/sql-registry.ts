@@ -1,8 +1,8 @@
-// The registry over SQLite: names, the generation each points at, and those before it; aliases and pins. What is
-// acknowledged survives kill -9 and power loss (WAL, synchronous=FULL). One process owns the database (it is locked):
-// leases live in memory.
+// The registry over SQLite: names, the generation each points at, and those before it; aliases and pins. A change survives
+// kill -9 at once, and a loss of power when `durable` resolves. One process owns the database (it is locked): leases live
+// in memory.
 
-import { type OwnDatabase, openDatabase } from '../database.ts';
+import { type OwnDatabase, openDatabase, type SyncFile } from '../database.ts';
 import { GatewayError } from '../errors.ts';
 import {
   type AdapterManifest,
@@ -28,6 +28,7 @@ export interface SqlRegistryOptions {
   readonly namesMax?: number;
   /** Of the database file; beyond, DISK_FULL. */
   readonly bytesMax?: number;
+  readonly syncFile?: SyncFile;
 }
 
 const previousMaxDefault = 16;
@@ -52,7 +53,10 @@ class SqlRegistry implements Registry {
 
   constructor(options: SqlRegistryOptions) {
     this.#options = options;
-    this.#db = openDatabase(options.path, options.bytesMax ?? bytesMaxDefault, registrySchema);
+    const { path, bytesMax = bytesMaxDefault, syncFile } = options;
+    const sync = syncFile === undefined ? {} : { syncFile };
+    const schema = registrySchema;
+    this.#db = openDatabase({ path, bytesMax, schema, syncs: 'deferred', ...sync });
     this.#generations = new Generations(this.#db, options.blobs);
   }
 
@@ -193,6 +197,14 @@ class SqlRegistry implements Registry {
 
   store(generation: Generation, manifest: AdapterManifest, bytes: number): void {
     this.#generations.store(generation, manifest, bytes);
+  }
+
+  durable(): Promise<void> {
+    return this.#db.durable();
+  }
+
+  durableNow(): void {
+    this.#db.durableNow();
   }
 
   close(): void {

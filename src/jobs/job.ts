@@ -165,5 +165,6 @@ const bytesMax = 2 ** 30;
 
 /** Throws as `openDatabase` does. */
 export function openJobsDatabase(path: string): OwnDatabase {
-  return openDatabase(path, bytesMax, { what: 'job store', version: 1, tables });
+  const schema = { what: 'job store', version: 1, tables };
+  return openDatabase({ path, bytesMax, schema, syncs: 'commits' });
 }

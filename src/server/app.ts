@@ -104,14 +104,20 @@ export function createApp(deps: ServerDeps): App {
 
 function mount(hono: Hono<Env>, routes: readonly Route[], deps: ServerDeps): void {
   for (const route of routes) {
-    hono.on(route.method, route.path, (c) => {
+    const changes = route.access === 'admin' && route.method !== 'GET';
+    hono.on(route.method, route.path, async (c) => {
       const record = c.get('record');
       record.route = route.path;
       const caller = authenticate(c, route.access, deps.config);
       record.tenant = caller.tenant;
       c.set('tenant', caller.tenant);
       c.set('caller', caller);
-      return route.handle(c, { ...deps, registry: registryOf(deps.registry, caller) });
+      const answer = await route.handle(c, {
+        ...deps,
+        registry: registryOf(deps.registry, caller),
+      });
+      if (changes) await deps.registry.durable(); // What is answered is kept.
+      return answer;
     });
   }
   for (const path of new Set(routes.map((route) => route.path))) {

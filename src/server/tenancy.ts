@@ -99,6 +99,14 @@ class TenantRegistry implements Registry {
     this.#registry.store(generation, manifest, bytes);
   }
 
+  durable(): Promise<void> {
+    return this.#registry.durable();
+  }
+
+  durableNow(): void {
+    this.#registry.durableNow();
+  }
+
   close(): void {
     this.#registry.close();
   }

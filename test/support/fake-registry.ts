@@ -146,6 +146,12 @@ export class FakeRegistry implements Registry {
     this.#stored.set(generation, { manifest, bytes });
   }
 
+  durable(): Promise<void> {
+    return Promise.resolve();
+  }
+
+  durableNow(): void {}
+
   close(): void {
     this.isClosed = true;
   }
