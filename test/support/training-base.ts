@@ -3,6 +3,7 @@
 import type { ExampleShape } from '../../src/jobs/example-lines.ts';
 import { parseRecipe, type Recipe } from '../../src/jobs/recipe.ts';
 import { GgmlKernels } from '../../src/kernels/ggml/ggml-kernels.ts';
+import type { Kernels } from '../../src/kernels/kernels.ts';
 import { readDecoderConfig } from '../../src/model/decoder-config.ts';
 import { sha256OfFile } from '../../src/model/file-hash.ts';
 import { openGguf } from '../../src/model/gguf.ts';
@@ -18,6 +19,14 @@ import { tinyPath } from './open-test-decoder.ts';
 
 export async function openTinyBase(): Promise<OpenBase> {
   return openAt(tinyPath);
+}
+
+/** Over other kernels, which are the caller's: in f32. */
+export async function openTinyBaseOn(kernels: Kernels): Promise<TrainingBase> {
+  using file = openGguf(tinyPath);
+  const config = readDecoderConfig(file);
+  const weights = loadWeights(file, config, { kernels, mode: 'exact', cache: null });
+  return { config, weights, kernels, hash: await sha256OfFile(tinyPath) };
 }
 
 export async function openRealBase(): Promise<OpenBase> {

@@ -21,6 +21,7 @@ describe('a recipe', () => {
       ranks: [1, 2, 4, 8, 16],
       objective: 'diag',
       order: 'svd',
+      scaling: 'sqrt',
     });
     expect(parseRecipe(JSON.parse(JSON.stringify(recipe)), 'recipe')).toEqual(recipe);
   });
@@ -43,7 +44,7 @@ describe('a recipe', () => {
   });
 
   it.each([
-    [{ kind: 'salt' }, 'recipe.kind: salt'],
+    [{ kind: 'sara' }, 'recipe.kind: sara'],
     [{ optimizer: { name: 'eggroll' } }, 'recipe.optimizer.name: eggroll'],
     [{ init: { kind: 'meta', anything: 1 } }, 'recipe.init.kind: meta'],
     [{ modules: { kind: 'diffora' } }, 'recipe.modules.kind: diffora'],
