@@ -1,7 +1,7 @@
 import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { afterAll, beforeAll, describe, expect, it, vi } from 'vitest';
 import type { Generation } from '../../../src/adapters/adapter.ts';
 import { blobPath } from '../../../src/adapters/blobs.ts';
 import { generationOf, openPacked } from '../../../src/adapters/pack.ts';
@@ -243,6 +243,27 @@ describe('adapters through the engine process', () => {
       for (const other of wants) {
         if (other !== wants[i]) expect(distance(token, other)).toBeGreaterThan(1);
       }
+    }
+  });
+
+  it('what is prewarmed is resident before anybody asks for it, and answers as it would have', async () => {
+    const hot = ['qv-r8', 'regex-r64'].map(
+      (name) => cases.findLast((one) => one.request.id.startsWith(name))!,
+    );
+    for (const { request } of cases) engine.unload(request.adapter!.parts[0]!.generation);
+    engine.prewarm(
+      hot.map(({ request }) => {
+        const { generation, rank } = request.adapter!.parts[0]!;
+        return { generation, rank, pages: Math.ceil(rank / 8) };
+      }),
+    );
+    await vi.waitFor(
+      () =>
+        expect(new Set(engine.stats().residents.map(({ rank }) => rank))).toEqual(new Set([8, 64])),
+      { timeout: 30_000 },
+    );
+    for (const { request, want } of hot) {
+      expect(distance(await ask(request), want), request.id).toBeLessThan(tolerance);
     }
   });
 
