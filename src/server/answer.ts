@@ -94,7 +94,7 @@ export class Answer {
         promptTokens: prompt.length,
         ranks: this.#plan.ranks,
         generations: this.used.map((one) => one.generation),
-        adapters: this.used,
+        adapters: target.merge === 'linear' ? this.used : [],
         isStarted: false,
         queueMs: null,
         cachedTokens: 0,

@@ -9,6 +9,7 @@ export interface FlyingSequence {
   /** Active ranks of all its adapters. */
   readonly ranks: number;
   readonly generations: readonly Generation[];
+  /** Those that the engine loads as they are: none of what is merged first. */
   readonly adapters: ReadonlyArray<{ readonly id: string; readonly rank: number }>;
   /** So far. */
   completionTokens: number;

@@ -84,6 +84,24 @@ describe('a blend', () => {
     });
   });
 
+  it('counts its parts as asked for, but those of a merge, which are not loaded', async () => {
+    const asked: unknown[] = [];
+    const stop = harness.inFlight.onAdd(({ adapters }) =>
+      asked.push(adapters.map(({ id, rank }) => [id, rank])),
+    );
+    await ask({ adapters: both });
+    await ask({ adapters: both, merge: 'ties', density: 0.5 });
+    stop();
+    await ask({ adapters: both });
+    expect(asked).toEqual([
+      [
+        ['support', 16],
+        ['legal', 8],
+      ],
+      [],
+    ]);
+  });
+
   it('says the same at the end of a stream', async () => {
     const response = await harness.post(path, {
       ...{ model: 'tiny-base', messages, seed: 7, stream: true, adapters: both },
