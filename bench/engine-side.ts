@@ -3,7 +3,13 @@
 
 import { systemClock } from '../src/engine/clock.ts';
 import type { EngineLoop } from '../src/engine/engine-loop.ts';
-import type { EngineEvent, FromEngine, GenerateRequest, Sampling } from '../src/engine/messages.ts';
+import {
+  type EngineEvent,
+  type FromEngine,
+  type GenerateRequest,
+  noUrgency,
+  type Sampling,
+} from '../src/engine/messages.ts';
 import { openLoop } from '../src/engine/open-loop.ts';
 import { scrapCells } from '../src/model/step-inputs.ts';
 import {
@@ -40,7 +46,10 @@ export async function openSide(options: SideOptions): Promise<Side> {
       pages: 1 + engine.pages,
       tokensMax: 512,
       segmentsMax: options.streamsMax,
-      limits: { waitingMax: 64, waitingTokensMax: 65_536, prefillTokensMax: 512 },
+      limits: {
+        ...{ waitingMax: 64, waitingTokensMax: 65_536, waitingMsMax: 600_000 },
+        prefillTokensMax: 512,
+      },
       tenantShareMax: 1,
       speculation: 'off', // what a step costs: a guess that comes true hands out more tokens than one
     },
@@ -117,6 +126,7 @@ class Host {
         ...{ merge: 'linear', density: 1, flyTopK: null, prior: null, system: null },
       },
       tenant: 'bench',
+      urgency: noUrgency,
     };
     setImmediate(() => loop.submit(request));
     return id;

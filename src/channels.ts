@@ -10,6 +10,8 @@ export interface InferenceReport {
   readonly generation: string | null;
   readonly rank: number;
   readonly rankMax: number;
+  /** Over the tokens that were made; null until a sequence has ended. */
+  readonly rankMean: number | null;
   readonly reason: string;
   /** Predicted total time from the moment of the plan; null while nothing was learned. */
   readonly predictedMs: number | null;

@@ -41,6 +41,8 @@ export interface Settings {
   readonly prefetch: 'auto' | 'off';
   readonly queueRequestsMax: number;
   readonly queuePromptTokensMax: number;
+  /** How long a request may wait for room; half of the time that OpenAI's clients give it. */
+  readonly queueMsMax: number;
   /** Where adapters may be added from; null: `incoming` in the data directory. */
   readonly adaptersRoot: string | null;
   /** Repairs the base under every request (an eora adapter that all share); what a tight budget drops first. */
@@ -183,6 +185,7 @@ const shape = {
   prefetch: z.enum(['auto', 'off']).default('auto'),
   queueRequestsMax: count(1, 100_000).default(256),
   queuePromptTokensMax: count(1, 2 ** 28).default(262_144),
+  queueMsMax: count(1000, 3_600_000).default(300_000),
   adaptersRoot: path.nullable().default(null),
   systemAdapter: name.nullable().default(null),
   runtimeLoraUpdating: z.boolean().default(false),

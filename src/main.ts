@@ -49,6 +49,8 @@ const silenceMsMax = 60_000;
 const flightsMax = 4096;
 const eventsMax = 4096;
 const saveMs = 60_000;
+/** Between two times that the engine is told what steps cost. */
+const costsMs = 1000;
 /** glibc stops giving large blocks back once one was freed, and then keeps what loading leaves behind: 40 MB (measured).
  *  Named, the limit stays where it starts. Other C libraries do not read this.
  *  The engine makes few objects: V8's own limit for young ones (3 × 16 MB) costs 16 MB more, and no less time (measured). */
@@ -105,6 +107,7 @@ async function startEngine(config: Config, model: ModelFile, paths: Paths): Prom
     limits: {
       waitingMax: config.queueRequestsMax,
       waitingTokensMax: config.queuePromptTokensMax,
+      waitingMsMax: config.queueMsMax,
       prefillTokensMax: config.prefillTokensMax,
     },
     tenantShareMax,
@@ -161,7 +164,15 @@ function startRouter(
   const router = new Router({ identity, rowsMax, prefillTokensMax, policy, draw });
   const saved = readIfThere(path);
   const isNew = saved === null || !router.restore(saved);
-  engine.onStep((report) => router.observe(report));
+  let sentMs = Number.NEGATIVE_INFINITY;
+  engine.onStep((report) => {
+    router.observe(report);
+    const { costs } = router;
+    const nowMs = systemClock.nowMs();
+    if (costs === null || nowMs - sentMs < costsMs) return;
+    sentMs = nowMs;
+    engine.setCosts(costs);
+  });
   return { router, isNew };
 }
 

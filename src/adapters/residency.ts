@@ -35,10 +35,14 @@ export interface ResidentUse extends RowsSource, Disposable {
   readonly generation: ResidentKey;
   readonly kind: PackedKind;
   readonly rankMax: number;
+  /** Share of energy kept at rank k (index k-1). */
+  readonly rankCurve: readonly number[];
   /** queryable: [K, width], the token embeddings' mean of each atom's label. */
   readonly labels: Floats | null;
-  /** The same object for the same rank while it is kept. Throws INTERNAL for a rank that was not acquired. */
+  /** The same object for the same rank while it is kept. Throws INTERNAL for a rank that is not loaded. */
   rows(rank: number): AdapterRows;
+  /** What was acquired is; more may be. */
+  isLoaded(rank: number): boolean;
   release(): void;
 }
 
@@ -170,9 +174,11 @@ class PagedResidency implements Residency, LoadHost {
       generation,
       kind: maker.manifest.kind,
       rankMax: maker.manifest.rankMax,
+      rankCurve: maker.manifest.rankCurve,
       labels,
       moduleCount: this.options.stepper.config.blocks * projections.length,
       rows: (wanted) => rowsOf(resident, wanted),
+      isLoaded: (wanted) => this.has(resident, wanted),
       release,
       [Symbol.dispose]: release,
     };

@@ -13,7 +13,7 @@ import {
   type RankRouting,
   uniformRows,
 } from '../model/stepper.ts';
-import { type AdapterManifest, pageRanks } from './adapter.ts';
+import { type AdapterManifest, type PackedKind, pageRanks } from './adapter.ts';
 import type { FloatName, Floats, PackedAdapter } from './pack.ts';
 import { ranksAt } from './pack-pairs.ts';
 
@@ -33,6 +33,11 @@ export interface RowMaker {
 
 export type BankSizes = Pick<AtomBank, 'K' | 'dq'>;
 
+/** Whether a rank computes its first ranks only. Of the others a token chooses among all. */
+export function hasPrefixes(kind: PackedKind): boolean {
+  return kind !== 'fly' && kind !== 'mora' && kind !== 'queryable';
+}
+
 /** Keeps the packed file's floats and nothing of its pages. `bank`: queryable's. */
 export function createRowMaker(
   { manifest, floats }: Pick<PackedAdapter, 'manifest' | 'floats'>,
@@ -40,7 +45,7 @@ export function createRowMaker(
   bank: BankSizes | null = null,
 ): RowMaker {
   const { kind, modules, rankMax, options } = manifest;
-  const isPrefix = kind !== 'fly' && kind !== 'mora' && kind !== 'queryable';
+  const isPrefix = hasPrefixes(kind);
   const ranksOn = (module: number, rank: number): number => ranksAt(manifest, module, rank);
   const widest = (rank: number): number => Math.max(...modules.map((_, i) => ranksOn(i, rank)));
   const perRank = { modules, moduleCount: blocks * projections.length };

@@ -1,20 +1,24 @@
 // Who of the waiting gets cells and pages now. Both are taken together or not at all: a sequence that waited with one of
-// them in hand could keep the other from the one before it in line, for ever. Order is scheduler.ts's; whoever does not
-// fit is passed over, but only so often: then everybody behind it waits until it fits.
+// them in hand could keep the other from the one before it in line, for ever. Order is waiting-queue.ts's; whoever does not
+// fit is passed over, but only so often: then everybody behind it waits until it fits. The first that does not fit may have
+// the cells of others (preemption.ts). A tick looks at a bounded number of sequences, however many wait.
 
 import type { Residency, ResidentUse } from '../adapters/residency.ts';
-import { composeRows } from '../adapters/rows.ts';
+import { composeRows, hasPrefixes, type RowsPart } from '../adapters/rows.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
 import type { AdapterRows, Stepper } from '../model/stepper.ts';
 import type { AdapterLoader, Want } from './adapter-loading.ts';
+import type { RankOption } from './batch-ranks.ts';
 import { atomLogits } from './instruction-prior.ts';
 import { blockCells, blocksFor, reservedBlocks } from './kv-pool.ts';
+import { allParts, type Loadable } from './loadable.ts';
 import { type AdapterUse, type BaseInfo, type GenerateRequest, weightMax } from './messages.ts';
+import { planPreemption } from './preemption.ts';
 import type { CellAdmission, PrefixCache } from './prefix-cache.ts';
-import { planAdmission } from './scheduler.ts';
-import { allParts, type Sequence } from './sequence.ts';
+import type { Holdings, Sequence } from './sequence.ts';
+import type { WaitingQueue } from './waiting-queue.ts';
 
-interface AdmissionOptions {
+export interface AdmissionOptions {
   readonly base: BaseInfo;
   readonly stepper: Stepper;
   readonly residency: Residency;
@@ -22,14 +26,17 @@ interface AdmissionOptions {
   readonly loader: AdapterLoader;
 }
 
-interface Decision {
+/** `admitted`: it holds what it needs. `preempted`: it is to give back what it holds. Else: why it never will. */
+export interface Decision {
   readonly sequence: Sequence;
-  /** null: it holds what it needs. */
-  readonly error: GatewayError | null;
+  readonly outcome: 'admitted' | 'preempted' | GatewayError;
 }
 
 /** How many may be admitted past one that waits for room. Guess: a few batches. */
 const passesMax = 32;
+/** Sequences looked at in a tick, and those of them that find no cells, which costs more. Guesses. */
+const looksMax = 256;
+const missesMax = 16;
 
 export class Admission {
   readonly #options: AdmissionOptions;
@@ -67,47 +74,63 @@ export class Admission {
     }
   }
 
-  /** Admits and refuses; whoever is in no decision goes on waiting. Starts the load that the first of them needs. */
-  run(waiting: Iterable<Sequence>, running: Iterable<Sequence>): Decision[] {
+  /** Admits, preempts and refuses; whoever is in no decision goes on as it is. Each decision is to be carried out before
+   *  the next is asked for. Starts the load that the first of them needs. */
+  *run(
+    queue: WaitingQueue<Sequence>,
+    running: ReadonlyMap<string, Sequence>,
+    nowMs: number,
+  ): Generator<Decision, void, void> {
     const { loader, stepper } = this.#options;
-    const held = new Map<string, number>();
-    let runningCount = 0;
-    for (const { tenant } of running) {
-      held.set(tenant, (held.get(tenant) ?? 0) + 1);
-      runningCount += 1;
-    }
     if (loader.progress !== 'no-room') this.#passesOfLoad = 0;
-    const decisions: Decision[] = [];
     const passed: Sequence[] = [];
-    for (const sequence of planAdmission([...waiting], held)) {
-      if (runningCount >= stepper.segmentsMax || this.#passesOfLoad >= passesMax) break;
-      const outcome = this.#tryOne(sequence);
-      if (outcome === 'no-cells') {
-        if (sequence.passes >= passesMax) break;
+    let mayPreempt = true;
+    for (const sequence of queue.first(looksMax)) {
+      if (this.#passesOfLoad >= passesMax || passed.length >= missesMax) break;
+      if (sequence.isOverdue(nowMs)) this.changeRank(sequence, sequence.rankLeast);
+      let outcome = this.#tryOne(sequence, running);
+      if (outcome === 'no-room' && mayPreempt) {
+        mayPreempt = false;
+        const victims = this.#victimsFor(sequence, queue, running);
+        for (const victim of victims) yield { sequence: victim, outcome: 'preempted' };
+        if (victims.length > 0) outcome = this.#tryOne(sequence, running);
+      }
+      if (outcome === 'no-room') {
+        if (sequence.passes >= passesMax || running.size >= stepper.segmentsMax) break;
         passed.push(sequence);
       } else if (outcome !== 'no-adapter') {
-        decisions.push({ sequence, error: outcome });
+        yield { sequence, outcome: outcome ?? 'admitted' };
         if (outcome !== null) continue;
-        runningCount += 1;
         for (const one of passed) one.passes += 1;
         if (loader.progress === 'no-room') this.#passesOfLoad += 1;
       }
     }
-    return decisions;
   }
 
-  #tryOne(sequence: Sequence): GatewayError | null | 'no-cells' | 'no-adapter' {
+  /** What it holds is as ever; the tokens from its position on have another rank. */
+  changeRank(sequence: Sequence, rank: number): void {
+    const { holdings } = sequence;
+    sequence.changeRank(rank);
+    if (holdings === null) return;
+    const rows = this.#rowsAt(sequence, holdings.adapters, rank);
+    const spans = [...holdings.spans, { from: sequence.position, rows }];
+    sequence.holdings = { ...holdings, spans };
+  }
+
+  #tryOne(
+    sequence: Sequence,
+    running: ReadonlyMap<string, Sequence>,
+  ): GatewayError | null | 'no-room' | 'no-adapter' {
     const adapters = this.#acquireAll(sequence.wants);
     if (adapters === null) {
       this.#options.loader.want(sequence.wants);
       return 'no-adapter';
     }
     try {
-      const rows = this.#rowsOf(sequence, adapters);
-      const cells = this.#takeCells(sequence);
-      if (cells !== null) {
-        sequence.holdings = { cells, adapters, rows };
-        sequence.position = cells.cachedTokens;
+      const holdings = this.#take(sequence, adapters, running.size);
+      if (holdings !== null) {
+        sequence.holdings = holdings;
+        sequence.position = holdings.cells.cachedTokens;
         return null;
       }
     } catch (error) {
@@ -115,7 +138,36 @@ export class Admission {
       return asGatewayError(error);
     }
     releaseAll(adapters);
-    return 'no-cells';
+    return 'no-room';
+  }
+
+  #take(
+    sequence: Sequence,
+    adapters: readonly ResidentUse[],
+    runningCount: number,
+  ): Holdings | null {
+    if (runningCount >= this.#options.stepper.segmentsMax) return null;
+    checkRanks(sequence, adapters);
+    const spans = sequence.ranks.map(({ from, rank }) => {
+      return { from, rows: this.#rowsAt(sequence, adapters, rank) };
+    });
+    const ladder = ladderOf(sequence, adapters);
+    const cells = this.#takeCells(sequence); // last: nothing may throw after it
+    return cells === null ? null : { cells, adapters, spans, ladder };
+  }
+
+  #victimsFor(
+    sequence: Sequence,
+    queue: WaitingQueue<Sequence>,
+    running: ReadonlyMap<string, Sequence>,
+  ): readonly Sequence[] {
+    const { cache, stepper } = this.#options;
+    const fits = (gone: readonly Sequence[]): boolean => {
+      const holds = gone.map(({ holdings }) => holdings!.cells.hold);
+      const hasRow = running.size - gone.length < stepper.segmentsMax;
+      return hasRow && cache.hasRoom(sequence.cellsMax, holds);
+    };
+    return planPreemption(sequence, running.values(), (tenant) => queue.held(tenant), fits);
   }
 
   /** All or none. */
@@ -133,17 +185,16 @@ export class Admission {
   }
 
   /** `uses`: of all that the sequence wants. */
-  #rowsOf(sequence: Sequence, uses: readonly ResidentUse[]): AdapterRows | null {
+  #rowsAt(sequence: Sequence, uses: readonly ResidentUse[], rank: number): AdapterRows | null {
     const { use } = sequence;
     if (use === null) return null;
-    const parts = sequence.loadable.map(({ key, rank, weight }) => {
-      const resident = uses.find((one) => one.generation === key)!;
-      const { rankMax } = resident;
-      if (Number.isFinite(rank) && rank > rankMax) {
-        throw new GatewayError('INVALID_REQUEST', `rank ${rank} of an adapter that has ${rankMax}`);
-      }
-      return { use: resident, rank: Math.min(rank, rankMax), weight };
+    const parts = sequence.loadable.flatMap((part): RowsPart[] => {
+      const own = sequence.partRank(part, rank);
+      if (own === 0) return [];
+      const resident = residentOf(part, uses);
+      return [{ use: resident, rank: Math.min(own, resident.rankMax), weight: part.weight }];
     });
+    if (parts.length === 0) return null;
     sequence.atomBias ??= this.#atomBias(use, uses);
     return composeRows(parts, { flyTopK: use.flyTopK, atomBias: sequence.atomBias });
   }
@@ -167,13 +218,14 @@ export class Admission {
 
   #takeCells(sequence: Sequence): CellAdmission | null {
     const { cache, stepper, base } = this.#options;
+    const known = Math.min(sequence.count, sequence.sharedCells + 1);
     const cells = cache.admit(
       {
         baseHash: base.hash,
         use: sequence.use,
         tenant: sequence.tenant,
       },
-      sequence.tokens.subarray(0, sequence.count),
+      sequence.tokens.subarray(0, known),
       sequence.cellsMax,
     );
     if (cells === null) return null;
@@ -186,4 +238,52 @@ export class Admission {
 
 function releaseAll(uses: readonly ResidentUse[]): void {
   for (const use of uses) use.release();
+}
+
+function checkRanks({ loadable }: Sequence, uses: readonly ResidentUse[]): void {
+  for (const { key, rank } of loadable) {
+    const rankMax = uses.find((one) => one.generation === key)?.rankMax ?? rank;
+    if (!Number.isFinite(rank) || rank <= rankMax) continue;
+    throw new GatewayError('INVALID_REQUEST', `rank ${rank} of an adapter that has ${rankMax}`);
+  }
+}
+
+/** The least that the request allows, powers of two, and what was planned. More than that only where it is loaded and
+ *  nothing else is in the row. */
+function ladderOf(sequence: Sequence, uses: readonly ResidentUse[]): readonly RankOption[] {
+  const { isGovernable, loadable, planRank, rank: now } = sequence;
+  if (!isGovernable || !loadable.every((part) => holds(part, uses))) return [];
+  if (uses.some(({ kind }) => !hasPrefixes(kind))) return [];
+  const parts = loadable.map((part) => ({ part, use: residentOf(part, uses) }));
+  const [alone] = parts;
+  const most = parts.length === 1 ? alone!.use.rankMax : planRank;
+  const least = sequence.rankLeast;
+  const ranks = new Set([least, planRank, now, most]);
+  for (let rank = 1; rank < most; rank *= 2) if (rank > least) ranks.add(rank);
+  return [...ranks]
+    .filter((rank) => rank <= planRank || alone!.use.isLoaded(rank))
+    .sort((a, b) => a - b)
+    .map((rank) => {
+      const has = ({ part, use }: (typeof parts)[number]): number =>
+        Math.min(sequence.partRank(part, rank), use.rankMax);
+      const governed = parts.filter(({ part }) => part.isGoverned);
+      const kept = governed.map((one) => one.use.rankCurve[has(one) - 1] ?? 0);
+      return {
+        rank,
+        ranks: parts.reduce((sum, one) => sum + has(one), 0),
+        quality: kept.reduce((sum, energy) => sum + energy, 0) / kept.length,
+      };
+    });
+}
+
+/** Not what has rank 0 from the first token on. */
+function holds({ key }: Loadable, uses: readonly ResidentUse[]): boolean {
+  return uses.some(({ generation }) => generation === key);
+}
+
+/** Never as if the adapter were not there: the answer would be the base model's. */
+function residentOf({ key }: Loadable, uses: readonly ResidentUse[]): ResidentUse {
+  const use = uses.find((one) => one.generation === key);
+  if (use === undefined) throw new GatewayError('INTERNAL', 'an adapter of the row is not held');
+  return use;
 }

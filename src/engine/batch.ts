@@ -11,17 +11,20 @@ export interface Chosen {
   readonly segment: Segment;
 }
 
-/** The next `count` tokens of a sequence that holds its cells, and `drafts` guesses that stand behind them. */
+/** The next `count` tokens, or those of them that have one rank, of a sequence that holds its cells; and `drafts` guesses
+ *  that stand behind them. */
 export function chooseSegment(sequence: Sequence, count: number, drafts: number): Chosen {
   const { position, holdings } = sequence;
   if (holdings === null) throw new Error(`sequence ${sequence.id} holds no cells`);
-  const { cells, rows } = holdings;
+  const { cells, spans } = holdings;
+  const next = spans.find(({ from }) => from > position)?.from ?? Number.POSITIVE_INFINITY;
+  const end = Math.min(position + count, next);
   const segment: Segment = {
-    tokens: sequence.tokens.subarray(position, position + count + drafts),
+    tokens: sequence.tokens.subarray(position, end + drafts),
     cellBase: cells.cellBase,
     position,
-    adapter: rows,
-    wantsLogits: position + count === sequence.count,
+    adapter: spans.findLast(({ from }) => from <= position)!.rows,
+    wantsLogits: end === sequence.count,
     drafts,
   };
   return { sequence, segment };

@@ -1,30 +1,35 @@
-// The loop: the one place that touches the stepper, the cells and the adapter pages. A tick admits, plans, computes one
-// step and tells what came of it; between ticks the event loop runs, so a cancel takes effect within one step. Never
-// sleeps while there is work, never polls while there is none. A sequence keeps the cells, the pages and the generation
-// it was admitted with until it ends (invariants I1 to I3 of faults.md section 2).
+// The loop: the one place that touches the stepper, the cells and the adapter pages. A tick admits (roster.ts), plans,
+// computes one step and tells what came of it; between ticks the event loop runs, so a cancel takes effect within one step.
+// Never sleeps while there is work, never polls while there is none.
 
 import type { Generation } from '../adapters/adapter.ts';
 import type { Residency } from '../adapters/residency.ts';
-import { asGatewayError, GatewayError } from '../errors.ts';
+import { GatewayError } from '../errors.ts';
 import type { RowMath } from '../kernels/row-math.ts';
 import type { Stepper, StepResult } from '../model/stepper.ts';
-import { AdapterLoader, isSame, isWithin, type Want } from './adapter-loading.ts';
-import { Admission } from './admission.ts';
 import { type Chosen, chooseSegment, describeToken, workOf } from './batch.ts';
 import type { EngineClock } from './clock.ts';
-import type { BaseInfo, EngineStats, FromEngine, GenerateRequest, HotAdapter } from './messages.ts';
+import { planRanks } from './governor.ts';
+import type {
+  BaseInfo,
+  EngineStats,
+  FromEngine,
+  GenerateRequest,
+  HotAdapter,
+  RankChange,
+  StepCosts,
+} from './messages.ts';
 import { Outbox } from './outbox.ts';
 import type { PrefixCache } from './prefix-cache.ts';
+import { type QueueLimits, Roster } from './roster.ts';
 import { Sampler } from './sampler.ts';
-import { planStep, type StepLimits } from './scheduler.ts';
-import { Sequence, type SequenceEnd } from './sequence.ts';
+import { type Moment, planStep, type StepLimits } from './scheduler.ts';
+import type { Sequence, SequenceEnd } from './sequence.ts';
 import { draftAll, RowCost, type SpeculationWish } from './speculation.ts';
+import { TenantCredit } from './tenant-credit.ts';
 import type { StepWatch } from './thread-governor.ts';
 
-export interface LoopLimits {
-  /** Sequences that wait, and the prompt tokens they may bring together. */
-  readonly waitingMax: number;
-  readonly waitingTokensMax: number;
+export interface LoopLimits extends QueueLimits {
   /** Prompt tokens per step (scheduler.ts). */
   readonly prefillTokensMax: number;
 }
@@ -53,13 +58,11 @@ export class EngineLoop {
   readonly #stepLimits: StepLimits;
   readonly #endTokens: ReadonlySet<number>;
   readonly #sampler: Sampler;
-  readonly #loader: AdapterLoader;
-  readonly #admission: Admission;
-  readonly #waiting: Map<string, Sequence> = new Map();
-  readonly #running: Map<string, Sequence> = new Map();
   readonly #outbox: Outbox;
+  readonly #roster: Roster;
   readonly #rowCost: RowCost = new RowCost();
-  #arrivals = 0;
+  readonly #credit: TenantCredit = new TenantCredit();
+  #costs: StepCosts | null = null;
   #steps = 0;
   #tokens = 0;
   #drafts = 0;
@@ -76,44 +79,22 @@ export class EngineLoop {
     this.#endTokens = new Set(base.endTokens);
     this.#outbox = new Outbox(options.emit);
     this.#sampler = new Sampler(base.config.vocabSize, options.rowMath);
-    this.#loader = new AdapterLoader(options.residency, {
-      wake: () => this.#wake(),
-      isAwaited: (set) => [...this.#waiting.values()].some(({ wants }) => isSame(wants, set)),
-      onFailed: (set, error) => this.#failWaiting(set, error),
-    });
-    this.#admission = new Admission({ ...options, loader: this.#loader });
+    const wake = (): void => this.#wake();
+    this.#roster = new Roster({ ...options, outbox: this.#outbox, wake });
   }
 
-  /** Queues a request. `generated` are tokens of its answer that the reader has already (sequence.ts): such a request
-   *  was accepted before, so it is not refused for a full queue. */
-  submit(request: GenerateRequest, generated: Int32Array = new Int32Array(0)): void {
-    try {
-      if (this.#waiting.has(request.id) || this.#running.has(request.id)) {
-        throw new GatewayError('INTERNAL', `request id ${request.id} is in use`);
-      }
-      this.#admission.check(request);
-      if (generated.length === 0) this.#checkQueue(request);
-      this.#arrivals += 1;
-      const sequence = new Sequence({
-        request,
-        generated,
-        arrival: this.#arrivals,
-        submittedMs: this.#options.clock.nowMs(),
-        bytesOf: this.#options.bytesOf,
-      });
-      this.#waiting.set(request.id, sequence);
-      this.#wake();
-    } catch (error) {
-      this.#outbox.failed(request.id, asGatewayError(error));
-    }
+  /** Queues a request; with what its reader has of the answer when an engine before this one began it. */
+  submit(
+    request: GenerateRequest,
+    generated: Int32Array = new Int32Array(0),
+    rankChanges: readonly RankChange[] = [],
+  ): void {
+    this.#roster.add(request, generated, rankChanges);
   }
 
   /** No effect on an id that has ended. What it held is free when this returns. */
   cancel(id: string): void {
-    this.#waiting.delete(id);
-    const sequence = this.#running.get(id);
-    if (sequence !== undefined) this.#leave(sequence, 'cells-valid');
-    this.#loader.letGo();
+    this.#roster.cancel(id);
     this.#wake();
   }
 
@@ -128,8 +109,13 @@ export class EngineLoop {
   }
 
   prewarm(hot: readonly HotAdapter[]): void {
-    this.#loader.prewarm(hot);
+    this.#roster.prewarm(hot);
     this.#wake();
+  }
+
+  /** What steps are sized and ranks are governed by from now on; before, neither is. */
+  setCosts(costs: StepCosts): void {
+    this.#costs = costs;
   }
 
   /** Ends all ticking. The stepper may be disposed of afterwards. */
@@ -140,13 +126,15 @@ export class EngineLoop {
   stats(): EngineStats {
     const { cache, stepper, residency, watch } = this.#options;
     const { tokensQueried, tokensHit } = cache.counters();
+    const { running, waiting, preemptions } = this.#roster;
     return {
-      running: this.#running.size,
-      waiting: this.#waiting.size,
+      running: running.size,
+      waiting,
       kvCellsUsed: cache.cellsUsed(),
       kvCellsMax: stepper.cells,
       residents: residency.list(),
       adapterSlotsMax: residency.pagesMax,
+      preemptions,
       threads: watch.threads,
       steps: this.#steps,
       tokensGenerated: this.#tokens,
@@ -155,18 +143,6 @@ export class EngineLoop {
       prefixTokensQueried: tokensQueried,
       prefixTokensHit: tokensHit,
     };
-  }
-
-  #checkQueue(request: GenerateRequest): void {
-    const { waitingMax, waitingTokensMax } = this.#options.limits;
-    let tokens = request.tokens.length;
-    for (const one of this.#waiting.values()) tokens += one.request.tokens.length;
-    if (this.#waiting.size < waitingMax && (tokens <= waitingTokensMax || this.#waiting.size === 0))
-      return;
-    throw new GatewayError(
-      'CONTENDED',
-      `${this.#waiting.size} requests wait with ${tokens - request.tokens.length} prompt tokens`,
-    );
   }
 
   #wake(): void {
@@ -180,55 +156,29 @@ export class EngineLoop {
   }
 
   #tick(): void {
-    const waiting = this.#waiting.size;
-    this.#loader.advance();
-    this.#admit();
-    // Once more for the load that the next in line needs: its file is read during this step, not the one after.
-    if (this.#loader.letGo() && this.#waiting.size > 0) this.#admit();
-    this.#loader.warm();
+    const { waiting } = this.#roster;
+    this.#roster.advance(this.#steps);
     this.#outbox.flush(); // a start is out before the step that may kill the process: supervisor.ts counts on it
-    const isRunning = this.#running.size > 0;
+    const isRunning = this.#roster.running.size > 0;
     if (isRunning) this.#step();
     else this.#outbox.stats(this.stats());
-    const { progress } = this.#loader;
-    if (isRunning || progress === 'more' || this.#waiting.size !== waiting) this.#wake();
-    else if (waiting > 0 && progress !== 'reading') this.#giveUp();
-  }
-
-  #admit(): void {
-    for (const decision of this.#admission.run(this.#waiting.values(), this.#running.values())) {
-      const { sequence, error } = decision;
-      this.#waiting.delete(sequence.id);
-      if (error !== null) {
-        this.#outbox.failed(sequence.id, error);
-        continue;
-      }
-      this.#running.set(sequence.id, sequence);
-      const queueMs = this.#options.clock.nowMs() - sequence.submittedMs;
-      const cachedTokens = sequence.position;
-      this.#outbox.event(sequence.id, { kind: 'start', queueMs, cachedTokens });
-    }
-  }
-
-  /** Adapters that fit one by one and not together; anything else is a bug, for an idle engine has room for whatever
-   *  Admission.check let in: better one failed request with a name to look for than a queue that nobody serves. */
-  #giveUp(): void {
-    if (this.#loader.progress === 'no-room') {
-      this.#loader.refuse();
-      this.#wake();
-      return;
-    }
-    const [first] = this.#waiting.values();
-    if (first === undefined) return;
-    this.#waiting.delete(first.id);
-    this.#outbox.failed(first.id, new GatewayError('INTERNAL', 'no room in an idle engine'));
-    this.#wake();
+    const { prospects } = this.#roster;
+    const isMoving = isRunning || this.#roster.waiting !== waiting;
+    if (!isMoving && prospects === 'stuck') this.#roster.giveUp();
+    if (isMoving || prospects !== 'later') this.#wake();
   }
 
   #step(): void {
     this.#steps += 1;
-    const batch = this.#choose();
     const { clock, stepper, watch } = this.#options;
+    const nowMs = clock.nowMs();
+    const moment: Moment = {
+      ...{ step: this.#steps, nowMs, costs: this.#costs },
+      creditMs: (tenant) => this.#credit.of(tenant, nowMs),
+    };
+    this.#govern(moment);
+    const batch = this.#choose(moment);
+    if (batch.length === 0) return; // the governor failed the last of them
     const startMs = clock.nowMs();
     try {
       watch.begin();
@@ -257,9 +207,27 @@ export class EngineLoop {
     }
   }
 
-  #choose(): Chosen[] {
-    const plan = planStep([...this.#running.values()], this.#stepLimits).map(({ id, count }) => ({
-      sequence: this.#running.get(id)!,
+  #govern(moment: Moment): void {
+    for (const { row, rank, reason } of planRanks([...this.#roster.running.values()], moment)) {
+      try {
+        this.#roster.changeRank(row, rank);
+        row.rankStep = this.#steps;
+        this.#outbox.event(row.id, { kind: 'rank', rank, reason });
+      } catch (error) {
+        this.#fail(row, error);
+      }
+    }
+  }
+
+  #choose(moment: Moment): Chosen[] {
+    const { segments, spentMs } = planStep(
+      [...this.#roster.running.values()],
+      this.#stepLimits,
+      moment,
+    );
+    if (moment.costs !== null) this.#credit.charge(spentMs, moment.nowMs);
+    const plan = segments.map(({ id, count }) => ({
+      sequence: this.#roster.running.get(id)!,
       count,
     }));
     const drafts = this.#draft(plan.map((one) => one.sequence));
@@ -304,7 +272,8 @@ export class EngineLoop {
   /** `count` more tokens lie in cells, and are no guesses. */
   #advance(sequence: Sequence, count: number): void {
     sequence.position += count;
-    this.#options.cache.fill(sequence.holdings!.cells.hold, sequence.tokens, sequence.position);
+    const shared = Math.min(sequence.position, sequence.sharedCells);
+    this.#options.cache.fill(sequence.holdings!.cells.hold, sequence.tokens, shared);
   }
 
   /** Draws the next token and tells of it; whether the guess in its place is the same, and the answer goes on. */
@@ -319,7 +288,7 @@ export class EngineLoop {
       return false;
     }
     this.#tokens += 1;
-    sequence.firstTokenMs ??= this.#options.clock.nowMs();
+    sequence.noteFirstToken(this.#options.clock.nowMs());
     const { topLogprobs } = request;
     const logprobs =
       topLogprobs === null ? null : this.#sampler.logprobs(logits, token, topLogprobs);
@@ -332,42 +301,25 @@ export class EngineLoop {
 
   #end(sequence: Sequence, end: SequenceEnd): void {
     const nowMs = this.#options.clock.nowMs();
-    const { atoms } = sequence;
+    const { atoms, rankMean } = sequence;
     this.#outbox.event(sequence.id, {
       kind: 'end',
       ...end,
+      rankMean,
       ...(atoms === null ? {} : { atoms }),
       completionTokens: sequence.generatedCount,
       ttftMs: (sequence.firstTokenMs ?? nowMs) - sequence.submittedMs,
       totalMs: nowMs - sequence.submittedMs,
     });
-    this.#leave(sequence, 'cells-valid');
+    this.#roster.leave(sequence, 'cells-valid');
   }
 
   #fail(sequence: Sequence, error: unknown): void {
     const known = error instanceof GatewayError && error.code === 'ENGINE_FAILED';
-    this.#leave(sequence, 'cells-suspect');
+    this.#roster.leave(sequence, 'cells-suspect');
     this.#outbox.failed(
       sequence.id,
       known ? error : new GatewayError('ENGINE_FAILED', 'a step failed', { cause: error }),
     );
-  }
-
-  #leave(sequence: Sequence, cells: 'cells-valid' | 'cells-suspect'): void {
-    this.#running.delete(sequence.id);
-    const { holdings } = sequence;
-    sequence.holdings = null;
-    if (holdings === null) return;
-    for (const one of holdings.adapters) one.release();
-    if (cells === 'cells-valid') this.#options.cache.retire(holdings.cells.hold);
-    else this.#options.cache.drop(holdings.cells.hold);
-  }
-
-  #failWaiting(set: readonly Want[], error: GatewayError): void {
-    for (const sequence of [...this.#waiting.values()]) {
-      if (!isWithin(set, sequence.wants)) continue;
-      this.#waiting.delete(sequence.id);
-      this.#outbox.failed(sequence.id, error);
-    }
   }
 }

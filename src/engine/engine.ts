@@ -15,7 +15,8 @@ export interface Engine {
   readonly base: BaseInfo;
   /** Queues a sequence and yields its events in order, `end` last. Ends early without `end` only by throwing:
    *  GatewayError CANCELLED when `signal` aborts (compute stops within one step), ADAPTER_NOT_FOUND or ADAPTER_CORRUPT,
-   *  CONTENDED when the queue is full, ENGINE_POISONED, NO_CAPACITY while draining. Returning the iterator early (a
+   *  CONTENDED when the queue is full or the wait too long, DEADLINE_TOO_SHORT when it was strict and its time passed in the
+   *  queue, ENGINE_POISONED, NO_CAPACITY while draining. Returning the iterator early (a
    *  `break` in for-await) cancels as `signal` does. */
   submit(request: GenerateRequest, signal: AbortSignal): AsyncIterable<EngineEvent>;
   /** The generation's memory is freed at its last use, not before. */

@@ -5,7 +5,7 @@
 
 import { GatewayError } from '../errors.ts';
 import type { EventStream } from './event-stream.ts';
-import type { EngineEvent, GenerateRequest, ToEngine } from './messages.ts';
+import type { EngineEvent, GenerateRequest, RankChange, ToEngine, Urgency } from './messages.ts';
 
 /** Deaths without a token between after which a request is taken for their cause. */
 const strikesMax = 2;
@@ -32,6 +32,7 @@ export class Flight {
   strikes = 0;
   readonly #options: FlightOptions;
   readonly #generated: number[] = [];
+  readonly #rankChanges: RankChange[] = [];
   #isStarted = false;
   #firstTokenMs: number | null = null;
 
@@ -41,9 +42,14 @@ export class Flight {
   }
 
   /** What the engine is asked: from the start, or from the tokens that were delivered, all of them with their text. */
-  message(): ToEngine {
-    const request = { ...this.#options.request, id: this.wireId };
-    return { kind: 'submit', request, generated: Int32Array.from(this.#generated) };
+  message(nowMs: number): ToEngine {
+    const { request } = this.#options;
+    return {
+      kind: 'submit',
+      request: { ...request, id: this.wireId, urgency: this.#urgency(nowMs) },
+      generated: Int32Array.from(this.#generated),
+      rankChanges: this.#rankChanges,
+    };
   }
 
   /** Passes an event on. True when it brought a token. */
@@ -57,6 +63,11 @@ export class Flight {
       this.#firstTokenMs ??= nowMs;
       return true;
     }
+    if (event.kind === 'rank') {
+      this.#rankChanges.push({ afterTokens: this.#generated.length, rank: event.rank });
+      stream.push(event);
+      return false;
+    }
     if (event.kind === 'end' || !this.#isStarted) stream.push(this.#restamp(event, nowMs));
     this.#isStarted = true;
     this.state = 'computing';
@@ -69,8 +80,18 @@ export class Flight {
     this.#options.onLand();
   }
 
+  /** What is left of its times: an engine counts from when it was asked. */
+  #urgency(nowMs: number): Urgency {
+    const { request, submittedMs } = this.#options;
+    const { deadlineMs, ttftMs, ...rest } = request.urgency;
+    const left = (ms: number | null): number | null =>
+      ms === null ? null : ms - (nowMs - submittedMs);
+    const hasBegun = this.#firstTokenMs !== null;
+    return { ...rest, deadlineMs: left(deadlineMs), ttftMs: hasBegun ? null : left(ttftMs) };
+  }
+
   /** The engine that ended it knows only its own life; the reader waited through all of them. */
-  #restamp(event: Exclude<EngineEvent, { kind: 'piece' }>, nowMs: number): EngineEvent {
+  #restamp(event: EngineEvent & { readonly kind: 'start' | 'end' }, nowMs: number): EngineEvent {
     if (this.deaths === 0) return event;
     const totalMs = nowMs - this.#options.submittedMs;
     if (event.kind === 'start') return { ...event, queueMs: totalMs };

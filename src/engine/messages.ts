@@ -48,6 +48,39 @@ export interface AdapterUse {
   readonly system: AdapterPart | null;
 }
 
+/** How soon an answer is wanted, and what may be given up for that. Times count from the submission and may have passed. */
+export interface Urgency {
+  /** To the last token. */
+  readonly deadlineMs: number | null;
+  readonly ttftMs: number | null;
+  readonly perTokenMs: number | null;
+  /** 0…9, larger first. */
+  readonly priority: number;
+  /** The governor (governor.ts) goes no lower. */
+  readonly rankMin: number;
+  /** By the caller: no governor. */
+  readonly rankIsFixed: boolean;
+  /** Late is of no use: dropped when a time has passed before it had room. */
+  readonly strict: boolean;
+}
+
+export const noUrgency: Urgency = {
+  deadlineMs: null,
+  ttftMs: null,
+  perTokenMs: null,
+  priority: 5,
+  rankMin: 0,
+  rankIsFixed: false,
+  strict: false,
+};
+
+/** From which token of the answer on a sequence had another rank than planned. */
+export interface RankChange {
+  /** Tokens of the answer before it. */
+  readonly afterTokens: number;
+  readonly rank: number;
+}
+
 export interface GenerateRequest {
   /** Unique while the request lives. */
   readonly id: string;
@@ -60,6 +93,9 @@ export interface GenerateRequest {
   readonly adapter: AdapterUse | null;
   /** Part of the prefix-cache identity: tenants never share cells. */
   readonly tenant: string;
+  readonly urgency: Urgency;
+  /** Tokens that the answer will hardly exceed (answer-length.ts); tokensMax when absent. */
+  readonly tokensLikely?: number;
 }
 
 export interface TokenLogprob {
@@ -79,6 +115,9 @@ export type FinishReason = 'stop' | 'length';
 export type EngineEvent =
   /** Once, when the sequence gets its cells: the wait before it, and the prompt tokens that needed no compute. */
   | { readonly kind: 'start'; readonly queueMs: number; readonly cachedTokens: number }
+  /** What comes after the tokens told so far is computed at another rank: lower, because the sequence is late, or higher,
+   *  because it has time. Never when the caller fixed the rank. */
+  | { readonly kind: 'rank'; readonly rank: number; readonly reason: 'late' | 'slack' }
   /** After a step that produced tokens. `text` is what may be shown now: it lags while a character is incomplete or a
    *  stop string could still match, and the texts of all pieces concatenate to the whole answer. */
   | { readonly kind: 'piece'; readonly text: string; readonly tokens: readonly GeneratedToken[] }
@@ -90,6 +129,8 @@ export type EngineEvent =
       readonly completionTokens: number;
       readonly ttftMs: number;
       readonly totalMs: number;
+      /** Over the tokens of the answer; the plan's when there are none. */
+      readonly rankMean: number;
       /** Of a queryable adapter: per block of layers, the mean weight of each atom over the tokens of this engine's life. */
       readonly atoms?: readonly (readonly number[])[];
     };
@@ -112,6 +153,16 @@ export interface StepReport extends StepWork {
   readonly ms: number;
 }
 
+/** What a step takes, by what it does, in ms per unit: the gateway learns it (router/step-time.ts). */
+export interface StepCosts {
+  readonly step: number;
+  readonly decodeRow: number;
+  readonly prefillToken: number;
+  readonly decodeRank: number;
+  readonly prefillRank: number;
+  readonly kvCell: number;
+}
+
 export interface ResidentAdapter {
   readonly generation: ResidentKey;
   readonly rank: number;
@@ -127,6 +178,8 @@ export interface EngineStats {
   readonly kvCellsMax: number;
   readonly residents: readonly ResidentAdapter[];
   readonly adapterSlotsMax: number;
+  /** Sequences that gave their cells to others, so far. */
+  readonly preemptions: number;
   /** Of the kernels, now: fewer than configured while others want the cores. */
   readonly threads: number;
   readonly steps: number;
@@ -163,6 +216,7 @@ export type ToEngine =
       readonly request: GenerateRequest;
       /** Tokens of the answer that its reader has: not empty when it resumes after an engine death. */
       readonly generated: Int32Array;
+      readonly rankChanges: readonly RankChange[];
     }
   | { readonly kind: 'cancel'; readonly id: string }
   /** Forget a generation as soon as no sequence uses it. */
@@ -171,6 +225,8 @@ export type ToEngine =
   | { readonly kind: 'pin'; readonly generations: readonly Generation[] }
   /** The hottest first. */
   | { readonly kind: 'prewarm'; readonly hot: readonly HotAdapter[] }
+  /** Before the first of them nothing is sized by time. */
+  | { readonly kind: 'coefficients'; readonly costs: StepCosts }
   | { readonly kind: 'shutdown' };
 
 export type FromEngine =

@@ -96,6 +96,12 @@ export class PrefixCache {
     return admission;
   }
 
+  /** Whether there would be room for so many cells, were what these hold given back. */
+  hasRoom(cells: number, gone: readonly CellHold[]): boolean {
+    const runs = gone.map(({ run }) => run);
+    return this.#hasRoom(blocksFor(cells), null, runs);
+  }
+
   /** The first `count` cells of the hold are computed from `tokens`: their full blocks can be found from now on. */
   fill(hold: CellHold, tokens: Int32Array, count: number): void {
     const entry = this.#own(hold);
@@ -160,9 +166,9 @@ export class PrefixCache {
     return this.#placeFresh({ ...want, keys: [] }, null);
   }
 
-  /** Whether evicting every idle run, `source` excepted, would make room. */
-  #hasRoom(blocks: number, source: Entry | null): boolean {
-    const gone = new Set<Run>();
+  /** Whether evicting every idle run, `source` excepted, would make room beside those that are given back. */
+  #hasRoom(blocks: number, source: Entry | null, back: readonly Run[] = []): boolean {
+    const gone = new Set<Run>(back);
     for (const one of this.#entries) if (one.isIdle && one !== source) gone.add(one.run);
     return this.#pool.longestFree(gone) >= blocks;
   }

@@ -1,6 +1,11 @@
 // What the next step computes: continuous batching with chunked prefill. Pure functions from plain data to a plan; the
-// loop executes it. Every decoding sequence gets its row, prompts fill what is left, earliest arrival first. Deadlines
-// are not covered here: all sequences weigh the same.
+// loop executes it. Every decoding sequence gets its row and prompts fill what is left, by two limits once it is known what
+// a step costs. No prompt makes a step longer than the decoding rows can bear by what their requests state. And in a step
+// that several tenants share none makes it much longer than the others would have it: by its credit (tenant-credit.ts), or
+// by `delayShareMax`. Nobody starves: whoever had nothing for `starvedSteps` goes first, and the first prompt in line, and
+// each tenant that decodes, gets at least a token.
+
+import type { StepCosts } from './messages.ts';
 
 export interface StepLimits {
   readonly tokensMax: number;
@@ -12,12 +17,31 @@ export interface StepLimits {
 /** One admitted sequence as the scheduler sees it. */
 export interface Runnable {
   readonly id: string;
-  /** Order of admission. */
+  readonly tenant: string;
+  /** Order of arrival. */
   readonly arrival: number;
+  /** Larger first. */
+  readonly priority: number;
+  /** When its first token is due; Infinity: whenever. */
+  readonly dueMs: number;
   /** Prompt tokens not yet in its cells; 0 = it decodes one token a step. */
   readonly promptTokensLeft: number;
-  /** The step that last computed it; -Infinity before the first. */
+  /** Tokens in its cells. */
+  readonly position: number;
+  /** Active ranks of a row. */
+  readonly rowRanks: number;
+  /** The step that last computed it; that of its admission before the first. */
   readonly lastStep: number;
+  /** How long the step may take for it; Infinity: as long as it likes. */
+  paceMs(nowMs: number): number;
+}
+
+/** The step's number and time, and what is known of its cost; null: nothing yet. */
+export interface Moment {
+  readonly step: number;
+  readonly nowMs: number;
+  readonly costs: StepCosts | null;
+  readonly creditMs: (tenant: string) => number;
 }
 
 export interface PlannedSegment {
@@ -25,49 +49,152 @@ export interface PlannedSegment {
   readonly count: number;
 }
 
-export function planStep(runnables: readonly Runnable[], limits: StepLimits): PlannedSegment[] {
+export interface StepPlan {
+  readonly segments: readonly PlannedSegment[];
+  /** What each tenant adds to the step. */
+  readonly spentMs: ReadonlyMap<string, number>;
+}
+
+/** Steps after which whoever waits goes before whoever is urgent. Guess. */
+const starvedSteps = 64;
+/** How much longer one tenant may make a step than the others' part of it takes. Guess: beside what else its sequences cost
+ *  the others it keeps them below 1.5 times (the bar of faults.md S9). */
+const delayShareMax = 0.3;
+const noCosts: StepCosts = {
+  ...{ step: 0, decodeRow: 0, prefillToken: 0, decodeRank: 0, prefillRank: 0, kvCell: 0 },
+};
+
+/** What a decoding row adds to a step. */
+export function rowMs(costs: StepCosts, { rowRanks, position }: Runnable): number {
+  return costs.decodeRow + costs.decodeRank * rowRanks + costs.kvCell * (position + 1);
+}
+
+/** What one of the next `count` tokens of a prompt adds. */
+export function promptTokenMs(
+  costs: StepCosts,
+  { rowRanks, position }: Runnable,
+  count: number,
+): number {
+  const cells = position + (count + 1) / 2;
+  return costs.prefillToken + costs.prefillRank * rowRanks + costs.kvCell * cells;
+}
+
+/** What the step takes so far, and who adds what to it. */
+class Ledger {
+  readonly costs: StepCosts;
+  readonly spentMs: Map<string, number> = new Map();
+  ms: number;
+  readonly #creditMs: Moment['creditMs'];
+  readonly #isShared: boolean;
+
+  constructor({ costs, creditMs }: Moment, isShared: boolean) {
+    this.costs = costs ?? noCosts;
+    this.ms = this.costs.step;
+    this.#creditMs = creditMs;
+    this.#isShared = isShared && costs !== null;
+  }
+
+  has(tenant: string): boolean {
+    return this.spentMs.has(tenant);
+  }
+
+  add(tenant: string, ms: number): void {
+    this.ms += ms;
+    this.spentMs.set(tenant, (this.spentMs.get(tenant) ?? 0) + ms);
+  }
+
+  /** What a tenant may add by its credit. */
+  creditLeftMs(tenant: string): number {
+    if (!this.#isShared) return Number.POSITIVE_INFINITY;
+    return this.#creditMs(tenant) - (this.spentMs.get(tenant) ?? 0);
+  }
+
+  /** What a tenant may add by its credit or by what the others have in the step. */
+  leftMs(tenant: string): number {
+    const spent = this.spentMs.get(tenant) ?? 0;
+    return Math.max(this.creditLeftMs(tenant), delayShareMax * (this.ms - spent) - spent);
+  }
+}
+
+export function planStep<T extends Runnable>(
+  runnables: readonly T[],
+  limits: StepLimits,
+  moment: Moment,
+): StepPlan {
+  const [{ tenant } = { tenant: '' }] = runnables;
+  const ledger = new Ledger(
+    moment,
+    runnables.some((one) => one.tenant !== tenant),
+  );
   const decoding = runnables.filter((one) => one.promptTokensLeft === 0);
   const prompts = runnables.filter((one) => one.promptTokensLeft > 0);
-  // With more rows than fit, the longest-waiting go first, and one place stays for a prompt: neither kind starves.
+  // One place stays for a prompt: neither kind starves.
   const spare = prompts.length > 0 ? 1 : 0;
   const rowsMax = Math.max(1, Math.min(limits.segmentsMax, limits.tokensMax) - spare);
-  const plan: PlannedSegment[] = decoding
-    .sort((a, b) => a.lastStep - b.lastStep || a.arrival - b.arrival)
-    .slice(0, rowsMax)
-    .map(({ id }) => ({ id, count: 1 }));
+  const rows = chooseRows(decoding, rowsMax, moment, ledger);
+  const segments = rows.map(({ id }): PlannedSegment => ({ id, count: 1 }));
+  const msMax = bearableMs(rows, ledger.ms, moment.nowMs);
 
-  let tokens = Math.min(limits.tokensMax - plan.length, limits.prefillTokensMax);
-  for (const prompt of prompts.sort((a, b) => a.arrival - b.arrival)) {
-    if (tokens < 1 || plan.length >= limits.segmentsMax) break;
-    const count = Math.min(tokens, prompt.promptTokensLeft);
-    plan.push({ id: prompt.id, count });
+  let tokens = Math.min(limits.tokensMax - segments.length, limits.prefillTokensMax);
+  for (const prompt of prompts.sort((a, b) => comparePrompts(a, b, moment.step))) {
+    if (tokens < 1 || segments.length >= limits.segmentsMax) break;
+    const most = Math.min(tokens, prompt.promptTokensLeft);
+    const tokenMs = promptTokenMs(ledger.costs, prompt, most);
+    const leftMs = Math.min(ledger.leftMs(prompt.tenant), msMax - ledger.ms);
+    const isFirst = segments.length === rows.length;
+    // Nothing over nothing: without costs there is no limit.
+    const affordable = tokenMs === 0 ? most : Math.floor(leftMs / tokenMs);
+    const count = Math.min(most, Math.max(isFirst ? 1 : 0, affordable));
+    if (count < 1) continue;
+    segments.push({ id: prompt.id, count });
+    ledger.add(prompt.tenant, count * tokenMs);
     tokens -= count;
   }
-  return plan;
+  return { segments, spentMs: ledger.spentMs };
 }
 
-/** One sequence that waits for cells or pages. */
-export interface Candidate {
-  readonly id: string;
-  readonly tenant: string;
-  readonly arrival: number;
-}
-
-/** The order in which waiting sequences are offered room. A tenant's k-th waiting sequence ranks as if k were running
- *  besides those that are: whoever holds least goes first, then whoever came first. A tenant that floods the queue only
- *  waits behind itself. */
-export function planAdmission<T extends Candidate>(
-  waiting: readonly T[],
-  runningByTenant: ReadonlyMap<string, number>,
+/** With more rows than fit, or than their tenant may have, the longest-waiting go first. */
+function chooseRows<T extends Runnable>(
+  decoding: T[],
+  rowsMax: number,
+  { step }: Moment,
+  ledger: Ledger,
 ): T[] {
-  const seen = new Map(runningByTenant);
-  return [...waiting]
-    .sort((a, b) => a.arrival - b.arrival)
-    .map((one) => {
-      const share = seen.get(one.tenant) ?? 0;
-      seen.set(one.tenant, share + 1);
-      return { one, share };
-    })
-    .sort((a, b) => a.share - b.share || a.one.arrival - b.one.arrival)
-    .map(({ one }) => one);
+  const rows: T[] = [];
+  const beyondCredit: T[] = [];
+  const take = (row: T, ms: number): void => {
+    rows.push(row);
+    ledger.add(row.tenant, ms);
+  };
+  for (const row of decoding.sort((a, b) => a.lastStep - b.lastStep || a.arrival - b.arrival)) {
+    if (rows.length === rowsMax) return rows;
+    const ms = rowMs(ledger.costs, row);
+    if (ms <= ledger.creditLeftMs(row.tenant) || step - row.lastStep > starvedSteps) take(row, ms);
+    else beyondCredit.push(row);
+  }
+  for (const row of beyondCredit) {
+    if (rows.length === rowsMax) break;
+    const ms = rowMs(ledger.costs, row);
+    if (!ledger.has(row.tenant) || ms <= ledger.leftMs(row.tenant)) take(row, ms);
+  }
+  return rows;
+}
+
+/** The longest that the step may be for every row that a step of `ms` would not be too long for already. */
+function bearableMs(rows: readonly Runnable[], ms: number, nowMs: number): number {
+  let most = Number.POSITIVE_INFINITY;
+  for (const row of rows) {
+    const pace = row.paceMs(nowMs);
+    if (pace >= ms) most = Math.min(most, pace);
+  }
+  return most;
+}
+
+function comparePrompts(a: Runnable, b: Runnable, step: number): number {
+  const [aStarved, bStarved] = [a, b].map((one) => step - one.lastStep > starvedSteps);
+  if (aStarved !== bStarved) return aStarved ? -1 : 1;
+  if (aStarved) return a.lastStep - b.lastStep || a.arrival - b.arrival;
+  if (a.priority !== b.priority) return b.priority - a.priority;
+  if (a.dueMs !== b.dueMs) return a.dueMs - b.dueMs;
+  return a.arrival - b.arrival;
 }

@@ -29,7 +29,7 @@ export async function serveLoop(
 function handle(loop: EngineLoop, message: ToEngine): void {
   switch (message.kind) {
     case 'submit':
-      loop.submit(message.request, message.generated);
+      loop.submit(message.request, message.generated, message.rankChanges);
       break;
     case 'cancel':
       loop.cancel(message.id);
@@ -42,6 +42,9 @@ function handle(loop: EngineLoop, message: ToEngine): void {
       break;
     case 'prewarm':
       loop.prewarm(message.hot);
+      break;
+    case 'coefficients':
+      loop.setCosts(message.costs);
       break;
     case 'shutdown':
       loop.stop();

@@ -16,6 +16,7 @@ import type {
   FromEngine,
   GenerateRequest,
   HotAdapter,
+  StepCosts,
   StepReport,
 } from './messages.ts';
 import { RestartPolicy } from './restart-policy.ts';
@@ -46,6 +47,7 @@ export class Supervisor implements Engine {
   #life: Life = { kind: 'down', cancelRestart: () => {} };
   #base: BaseInfo | null = null;
   #pinned: readonly Generation[] = [];
+  #costs: StepCosts | null = null;
   #stats: EngineStats = noStats;
   #lastTokenMs: number | null = null;
   #isCrashLooping = false;
@@ -128,6 +130,17 @@ export class Supervisor implements Engine {
     this.#life.child.send({ kind: 'pin', generations: this.#pinned });
   }
 
+  /** What the engine sizes steps and governs ranks by. Every life is told. */
+  setCosts(costs: StepCosts): void {
+    this.#costs = costs;
+    this.#sendCosts();
+  }
+
+  #sendCosts(): void {
+    if (this.#life.kind !== 'ready' || this.#costs === null) return;
+    this.#life.child.send({ kind: 'coefficients', costs: this.#costs });
+  }
+
   stats(): EngineStats {
     const { running, size } = this.#flights;
     return { ...this.#stats, running, waiting: size - running };
@@ -181,7 +194,7 @@ export class Supervisor implements Engine {
     if (life.kind !== 'ready') return;
     for (const flight of this.#flights.due()) {
       flight.state = 'sent';
-      life.child.send(flight.message());
+      life.child.send(flight.message(this.#options.clock.nowMs()));
     }
     life.child.expectSigns(this.#flights.isBusy);
   }
@@ -242,6 +255,7 @@ export class Supervisor implements Engine {
     this.#settleStart?.resolve();
     this.#settleStart = null;
     this.#sendPins();
+    this.#sendCosts();
     this.#dispatch();
   }
 
@@ -298,6 +312,7 @@ const noStats: EngineStats = {
   kvCellsMax: 0,
   residents: [],
   adapterSlotsMax: 0,
+  preemptions: 0,
   threads: 0,
   steps: 0,
   tokensGenerated: 0,

@@ -4,7 +4,7 @@
 
 import { isDeepStrictEqual } from 'node:util';
 import { z } from 'zod';
-import type { StepReport } from '../engine/messages.ts';
+import type { StepCosts, StepReport } from '../engine/messages.ts';
 import { AnswerLengths, savedCurves } from './answer-length.ts';
 import type { Prediction, RouteInput } from './policy.ts';
 import { parseSaved } from './saved-state.ts';
@@ -70,6 +70,20 @@ export class LatencyModel {
 
   observe(report: StepReport): void {
     this.#stepTime.observe(report);
+  }
+
+  /** Tokens that an answer will hardly exceed. */
+  tokensLikely({ adapter, tokensMax }: Pick<RouteInput, 'adapter' | 'tokensMax'>): number {
+    const { mean, deviation } = this.#lengths.expect(adapter?.name ?? '', tokensMax);
+    return Math.ceil(mean + 2 * deviation);
+  }
+
+  /** What a step takes, for the engine; null while nothing was learned. */
+  get costs(): StepCosts | null {
+    if (this.#stepTime.steps < stepsMin) return null;
+    const [step, decodeRow, prefillToken, decodeRank, prefillRank, kvCell] =
+      this.#stepTime.coefficients;
+    return { step, decodeRow, prefillToken, decodeRank, prefillRank, kvCell };
   }
 
   /** Told of complete answers only; the times are from the plan, as its prediction was. */

@@ -70,8 +70,9 @@ export class StepTime {
   }
 
   /** Milliseconds per unit of each kind of work, unscaled. */
-  get coefficients(): readonly number[] {
-    return this.#weights.map((weight, i) => weight / scales[i]!);
+  get coefficients(): StepWork {
+    const [a, b, c, d, e, f] = this.#weights.map((weight, i) => weight / scales[i]!);
+    return [a!, b!, c!, d!, e!, f!];
   }
 
   observe(report: StepReport): void {

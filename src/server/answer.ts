@@ -3,7 +3,13 @@
 
 import { setMaxListeners } from 'node:events';
 import type { InferenceReport } from '../channels.ts';
-import type { AdapterUse, EngineEvent, GenerateRequest, Sampling } from '../engine/messages.ts';
+import type {
+  AdapterUse,
+  EngineEvent,
+  GenerateRequest,
+  Sampling,
+  Urgency,
+} from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
 import { meets, remaining, statesTime } from '../router/budget.ts';
 import type { Budget, Plan, RouteInput } from '../router/policy.ts';
@@ -176,6 +182,7 @@ export class Answer {
       adapter: namesOf(request.target.parts) || null,
       generation: request.target.parts.map(({ lease }) => lease.generation).join() || null,
       ...shownPlan(this.#plan, request.target),
+      rankMean: this.#rankMean,
       predictedMs: this.#plan.prediction?.totalMs ?? null,
       plannedToEndMs: this.#isComplete ? (this.#longest.end?.totalMs ?? null) : null,
       budgetMet: this.#isComplete ? this.#budgetMet() : null,
@@ -229,7 +236,20 @@ export class Answer {
       topLogprobs: request.topLogprobs,
       adapter: engineUse(request.target, this.#plan, request.prior),
       tenant: request.tenant,
+      urgency: this.#urgency(),
+      tokensLikely: this.#deps.router.tokensLikely(this.#input),
     };
+  }
+
+  /** What is left of the budget: the engine counts from now on. A rank that the caller, the operator or the archive's cell
+   *  says is not changed on the way. */
+  #urgency(): Urgency {
+    const { budget, receivedMs, target } = this.request;
+    const left = remaining(budget, this.#deps.clock.nowMs() - receivedMs);
+    const { totalMs: deadlineMs, ttftMs, perTokenMs, priority, rankMin, strict } = left;
+    const isSaid = budget.rank !== null || target.rankLimit !== null;
+    const rankIsFixed = isSaid || this.#plan.reason === 'configured';
+    return { deadlineMs, ttftMs, perTokenMs, priority, rankMin, rankIsFixed, strict };
   }
 
   #note({ index, value: event }: Tagged<EngineEvent>): void {
@@ -240,6 +260,8 @@ export class Answer {
         sequence.queueMs = event.queueMs;
         sequence.cachedTokens = event.cachedTokens;
         break;
+      case 'rank':
+        break; // its end tells the mean
       case 'piece':
         this.#ttftMs ??= this.#deps.clock.nowMs() - this.request.receivedMs;
         sequence.completionTokens += event.tokens.length;
@@ -252,6 +274,12 @@ export class Answer {
         this.#ttftMs ??= this.#endedMs - this.request.receivedMs;
         break;
     }
+  }
+
+  /** Of the sequences that have ended; the engine may have changed ranks on the way. */
+  get #rankMean(): number | null {
+    const means = this.#sequences.flatMap(({ end }) => end?.rankMean ?? []);
+    return means.length === 0 ? null : means.reduce((sum, mean) => sum + mean, 0) / means.length;
   }
 
   #budgetMet(): boolean | null {

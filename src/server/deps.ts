@@ -78,7 +78,7 @@ export interface ServerDeps {
   readonly text: TextService;
   readonly registry: Registry;
   readonly importer: Importer;
-  readonly router: Pick<Router, 'route' | 'settle' | 'judge' | 'retryAfterS'>;
+  readonly router: Pick<Router, 'route' | 'settle' | 'judge' | 'retryAfterS' | 'tokensLikely'>;
   readonly inFlight: InFlight;
   readonly archive: ArchiveDeps;
   /** null: nothing is trained here. */

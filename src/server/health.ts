@@ -4,7 +4,7 @@
 
 import type { Context } from 'hono';
 import type { Engine } from '../engine/engine.ts';
-import type { Sampling } from '../engine/messages.ts';
+import { noUrgency, type Sampling } from '../engine/messages.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env, Handle } from './env.ts';
 import { isVisible } from './tenancy.ts';
@@ -70,7 +70,10 @@ export async function probeEngine(
   probe: { readonly id: string; readonly tokens: Int32Array; readonly tokensMax: number },
   signal: AbortSignal,
 ): Promise<boolean> {
-  const rest = { sampling: greedy, stop: [], topLogprobs: null, adapter: null, tenant: 'probe' };
+  const rest = {
+    ...{ sampling: greedy, stop: [], topLogprobs: null, adapter: null },
+    ...{ tenant: 'probe', urgency: noUrgency },
+  };
   try {
     for await (const event of engine.submit({ ...probe, ...rest }, signal)) {
       if (event.kind === 'end') return true;

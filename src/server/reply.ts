@@ -156,6 +156,7 @@ function figuresOf(answer: Answer): { usage: object; rankgate: object } {
       adapters: answer.used.map(({ rankMax, ...rest }) => ({ ...rest, rank_max: rankMax })),
       rank: report.rank,
       rank_max: report.rankMax,
+      rank_mean: report.rankMean,
       reason: report.reason,
       predicted_ms: rounded(report.predictedMs),
       queue_ms: rounded(report.queueMs),

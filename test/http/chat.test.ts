@@ -63,6 +63,7 @@ describe('a whole chat answer', () => {
         adapters: [{ id: 'support', generation: generationA, rank: 16, rank_max: 16, weight: 1 }],
         rank: 16,
         rank_max: 16,
+        rank_mean: 16,
         reason: 'full',
         predicted_ms: 120.5,
         queue_ms: 3,

@@ -70,7 +70,12 @@ else {
           open: (generation) => Promise.resolve(fakePacked(generation, fakeRankOf(generation))),
         }),
         cache: new PrefixCache({ pool: new KvPool(stepper.cells), tenantShareMax: 0.5 }),
-        limits: { waitingMax: 100, waitingTokensMax: 100_000, prefillTokensMax: 32 },
+        limits: {
+          waitingMax: 100,
+          waitingTokensMax: 100_000,
+          waitingMsMax: 60_000,
+          prefillTokensMax: 32,
+        },
         bytesOf: fakeBytesOf,
         clock: systemClock,
         watch: { threads: 1, begin() {}, end() {} },

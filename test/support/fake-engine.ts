@@ -5,6 +5,7 @@
 import type { Generation } from '../../src/adapters/adapter.ts';
 import type { Engine } from '../../src/engine/engine.ts';
 import { EventStream } from '../../src/engine/event-stream.ts';
+import { allParts } from '../../src/engine/loadable.ts';
 import type {
   AdapterPart,
   BaseInfo,
@@ -15,7 +16,6 @@ import type {
   StepReport,
   TokenLogprob,
 } from '../../src/engine/messages.ts';
-import { allParts } from '../../src/engine/sequence.ts';
 import { GatewayError } from '../../src/errors.ts';
 import { createManualClock, type ManualClock } from './manual-clock.ts';
 
@@ -304,6 +304,7 @@ export class FakeEngine implements Engine {
       completionTokens: flight.sent,
       ttftMs: flight.ttftMs,
       totalMs: nowMs - flight.submittedMs,
+      rankMean: partsOf(request)[0]?.rank ?? 0,
     });
   }
 
@@ -335,6 +336,7 @@ export class FakeEngine implements Engine {
         ).length,
       })),
       adapterSlotsMax: 8,
+      preemptions: 0,
       threads: 2,
       steps: this.#steps,
       tokensGenerated: this.#tokens,

@@ -144,6 +144,7 @@ export function createHarness(
       settle: (outcome) => void outcomes.push(outcome),
       judge: (outcome) => void judged.push(outcome),
       retryAfterS: ({ waiting }) => 3 + waiting,
+      tokensLikely: ({ tokensMax }) => tokensMax,
     },
     inFlight,
     archive,

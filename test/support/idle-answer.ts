@@ -3,7 +3,7 @@
 
 import type { PackedAdapter } from '../../src/adapters/pack.ts';
 import type { ResidentKey } from '../../src/adapters/residency.ts';
-import type { GenerateRequest } from '../../src/engine/messages.ts';
+import type { GenerateRequest, RankChange } from '../../src/engine/messages.ts';
 import { Sampler } from '../../src/engine/sampler.ts';
 import { projections } from '../../src/model/decoder-config.ts';
 import { type AdapterRows, uniformRows } from '../../src/model/stepper.ts';
@@ -16,21 +16,27 @@ export interface IdleAnswer {
   readonly reason: 'stop' | 'length';
 }
 
+/** `changes`: of the rank on the way, as the events told. */
 export function idleAnswer(
   request: GenerateRequest,
   rankOf: (key: ResidentKey) => number,
   endTokens: readonly number[],
+  changes: readonly RankChange[] = [],
 ): IdleAnswer {
   const { sampling, tokens: prompt, tokensMax } = request;
   const length = prompt.length + tokensMax;
   const stepper = new FakeStepper({ cells: length + 32, pages: 64, tokensMax: length });
-  const adapter = loadAlone(stepper, request, rankOf);
   const sampler = new Sampler(fakeConfig.vocabSize);
   const history = { prompt: new Set(prompt), counts: new Map<number, number>() };
   const answer: number[] = [];
+  let loadedRank: number | undefined;
+  let adapter = loadAlone(stepper, request, rankOf);
   let next = prompt;
   let position = 0;
   for (;;) {
+    const rank = changes.findLast(({ afterTokens }) => afterTokens <= answer.length)?.rank;
+    if (rank !== loadedRank) adapter = loadAlone(stepper, atRank(request, rank, rankOf), rankOf);
+    loadedRank = rank;
     const segment = { tokens: next, cellBase: 16, position, adapter, wantsLogits: true };
     const logits = stepper.step([segment]).logits(0);
     const token = sampler.sample(logits, sampling, history, answer.length);
@@ -43,6 +49,21 @@ export function idleAnswer(
     position += next.length;
     next = Int32Array.of(token);
   }
+}
+
+/** undefined: as the request has it. */
+function atRank(
+  request: GenerateRequest,
+  rank: number | undefined,
+  rankOf: (key: ResidentKey) => number,
+): GenerateRequest {
+  const { adapter } = request;
+  if (adapter === null || rank === undefined) return request;
+  const parts = adapter.parts.map((part) => ({
+    ...part,
+    rank: Math.min(rank, rankOf(part.generation)),
+  }));
+  return { ...request, adapter: { ...adapter, parts } };
 }
 
 function done(request: GenerateRequest, answer: number[], reason: 'stop' | 'length'): IdleAnswer {

@@ -4,14 +4,16 @@ import { isBlendKey } from '../../src/adapters/blend-key.ts';
 import { createResidency, type Residency, type ResidentKey } from '../../src/adapters/residency.ts';
 import { EngineLoop, type LoopLimits } from '../../src/engine/engine-loop.ts';
 import { KvPool } from '../../src/engine/kv-pool.ts';
-import type {
-  BaseInfo,
-  EngineEvent,
-  FromEngine,
-  GeneratedToken,
-  GenerateRequest,
-  Sampling,
-  StepReport,
+import {
+  type BaseInfo,
+  type EngineEvent,
+  type FromEngine,
+  type GeneratedToken,
+  type GenerateRequest,
+  noUrgency,
+  type RankChange,
+  type Sampling,
+  type StepReport,
 } from '../../src/engine/messages.ts';
 import { PrefixCache } from '../../src/engine/prefix-cache.ts';
 import type { SpeculationWish } from '../../src/engine/speculation.ts';
@@ -47,6 +49,7 @@ export function makeRequest(over: Partial<GenerateRequest> & { id: string }): Ge
     topLogprobs: null,
     adapter: null,
     tenant: 'tenant',
+    urgency: noUrgency,
     ...over,
   };
 }
@@ -113,17 +116,24 @@ export class LoopHarness {
       cache: this.cache,
       watch: { threads: 1, begin() {}, end() {} },
       speculation: options.speculation ?? 'auto',
-      limits: { waitingMax: 1000, waitingTokensMax: 1e6, prefillTokensMax: 32, ...options.limits },
+      limits: {
+        ...{ waitingMax: 1000, waitingTokensMax: 1e6, waitingMsMax: 1e9, prefillTokensMax: 32 },
+        ...options.limits,
+      },
       bytesOf: fakeBytesOf,
       clock: this.clock,
       emit: (message) => this.#hear(message),
     });
   }
 
-  submit(request: GenerateRequest, generated?: Int32Array): Heard {
+  submit(
+    request: GenerateRequest,
+    generated?: Int32Array,
+    rankChanges?: readonly RankChange[],
+  ): Heard {
     const heard: Heard = { events: [], failure: null };
     this.heard.set(request.id, heard);
-    this.loop.submit(request, generated);
+    this.loop.submit(request, generated, rankChanges);
     return heard;
   }
 
@@ -168,4 +178,15 @@ export function tokensOf({ events }: Heard): readonly GeneratedToken[] {
 
 export function idsOf(heard: Heard): number[] {
   return tokensOf(heard).map((one) => one.token);
+}
+
+/** Of the rank on the way, as its reader was told. */
+export function changesOf({ events }: Heard): RankChange[] {
+  const changes: RankChange[] = [];
+  let afterTokens = 0;
+  for (const event of events) {
+    if (event.kind === 'piece') afterTokens += event.tokens.length;
+    if (event.kind === 'rank') changes.push({ afterTokens, rank: event.rank });
+  }
+  return changes;
 }

@@ -93,6 +93,7 @@ export class ScriptedEngine implements Engine {
       kvCellsMax: 1024,
       residents: [],
       adapterSlotsMax: 8,
+      preemptions: 0,
       threads: 2,
       steps: 0,
       tokensGenerated: 0,
@@ -159,7 +160,7 @@ export function endEvent(
   reason: FinishReason = 'stop',
   times: { readonly ttftMs: number; readonly totalMs: number } = { ttftMs: 5, totalMs: 9 },
 ): EngineEvent {
-  return { kind: 'end', reason, stopString: null, completionTokens, ...times };
+  return { kind: 'end', reason, stopString: null, completionTokens, rankMean: 0, ...times };
 }
 
 /** Answers every request at once: who answers (`base`, or each part's first digits of the generation, rank and weight), the seed, and the
@@ -175,7 +176,9 @@ export const echoScript: Script = async function* echo(request) {
   const shown = text.slice(0, tokensMax);
   yield startEvent(tokens.length > 16 ? 16 : 0);
   for (const word of shown.split(/(?<= )/)) yield pieceEvent(word, request);
-  yield endEvent(shown.length, shown.length < text.length ? 'length' : 'stop');
+  const end = endEvent(shown.length, shown.length < text.length ? 'length' : 'stop');
+  const rankMean = Math.max(0, ...(adapter?.parts ?? []).map(({ rank }) => rank));
+  yield { ...end, rankMean } as EngineEvent;
 };
 
 /** An answer that a test feeds from outside. */

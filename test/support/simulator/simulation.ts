@@ -61,7 +61,8 @@ class Simulation {
         open: (key) => this.#open(key),
       }),
       cache: new PrefixCache({ pool: new KvPool(machine.cells), tenantShareMax: 0 }),
-      limits: { waitingMax, waitingTokensMax, prefillTokensMax },
+      // Nobody is refused for waiting long: the queue's length is what bounds it here.
+      limits: { waitingMax, waitingTokensMax, waitingMsMax: 1e12, prefillTokensMax },
       bytesOf: () => word,
       clock,
       watch: { threads: 1, begin() {}, end() {} },

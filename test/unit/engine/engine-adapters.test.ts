@@ -154,7 +154,12 @@ describe('adapters through the engine process', () => {
         pages: 12, // 11 that count; the six adapters have 14
         tokensMax: 128,
         segmentsMax: 8,
-        limits: { waitingMax: 100, waitingTokensMax: 10_000, prefillTokensMax: 128 },
+        limits: {
+          waitingMax: 100,
+          waitingTokensMax: 10_000,
+          waitingMsMax: 60_000,
+          prefillTokensMax: 128,
+        },
         tenantShareMax: 0.5,
       }),
       environment: {},

@@ -47,7 +47,7 @@ const config: EngineConfig = {
   pages: 8,
   tokensMax: 64,
   segmentsMax: 8,
-  limits: { waitingMax: 50, waitingTokensMax: 10_000, prefillTokensMax: 48 },
+  limits: { waitingMax: 50, waitingTokensMax: 10_000, waitingMsMax: 60_000, prefillTokensMax: 48 },
   tenantShareMax: 0.5,
 };
 const never = new AbortController().signal;

@@ -11,6 +11,7 @@ const end: EngineEvent = {
   completionTokens: 1,
   ttftMs: 1,
   totalMs: 1,
+  rankMean: 0,
 };
 
 async function read(stream: EventStream): Promise<string[]> {

@@ -1,5 +1,5 @@
 import { describe, expect, it } from 'vitest';
-import type { EngineEvent, GenerateRequest } from '../../../src/engine/messages.ts';
+import { type EngineEvent, type GenerateRequest, noUrgency } from '../../../src/engine/messages.ts';
 import { GatewayError } from '../../../src/errors.ts';
 import { useOf } from '../../support/adapter-use.ts';
 import { FakeEngine, fakeAnswerText } from '../../support/fake-engine.ts';
@@ -26,6 +26,7 @@ function request(over: Partial<GenerateRequest> = {}): GenerateRequest {
     topLogprobs: null,
     adapter: null,
     tenant: 't',
+    urgency: noUrgency,
     ...over,
   };
 }

@@ -209,7 +209,12 @@ describe('speculation over a model', () => {
         ...{ modelPath: tinyPath, modelHash, weights: 'exact', backend: 'reference', threads: 1 },
         ...{ device: 'cpu', libraryDirectory: null, cacheDirectory: null, blobDirectory },
         ...{ cells: 1024, pages: 4, tokensMax: 64, segmentsMax: 16, tenantShareMax: 0.5 },
-        limits: { waitingMax: 100, waitingTokensMax: 10_000, prefillTokensMax: 64 },
+        limits: {
+          waitingMax: 100,
+          waitingTokensMax: 10_000,
+          waitingMsMax: 60_000,
+          prefillTokensMax: 64,
+        },
         speculation,
       },
       createManualClock(), // steps take no time: what a row costs stays as it was assumed

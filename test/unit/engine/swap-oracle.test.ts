@@ -5,6 +5,8 @@ import type {
   AdapterUse,
   GenerateRequest,
   HotAdapter,
+  StepCosts,
+  Urgency,
 } from '../../../src/engine/messages.ts';
 import {
   type CellAdmission,
@@ -17,6 +19,7 @@ import { useOf } from '../../support/adapter-use.ts';
 import { type FakeStepper, fakeGeneration } from '../../support/fake-stepper.ts';
 import { idleAnswer } from '../../support/idle-answer.ts';
 import {
+  changesOf,
   fakeRankOf,
   greedy,
   type HarnessOptions,
@@ -87,11 +90,55 @@ function rollHot(dice: Dice): HotAdapter[] {
   });
 }
 
+interface StormOptions extends HarnessOptions {
+  /** Requests state times and priorities, and steps take time: ranks change on the way and cells are taken away. */
+  readonly isHasty?: boolean;
+}
+
+function rollUrgency(dice: Dice): Urgency {
+  const deadlineMs = [null, 300, 1000, 4000][dice.roll(4)]!;
+  const perTokenMs = [null, null, 20, 60][dice.roll(4)]!;
+  return {
+    ...{ deadlineMs, perTokenMs, ttftMs: dice.roll(3) === 0 ? 200 : null },
+    ...{ priority: [2, 5, 8][dice.roll(3)]!, rankMin: dice.roll(3) },
+    ...{ rankIsFixed: dice.roll(8) === 0, strict: false },
+  };
+}
+
+/** With times, and at times what somebody would say next: the prompt and the answer of an earlier request, and more. */
+function hastyOf(
+  rolled: GenerateRequest,
+  dice: Dice,
+  harness: LoopHarness,
+  requests: readonly GenerateRequest[],
+): GenerateRequest {
+  const request = { ...rolled, urgency: rollUrgency(dice) };
+  const earlier = requests[requests.length - 1 - dice.roll(20)];
+  if (earlier === undefined || dice.roll(3) > 0) return request;
+  const { adapter, tenant, tokens } = earlier;
+  const heard = idsOf(harness.heard.get(earlier.id)!);
+  const told = [...tokens, ...heard].slice(0, 70);
+  return { ...request, adapter, tenant, tokens: Int32Array.from([...told, 5]) };
+}
+
+const costs: StepCosts = {
+  ...{ step: 8, decodeRow: 2, prefillToken: 0.5, decodeRank: 0.4, prefillRank: 0, kvCell: 0 },
+};
+
+function hurry(harness: LoopHarness): void {
+  harness.loop.setCosts(costs);
+  harness.onMessage = (message) => {
+    if (message.kind !== 'step') return;
+    const { decodeRows, prefillTokens, decodeRanks } = message.report;
+    harness.clock.advance(8 + 2 * decodeRows + 0.5 * prefillTokens + 0.4 * decodeRanks);
+  };
+}
+
 /** One seeded storm of `streams` requests. `warming`: what is prewarmed meanwhile. */
 async function storm(
   seed: number,
   streams: number,
-  options: HarnessOptions,
+  options: StormOptions,
   warming: Dice | null = null,
 ): Promise<Storm> {
   const dice = new Dice(seed);
@@ -102,6 +149,8 @@ async function storm(
     limits: { waitingMax: 64 },
     ...options,
   });
+  const isHasty = options.isHasty === true;
+  if (isHasty) hurry(harness);
   const pointsAt = new Array<number>(names).fill(0);
   const requests: GenerateRequest[] = [];
   const cancelled = new Set<string>();
@@ -119,7 +168,8 @@ async function storm(
       cancelled.add(id);
       harness.loop.cancel(id);
     } else if (harness.loop.stats().waiting < 30) {
-      const request = rollRequest(dice, `s${i}`, pointsAt);
+      const rolled = rollRequest(dice, `s${i}`, pointsAt);
+      const request = isHasty ? hastyOf(rolled, dice, harness, requests) : rolled;
       requests.push(request);
       harness.submit(request);
       i += 1;
@@ -137,7 +187,7 @@ async function storm(
       continue;
     }
     ended += 1;
-    const want = idleAnswer(request, fakeRankOf, endTokens);
+    const want = idleAnswer(request, fakeRankOf, endTokens, changesOf(heard));
     const isRight =
       textOf(heard) === want.text &&
       end.reason === want.reason &&
@@ -262,12 +312,29 @@ describe('swap oracle', () => {
     expect(harness.residency.pagesFree + pages).toBe(11);
   });
 
+  it.each([1, 2, 3])('and in a hurry, at the ranks that it was told: storm %i', async (seed) => {
+    const { wrong, ended, cancelled, harness } = await storm(seed, 220, { isHasty: true });
+    expect(wrong).toEqual([]);
+    expect(ended).toBeGreaterThan(150);
+    expect(cancelled).toBeGreaterThan(20);
+    const stats = harness.loop.stats();
+    expect(stats).toMatchObject({ running: 0, waiting: 0, kvCellsUsed: 0 });
+    expect(stats.residents.filter((one) => one.uses > 0)).toEqual([]);
+    expect(stats.preemptions).toBeGreaterThan(10);
+    const changes = [...harness.heard.values()].map(changesOf);
+    expect(changes.filter(({ length }) => length > 0).length).toBeGreaterThan(30);
+    const reasons = [...harness.heard.values()].flatMap(({ events }) =>
+      events.flatMap((event) => (event.kind === 'rank' ? [event.reason] : [])),
+    );
+    expect(new Set(reasons)).toEqual(new Set(['late', 'slack']));
+  });
+
   it('the same storm is the same run: two runs agree event for event', async () => {
     const [first, second] = [await storm(9, 60, {}), await storm(9, 60, {})];
     expect([...second.harness.heard]).toEqual([...first.harness.heard]);
   });
 
-  const faults: ReadonlyArray<readonly [string, HarnessOptions]> = [
+  const faults: ReadonlyArray<readonly [string, StormOptions]> = [
     ['cells keyed by name', { createCache: (options) => new NameKeyedCache(options) }],
     ['cells keyed without the rank', { createCache: (options) => new RanklessCache(options) }],
     ['pages reassigned while in use', { wrapResidency: forgetful }],
