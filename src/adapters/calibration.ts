@@ -13,6 +13,7 @@ import {
   projectionShape,
   projections,
 } from '../model/decoder-config.ts';
+import { positionsOf } from '../model/loss-graph.ts';
 import type { Columns } from './orthogonal.ts';
 
 export interface CalibrationInput {
@@ -26,6 +27,8 @@ export interface CalibrationInput {
   readonly windowRows?: number;
   /** Not 0 for tokens whose inputs count; all when absent. */
   readonly learnt?: Uint8Array;
+  /** The number of each token's sequence: equal, adjacent ones of a window see each other; all of a window when absent. */
+  readonly sequences?: Int32Array;
 }
 
 /** Of one input: E[x·xᵀ] and E[x]. Projections of one input share one. */
@@ -126,11 +129,6 @@ function throughBlock(
   const { config, kernels } = input;
   const rows = states[0]!.length / config.width;
   using program = kernels.compile((ops) => tappedBlock(ops, input, block, rows), { segments: 0 });
-  program.write(
-    'positions',
-    Int32Array.from({ length: rows }, (_, i) => i),
-  );
-  program.write('mask', causalMask(new Int32Array(rows), rows));
   const sums = new Map(
     tapped.map((name): [Tapped, InputMoments] => {
       const size = projectionShape(config, name).in;
@@ -141,6 +139,10 @@ function throughBlock(
   const share = weights.reduce((most, weight) => Math.max(most, weight), 0);
   states.forEach((state, window) => {
     const own = weights.subarray(window * rows, (window + 1) * rows);
+    const sequences =
+      input.sequences?.slice(window * rows, (window + 1) * rows) ?? new Int32Array(rows);
+    program.write('positions', positionsOf(sequences, rows));
+    program.write('mask', causalMask(sequences, rows));
     program.write('learnt', Float32Array.from(own, Math.sign));
     program.write('x', state);
     program.run([]);

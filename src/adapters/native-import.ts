@@ -141,7 +141,7 @@ function familyOf(options: Options): Family {
   }
 }
 
-interface NativeModule {
+export interface NativeModule {
   readonly site: Site;
   readonly tensors: Tensors;
 }
@@ -217,7 +217,7 @@ function rankNorms({ rank: r, a, b, in: width, out }: ServedModule): Float64Arra
 type About = Omit<PairsAbout, 'levels'>;
 
 /** Ranks that tokens choose: level k is k ranks of a token's choice, worth at best what the k largest are. */
-function packRouted(modules: readonly NativeModule[], family: Family, about: About): Packed {
+export function packRouted(modules: readonly NativeModule[], family: Family, about: About): Packed {
   const packer = createPacker();
   const energies: number[] = [];
   for (const { site, tensors } of modules) {

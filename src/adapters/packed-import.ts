@@ -1,5 +1,5 @@
-// A packed file that was made elsewhere (`rankgate adapters extract`, `compensate`), let in as it is: its ranks are in an
-// order by outputs that an import would lose. Its hash proves nothing about who made it: what packing guarantees beyond what
+// A packed file that was made elsewhere (`rankgate adapters extract`, `compensate`, a trainer), let in as it is: its ranks are in
+// an order that an import would lose. Its hash proves nothing about who made it: what packing guarantees beyond what
 // every reader checks (pack.ts: header, manifest, finite numbers) is checked here, the base and every module's place in it.
 
 import { GatewayError } from '../errors.ts';
@@ -13,7 +13,10 @@ import { moduleName } from './peft-names.ts';
 /** The rankgate.json beside a packed file, which is the directory's adapter_model.safetensors. */
 export const packedConfig = '{"kind":"packed"}\n';
 
-/** Throws INVALID_ADAPTER, BASE_MISMATCH, or UNSUPPORTED for a kind that is more than low-rank pairs. Borrows `weights`. */
+/** Kinds that are served from one file. */
+const wholeKinds = [...pairKinds, 'fly', 'mora'];
+
+/** Throws INVALID_ADAPTER, BASE_MISMATCH, or UNSUPPORTED for a kind that needs another file. Borrows `weights`. */
 export function importPacked(config: string, weights: Uint8Array, base: AdapterBase): Packed {
   if (config.trim() !== packedConfig.trim()) {
     const message = `rankgate.json: only ${packedConfig.trim()} is supported`;
@@ -21,7 +24,7 @@ export function importPacked(config: string, weights: Uint8Array, base: AdapterB
   }
   const packed = open(weights);
   const { kind, baseHash, modules } = packed.manifest;
-  if (!pairKinds.includes(kind)) {
+  if (!wholeKinds.includes(kind)) {
     throw new GatewayError('UNSUPPORTED', `a packed file of kind ${kind} cannot be imported`);
   }
   if (baseHash !== base.hash) {

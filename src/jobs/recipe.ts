@@ -45,13 +45,32 @@ export type OptimizerRecipe =
       readonly errorFeedback: boolean;
     } & Moments);
 
+/** Families that a trainer makes; flexmore's experts are extracted and mixed, queryable's bank is shared. */
+export const trainedKinds = [
+  'lora',
+  'matryoshka',
+  'hydra',
+  'triangular',
+  'salt',
+  'svfit',
+  'fly',
+  'mora',
+] as const;
+
 export interface Recipe {
-  readonly kind: 'lora' | 'matryoshka';
+  readonly kind: (typeof trainedKinds)[number];
   /** R. */
   readonly rank: number;
   /** S, rising to R: trained by matryoshka's objectives; every kind is evaluated at them. */
   readonly ranks: readonly number[];
-  /** s_r: 1, 1/r or 1/√r. A lora's alpha is R·s_R. */
+  /** fly, mora: ranks that stay for a token. Given as null: a quarter of them, at most 4 for mora. */
+  readonly topK: number;
+  /** mora: τ of the softmax over those. */
+  readonly temperature: number;
+  /** salt: ranks beside the singular values. */
+  readonly tailRank: number;
+  /** s_r: 1, 1/r or 1/√r. Given as null: 1/√r for the sums that are published by SVD, as measured in section 1, else 1.
+   *  Alpha is R·s_R where a family has one. */
   readonly scaling: Scaling;
   readonly objective: Objective;
   /** Given as null: what section 1 says for the objective. */
@@ -75,7 +94,10 @@ export interface Recipe {
   /** Of the gradient of all parameters together; null: not clipped. */
   readonly clipNorm: number | null;
   readonly weightDecay: number;
-  readonly init: { readonly kind: 'kaiming' };
+  /** `eva`: a lora's A and its ranks by what explains the inputs of so many learnt tokens, at most rho·R a module. */
+  readonly init:
+    | { readonly kind: 'kaiming' }
+    | { readonly kind: 'eva'; readonly rho: number; readonly tokens: number };
   readonly regularizer: null;
   readonly rankSelection: null;
   readonly modules: 'all';
@@ -136,10 +158,13 @@ export const defaultLearningRate = 1e-3;
 const batchRowsMax = 65_536;
 
 const schema = z.strictObject({
-  kind: z.enum(['lora', 'matryoshka']).default('matryoshka'),
+  kind: z.enum(trainedKinds).default('matryoshka'),
   rank: rank.default(16), // the publication's
   ranks: z.array(rank).min(1).max(rankMaxLimit).nullable().default(null),
-  scaling: z.enum(['none', 'rank', 'sqrt']).default('none'),
+  topK: rank.nullable().default(null),
+  temperature: z.number().positive().max(1e3).default(0.1),
+  tailRank: rank.default(4),
+  scaling: z.enum(['none', 'rank', 'sqrt']).nullable().default(null),
   objective: z.enum(objectives).nullable().default(null),
   order: z.enum(['svd', 'as-trained', 'as-published']).nullable().default(null),
   levels: z.enum(['energy', 'uniform']).default('uniform'),
@@ -161,7 +186,16 @@ const schema = z.strictObject({
   accumulation: z.int().min(1).max(256).default(2),
   clipNorm: z.number().positive().max(1e6).nullable().default(1),
   weightDecay: share.default(0),
-  init: z.strictObject({ kind: z.literal('kaiming') }).default({ kind: 'kaiming' }),
+  init: z
+    .discriminatedUnion('kind', [
+      z.strictObject({ kind: z.literal('kaiming') }),
+      z.strictObject({
+        kind: z.literal('eva'),
+        rho: z.number().min(1).max(16).default(2), // the publication's
+        tokens: z.int().min(1).max(65_536).default(8192), // calibration.ts takes no more
+      }),
+    ])
+    .default({ kind: 'kaiming' }),
   regularizer: z.null().default(null),
   rankSelection: z.null().default(null),
   modules: z.literal('all').default('all'),
@@ -176,9 +210,9 @@ const schema = z.strictObject({
 
 /** Known to algorithms.md, not to this build: by path. */
 const unbuilt: Readonly<Record<string, readonly string[]>> = {
-  kind: ['queryable', 'fly', 'mora', 'flexmore', 'hydra', 'triangular', 'salt', 'svfit', 'sara'],
+  kind: ['queryable', 'flexmore', 'sara'],
   'optimizer.name': ['eggroll'],
-  'init.kind': ['eva', 'meta'],
+  'init.kind': ['meta'],
   'regularizer.kind': ['trp'],
   'rankSelection.kind': ['codyra'],
   'modules.kind': ['diffora'],
@@ -195,13 +229,18 @@ export function parseRecipe(json: unknown, where: string): Recipe {
     throw invalid(path.length === 0 ? where : `${where}.${path.join('.')}`, message);
   }
   const { data } = parsed;
-  const objective = data.objective ?? (data.kind === 'lora' ? 'plain' : 'diag');
+  const objective = data.objective ?? (data.kind === 'matryoshka' ? 'diag' : 'plain');
+  const quarter = Math.max(1, Math.floor(data.rank / 4));
   const isSum = objective === 'plain' || objective === 'diag' || objective === 'binary';
+  const order = data.order ?? (isSum ? 'svd' : 'as-trained');
+  const trainsSum = objective === 'diag' || objective === 'binary';
   const recipe: Recipe = {
     ...data,
     objective,
+    order,
+    scaling: data.scaling ?? (trainsSum && order === 'svd' ? 'sqrt' : 'none'),
     ranks: data.ranks ?? powersTo(data.rank),
-    order: data.order ?? (isSum ? 'svd' : 'as-trained'),
+    topK: data.topK ?? (data.kind === 'mora' ? Math.min(4, quarter) : quarter),
   };
   const wrong = conflict(recipe);
   if (wrong !== null) throw invalid(`${where}.${wrong[0]}`, wrong[1]);
@@ -228,10 +267,22 @@ function conflict(recipe: Recipe): readonly [path: string, message: string] | nu
   const isRising = ranks.every((q, i) => q > (ranks[i - 1] ?? 0)) && ranks.at(-1) === most;
   const trainsSum = objective === 'diag' || objective === 'binary';
   const hasOneScale = kind === 'lora' || scaling === 'none';
+  const isPlain = kind !== 'matryoshka';
   const rules: readonly (readonly [isKept: boolean, path: string, message: string])[] = [
     [isRising, 'ranks', `must rise to rank, ${most}: ranks above them would never train`],
     [new Set(targets).size === targets.length, 'targets', 'names a projection twice'],
-    [(kind === 'lora') === (objective === 'plain'), 'objective', `${objective} is not ${kind}'s`],
+    [recipe.topK <= most, 'topK', `${recipe.topK} of ${most} ranks`],
+    [isPlain === (objective === 'plain'), 'objective', `${objective} is not ${kind}'s`],
+    [
+      kind === 'lora' || recipe.init.kind === 'kaiming',
+      'init.kind',
+      `eva is lora's, not ${kind}'s`,
+    ],
+    [
+      kind === 'lora' || !isPlain || order === 'svd',
+      'order',
+      `${kind} is published in the order of its SVD, not ${order}`,
+    ],
     [
       !(order === 'as-trained' && trainsSum),
       'order',

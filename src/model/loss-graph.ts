@@ -84,15 +84,10 @@ export class LossGraph {
     if (answers.length > answersMax) {
       throw mismatch('step', `at most ${answersMax} answers wanted, got ${answers.length}`);
     }
-    const positions = new Int32Array(sequences.length);
-    for (let row = 1; row < positions.length; row++) {
-      const goes = row % windowRows !== 0 && sequences[row] === sequences[row - 1];
-      positions[row] = goes ? positions[row - 1]! + 1 : 0;
-    }
     const column = (of: (answer: Answer) => number): number[] =>
       Array.from({ length: answersMax }, (_, i) => (i < answers.length ? of(answers[i]!) : 0));
     program.write('tokens', tokens);
-    program.write('positions', positions);
+    program.write('positions', positionsOf(sequences, windowRows));
     program.write('mask', causalMask(sequences, windowRows));
     for (const rank of delta.gateRanks) {
       program.write(gateName(rank), firstRanks(gate, tokens.length, rank));
@@ -196,6 +191,16 @@ export class LossDecoder implements Disposable {
   [Symbol.dispose](): void {
     for (const program of this.#programs.values()) program[Symbol.dispose]();
   }
+}
+
+/** Of each row in its sequence. */
+export function positionsOf(sequences: Int32Array, windowRows: number): Int32Array {
+  const positions = new Int32Array(sequences.length);
+  for (let row = 1; row < positions.length; row++) {
+    const goes = row % windowRows !== 0 && sequences[row] === sequences[row - 1];
+    positions[row] = goes ? positions[row - 1]! + 1 : 0;
+  }
+  return positions;
 }
 
 function gateName(rank: number): string {

@@ -83,13 +83,19 @@ export class TrainingDecoder implements Disposable {
   }
 }
 
-/** [N,K] of any type → [K,N] in f32. */
-function storeTransposed(kernels: Kernels, weight: StoredTensor): StoredTensor {
-  const [outer, inner] = weight.shape as [number, number];
+/** A stored weight of any type in f32. */
+export function readWeight(kernels: Kernels, weight: StoredTensor): Float32Array {
   const bytes = new Uint8Array(weight.bytes);
   kernels.read(weight, bytes, 0);
   const numbers = new Float32Array(elementCount(weight.shape));
   dequantizeRows(weight.dtype as WeightType, bytes, numbers);
+  return numbers;
+}
+
+/** [N,K] of any type → [K,N] in f32. */
+function storeTransposed(kernels: Kernels, weight: StoredTensor): StoredTensor {
+  const [outer, inner] = weight.shape as [number, number];
+  const numbers = readWeight(kernels, weight);
   const turned = new Float32Array(numbers.length);
   const tile = 32; // numbers a side: both sides of the copy stay in the first cache
   for (let top = 0; top < outer; top += tile) {

@@ -45,6 +45,8 @@ export interface FamilyGraph {
   readonly family: Family;
   /** Of a module that has these numbers. */
   readonly module: (site: Site, tensors: Tensors) => GraphModule;
+  /** The same over the same tensors with so many ranks of a token's choice; null where tokens choose none. */
+  readonly active: ((topK: number) => ModuleDelta['add']) | null;
 }
 
 export function familyGraph(choice: FamilyChoice): FamilyGraph {
@@ -92,6 +94,7 @@ function graphOf(
 ): FamilyGraph {
   return {
     family,
+    active: null,
     module(site, tensors) {
       const trained = named(tensors, family.trained);
       const constants = constantsOf(site, tensors);
@@ -105,6 +108,7 @@ function graphOf(
 function pairGraph(family: Family): FamilyGraph {
   return {
     family,
+    active: null,
     module: (site, tensors) => ({
       delta: lowRank({ in: site.in, out: site.out, rank: tensors.a!.columns }),
       numbers: named(tensors, family.trained),
@@ -202,40 +206,43 @@ function flexmoreGraph(options: FlexmoreOptions): FamilyGraph {
 /** d is a constant of the graph: family-training.ts moves it by how often ranks were `kept`. */
 function flyGraph(options: FlyOptions): FamilyGraph {
   const family = fly(options);
-  const { topK } = options;
   const scale = options.alpha / options.rank;
   const constants: Constants = (site, tensors) => ({
     a: numbersOf(family.pair(site, tensors, null).a),
     d: numbersOf(tensors.d!),
   });
-  const add: ModuleDelta['add'] = (ops, { a, b, d }, { x, y, observe }) => {
-    const h = ops.linear(x, a!); // [T, R]
-    const scores = ops.add(sizesOf(ops, h), everyRow(ops, d!, x.shape[0]!));
-    const kept = ops.training.softmaxTop(scores, topK, 0); // 1/k where a rank stays
-    observe('kept', kept);
-    return expanded(ops, y, times(ops, ops.mul(h, kept), scale * topK), b!);
-  };
-  return graphOf(family, add, constants);
+  const active =
+    (topK: number): ModuleDelta['add'] =>
+    (ops, { a, b, d }, { x, y, observe }) => {
+      const h = ops.linear(x, a!); // [T, R]
+      const scores = ops.add(sizesOf(ops, h), everyRow(ops, d!, x.shape[0]!));
+      const kept = ops.training.softmaxTop(scores, topK, 0); // 1/k where a rank stays
+      observe('kept', kept);
+      return expanded(ops, y, times(ops, ops.mul(h, kept), scale * topK), b!);
+    };
+  return { ...graphOf(family, active(options.topK), constants), active };
 }
 
 /** Added to the mean of squares of what is scaled to a length: an input of zeros scores 0 everywhere. */
 const nothing = 1e-30;
 
 function moraGraph(options: MoraOptions): FamilyGraph {
-  const { topK, temperature } = options;
+  const { temperature } = options;
   const ones: Constants = (site) => ({
     ones: { shape: [site.in], values: new Float32Array(site.in).fill(1) },
   });
-  const add: ModuleDelta['add'] = (ops, { a, b, ones: unit }, { x, y, observe }) => {
-    const width = x.shape[1]!;
-    const h = ops.linear(x, a!); // [T, R]
-    // Both of length √in, so their products are in·cos.
-    const directions = ops.rmsNorm(a!, unit!, nothing);
-    const cosines = ops.linear(ops.rmsNorm(x, unit!, nothing), directions); // [T, R]
-    const scale = 1 / (width * temperature);
-    const shares = ops.training.softmaxTop(sizesOf(ops, cosines), topK, scale);
-    observe('shares', shares);
-    return expanded(ops, y, ops.mul(h, shares), b!);
-  };
-  return graphOf(mora(options), add, ones);
+  const active =
+    (topK: number): ModuleDelta['add'] =>
+    (ops, { a, b, ones: unit }, { x, y, observe }) => {
+      const width = x.shape[1]!;
+      const h = ops.linear(x, a!); // [T, R]
+      // Both of length √in, so their products are in·cos.
+      const directions = ops.rmsNorm(a!, unit!, nothing);
+      const cosines = ops.linear(ops.rmsNorm(x, unit!, nothing), directions); // [T, R]
+      const scale = 1 / (width * temperature);
+      const shares = ops.training.softmaxTop(sizesOf(ops, cosines), topK, scale);
+      observe('shares', shares);
+      return expanded(ops, y, ops.mul(h, shares), b!);
+    };
+  return { ...graphOf(mora(options), active(options.topK), ones), active };
 }

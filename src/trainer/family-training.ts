@@ -5,7 +5,12 @@ import type { Site, Tensors } from '../adapters/families/family.ts';
 import { rebalanced } from '../adapters/families/fly.ts';
 import type { Columns } from '../adapters/orthogonal.ts';
 import { deltaOf, type TrainedDelta, tensorName } from '../model/trained-delta.ts';
-import { type FamilyChoice, type FamilyGraph, familyGraph } from './family-graph.ts';
+import {
+  type FamilyChoice,
+  type FamilyGraph,
+  familyGraph,
+  type GraphModule,
+} from './family-graph.ts';
 import type { Parameter } from './optimizers/optimizer.ts';
 
 /** u of algorithms.md 28: how far d moves a step. */
@@ -28,18 +33,26 @@ export class FamilyTraining {
   readonly delta: TrainedDelta;
   /** By the names of the decoder's tensors, whose values and gradients they are. */
   readonly parameters: readonly Parameter[];
-  /** To be written before the first step, and those that `afterStep` names after it. */
+  /** To be written before the first step, and those that are moving after each. */
   readonly constants: ReadonlyMap<string, Float32Array>;
+  /** Constants that `afterStep` changes. */
+  readonly moving: readonly string[];
+  /** All that changes: the parameters' values, and constants that move. */
+  readonly state: readonly Float32Array[];
   readonly #modules: readonly TrainedModule[];
+  readonly #graphs: readonly GraphModule[];
   readonly #byName: ReadonlyMap<string, Parameter>;
+  readonly #start: readonly Float32Array[];
   /** Numbers of each parameter that do not train: its first ranks, as they were. */
   readonly #frozen: ReadonlyMap<Parameter, Float32Array>;
 
   constructor(choice: FamilyChoice, modules: readonly TrainedModule[]) {
     this.graph = familyGraph(choice);
-    this.#modules = modules;
     const graphs = modules.map(({ site, tensors }) => this.graph.module(site, tensors));
-    this.delta = deltaOf(graphs.map(({ delta }, i) => [modules[i]!.site, delta] as const));
+    this.#graphs = graphs;
+    // Copies: what a family remembers of a site (the base's singular vectors) goes with the caller's.
+    this.#modules = modules.map(({ site, tensors }) => ({ site: { ...site }, tensors }));
+    this.delta = this.#deltaWith(null);
     const all = graphs.flatMap(({ delta, numbers }, i) =>
       Object.entries(numbers).map(([name, { shape, values }]) => {
         const isTrained = delta.trained[name] !== undefined;
@@ -56,10 +69,38 @@ export class FamilyTraining {
     this.constants = new Map(
       all.filter(({ isTrained }) => !isTrained).map(({ name, values }) => [name, values]),
     );
+    const balanced = choice.kind === 'fly' ? this.#modules : [];
+    this.moving = balanced.map(({ site }) => tensorName(site, 'd'));
+    this.state = [
+      ...this.parameters.map(({ values }) => values),
+      ...this.moving.map((name) => this.constants.get(name)!),
+    ];
+    this.#start = this.state.map((values) => values.slice());
     const frozen = choice.kind === 'mora' ? choice.frozen : 0;
     this.#frozen = new Map(
       this.parameters.map((each) => [each, each.values.slice(0, frozen * each.columns)]),
     );
+  }
+
+  #deltaWith(topK: number | null): TrainedDelta {
+    const add = topK === null ? null : this.graph.active!(topK);
+    return deltaOf(
+      this.#graphs.map(({ delta }, i) => {
+        const { site } = this.#modules[i]!;
+        return [site, add === null ? delta : { ...delta, add }] as const;
+      }),
+    );
+  }
+
+  /** Over the same tensors, with so many ranks of each token's choice; null for families whose tokens choose none. */
+  withActive(topK: number): TrainedDelta | null {
+    return this.graph.active === null ? null : this.#deltaWith(topK);
+  }
+
+  restart(): void {
+    this.state.forEach((values, i) => {
+      values.set(this.#start[i]!);
+    });
   }
 
   /** Once gradients are there. */
@@ -67,14 +108,13 @@ export class FamilyTraining {
     for (const [{ gradient }, { length }] of this.#frozen) gradient.fill(0, 0, length);
   }
 
-  /** Once the optimiser has stepped. Returns the constants that changed. */
-  afterStep(observer: Observer): readonly string[] {
+  /** Once the optimiser has stepped. */
+  afterStep(observer: Observer): void {
     // Weight decay and momentum move what has no gradient.
     for (const [{ values }, before] of this.#frozen) values.set(before);
-    if (this.graph.family.kind !== 'fly') return [];
-    return this.#modules.map(({ site }) => {
-      const name = tensorName(site, 'd');
-      const d = this.constants.get(name)!;
+    if (this.graph.family.kind !== 'fly') return;
+    for (const { site } of this.#modules) {
+      const d = this.constants.get(tensorName(site, 'd'))!;
       const kept = new Float32Array(observer.rows * d.length); // [T, R]
       observer.read(tensorName(site, 'kept'), kept);
       const counts = new Float64Array(d.length);
@@ -82,14 +122,24 @@ export class FamilyTraining {
         if (share > 0) counts[i % d.length]! += 1;
       });
       d.set(rebalanced(Float64Array.from(d), counts, balanceRate));
-      return name;
-    });
+    }
   }
 
-  /** The family's numbers of each module now. */
-  tensors(): Tensors[] {
-    return this.#modules.map(({ site, tensors }) =>
-      Object.fromEntries(
+  /** How many there are. */
+  get numbers(): { readonly trained: number; readonly constant: number } {
+    const sum = (all: readonly Float32Array[]): number =>
+      all.reduce((count, { length }) => count + length, 0);
+    return {
+      trained: sum(this.parameters.map(({ values }) => values)),
+      constant: sum([...this.constants.values()]),
+    };
+  }
+
+  /** The modules with the family's numbers as they are now. */
+  modules(): TrainedModule[] {
+    return this.#modules.map(({ site, tensors }) => ({
+      site,
+      tensors: Object.fromEntries(
         Object.entries(tensors).map(([name, start]): [string, Columns] => {
           const full = tensorName(site, name);
           const values = this.#byName.get(full)?.values ?? this.constants.get(full);
@@ -99,6 +149,6 @@ export class FamilyTraining {
           ];
         }),
       ),
-    );
+    }));
   }
 }

@@ -18,6 +18,8 @@ export interface MemorySizes {
   readonly answersMax: number;
   readonly weightBytes: number;
   readonly optimizerBytes: number;
+  /** What is trained and what its graph needs beside it; low-rank pairs in all targets when absent. */
+  readonly numbers?: { readonly trained: number; readonly constant: number };
 }
 
 export interface TrainingMemory extends Readonly<Record<string, number>> {
@@ -25,7 +27,7 @@ export interface TrainingMemory extends Readonly<Record<string, number>> {
   readonly weights: number;
   /** And once more for the way back, transposed and in f32. */
   readonly transposed: number;
-  /** Values, gradients, and the values where the kernels read them, trained and as they are served. */
+  /** Values, as they began, gradients, and where the kernels read them, trained and as they are served. */
   readonly factors: number;
   readonly optimizer: number;
   /** Everything between: activations, logits, gradients on their way. */
@@ -38,13 +40,14 @@ export function estimateMemory(sizes: MemorySizes): TrainingMemory {
   const { config, recipe, weightBytes, optimizerBytes } = sizes;
   const shapes = projections.map((name) => projectionShape(config, name));
   const frozen = shapes.reduce((sum, shape) => sum + shape.in * shape.out, 0) * config.blocks;
-  const factors = factorCount(config, recipe);
+  const pairs = { trained: factorCount(config, recipe), constant: 0 };
+  const { trained, constant } = sizes.numbers ?? pairs;
   return {
     weights: weightBytes,
     transposed: f32Bytes * (frozen + config.vocabSize * config.width),
-    factors: 4 * f32Bytes * factors,
+    factors: f32Bytes * (5 * trained + 3 * constant),
     optimizer: optimizerBytes,
-    scratch: f32Bytes * scratchNumbers(sizes, factors),
+    scratch: f32Bytes * scratchNumbers(sizes, trained),
   };
 }
 

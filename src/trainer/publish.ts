@@ -5,54 +5,72 @@ import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Generation } from '../adapters/adapter.ts';
 import { type Family, type Site, streamOf, type Tensors } from '../adapters/families/family.ts';
-import { lora } from '../adapters/families/lora.ts';
-import { matryoshka, scaleOf } from '../adapters/families/matryoshka.ts';
+import { scaleOf } from '../adapters/families/matryoshka.ts';
 import { createRandom } from '../adapters/families/seeded-random.ts';
 import { pairKinds } from '../adapters/manifest.ts';
-import { asServed, bySvd } from '../adapters/native-import.ts';
+import { asServed, bySvd, packRouted } from '../adapters/native-import.ts';
 import type { PackedAdapter } from '../adapters/pack.ts';
 import { type Packed, packPairs, prefixOf, ranksAt } from '../adapters/pack-pairs.ts';
 import { packedConfig } from '../adapters/packed-import.ts';
 import { GatewayError } from '../errors.ts';
 import type { Recipe } from '../jobs/recipe.ts';
-import { type DecoderConfig, type Projection, projectionShape } from '../model/decoder-config.ts';
 import { writeFileDurably } from '../model/file-hash.ts';
 import { writeError } from './checkpoint.ts';
+import { type FamilyChoice, familyGraph } from './family-graph.ts';
+import type { TrainedModule } from './family-training.ts';
 
-export function familyOf(recipe: Recipe): Family {
-  const { kind, rank, ranks, scaling, objective, order } = recipe;
+export function choiceOf(recipe: Recipe): FamilyChoice {
+  const { kind, rank, ranks, scaling, objective, order, topK, temperature, tailRank } = recipe;
+  const alpha = rank * scaleOf(scaling, rank);
   switch (kind) {
-    case 'lora': {
-      const alpha = rank * scaleOf(scaling, rank);
-      const ordered = order === 'svd' ? 'svd' : 'as-trained';
-      return lora({ rank, alpha, rslora: false, order: ordered });
-    }
+    case 'lora':
+      return { kind, rank, alpha, rslora: false, order: order === 'svd' ? 'svd' : 'as-trained' };
     case 'matryoshka': {
       const mask = objective === 'diag' || objective === 'binary' ? objective : 'prefix';
-      return matryoshka({ maxRank: rank, ranks, scaling, mask, order });
+      return { kind, maxRank: rank, ranks, scaling, mask, order };
     }
+    case 'hydra':
+    case 'triangular':
+      return { kind, rank, alpha };
+    case 'salt':
+      return { kind, rank, tailRank };
+    case 'svfit':
+      return { kind, rank };
+    case 'fly':
+      return { kind, rank, topK, alpha, seed: BigInt(recipe.seed), score: 'abs_plus_bias' };
+    case 'mora':
+      return { kind, rank, topK, temperature, frozen: 0 };
   }
 }
 
-export function siteOf(config: DecoderConfig, block: number, projection: Projection): Site {
-  const weight = (): never => {
-    throw new GatewayError('INTERNAL', 'no family that is trained asks for the weight');
-  };
-  return { block, projection, ...projectionShape(config, projection), weight };
+export function familyOf(recipe: Recipe): Family {
+  return familyGraph(choiceOf(recipe)).family;
+}
+
+/** Its numbers at the start, which add nothing. */
+export function initialTensors(recipe: Recipe, site: Site): Tensors {
+  const random = createRandom(BigInt(recipe.seed), [streamOf(site), 0]);
+  return familyOf(recipe).init(site, random);
+}
+
+/** Ranks of the pair that a module is published as. */
+export function pairRank(recipe: Recipe, tensors: Tensors): number {
+  switch (recipe.kind) {
+    case 'hydra':
+      return 2 * tensors['parallel.a']!.columns;
+    case 'salt':
+      return tensors.alpha!.columns + tensors.x!.columns;
+    case 'svfit':
+      return tensors.deltas!.columns;
+    default:
+      return tensors.a!.columns;
+  }
 }
 
 /** The low-rank factors of one module, as a decoder reads them. */
 export interface ModuleFactors {
-  readonly site: Site;
   readonly a: Float32Array; // [R, in]
   readonly b: Float32Array; // [R, out]
-}
-
-/** A adds nothing at the start: B is zero. */
-export function initialFactors(recipe: Recipe, site: Site): Omit<ModuleFactors, 'site'> {
-  const random = createRandom(BigInt(recipe.seed), [streamOf(site), 0]);
-  const { a, b } = familyOf(recipe).init(site, random);
-  return { a: Float32Array.from(a!.data), b: Float32Array.from(b!.data) };
 }
 
 /** What a level of a packed adapter has of a module, as the first of `ranks` ranks, the others 0. */
@@ -60,7 +78,7 @@ export function servedFactors(
   packed: PackedAdapter,
   { block, projection, in: width, out }: Site,
   { level, ranks }: { readonly level: number; readonly ranks: number },
-): Omit<ModuleFactors, 'site'> {
+): ModuleFactors {
   const { modules, rankMax } = packed.manifest;
   const [a, b] = [new Float32Array(ranks * width), new Float32Array(ranks * out)];
   const index = modules.findIndex((one) => one.block === block && one.projection === projection);
@@ -75,18 +93,23 @@ export function servedFactors(
   return { a, b };
 }
 
-/** Writes an adapter over a module's first ranks, so that what is trained begins as what is served. */
-export function continueFrom(recipe: Recipe, module: ModuleFactors, start: PackedAdapter): void {
-  const { site } = module;
+/** The module with an adapter over its first ranks, so that what is trained begins as what is served. */
+export function continuedFrom(
+  recipe: Recipe,
+  { site, tensors }: TrainedModule,
+  start: PackedAdapter,
+): TrainedModule {
   const { rankMax } = start.manifest;
   const served = servedFactors(start, site, { level: rankMax, ranks: rankMax });
-  const { gates } = familyOf(recipe).pair(site, tensorsOf(module), null);
+  const { gates } = familyOf(recipe).pair(site, tensors, null);
+  const [a, b] = [tensors.a!, tensors.b!].map((x) => ({ ...x, data: x.data.slice() }));
   for (let r = 0; r < rankMax; r++) {
-    const a = served.a.subarray(r * site.in, (r + 1) * site.in);
+    const row = served.a.subarray(r * site.in, (r + 1) * site.in);
     // A rank that the module does not have keeps its random A, or it would never train.
-    if (a.some((value) => value !== 0)) module.a.set(a, r * site.in);
-    for (let i = r * site.out; i < (r + 1) * site.out; i++) module.b[i] = served.b[i]! / gates[r]!;
+    if (row.some((value) => value !== 0)) a!.data.set(row, r * site.in);
+    for (let i = r * site.out; i < (r + 1) * site.out; i++) b!.data[i] = served.b[i]! / gates[r]!;
   }
+  return { site, tensors: { a: a!, b: b! } };
 }
 
 /** Throws INVALID_REQUEST for an adapter that the recipe cannot hold. */
@@ -96,18 +119,13 @@ export function checkStart(recipe: Recipe, { manifest }: PackedAdapter, baseHash
   const refuse = (what: string): never => {
     throw new GatewayError('INVALID_REQUEST', `training cannot go on from this adapter: ${what}`);
   };
+  if (recipe.kind !== 'lora' && recipe.kind !== 'matryoshka')
+    refuse(`a ${recipe.kind} begins anew`);
+  if (recipe.init.kind !== 'kaiming') refuse(`${recipe.init.kind} begins anew`);
   if (manifest.baseHash !== baseHash) refuse('it is of another base');
   if (!pairKinds.includes(kind)) refuse(`a ${kind} is no low-rank pair`);
   if (rankMax > recipe.rank) refuse(`it has ${rankMax} ranks, the recipe ${recipe.rank}`);
   if (other !== undefined) refuse(`it changes ${other.projection}, which targets leaves out`);
-}
-
-function tensorsOf({ site, a, b }: ModuleFactors): Tensors {
-  const columns = a.length / site.in;
-  return {
-    a: { rows: site.in, columns, data: Float64Array.from(a) },
-    b: { rows: site.out, columns, data: Float64Array.from(b) },
-  };
 }
 
 export interface PublishAbout {
@@ -116,25 +134,26 @@ export interface PublishAbout {
   readonly from: readonly Generation[];
 }
 
-/** Throws INVALID_ADAPTER where a number is beyond what packed files hold. */
+/** Throws INVALID_ADAPTER where a number is beyond what packed files hold. svfit as a lora: without a basis of its own. */
 export function publishModules(
   recipe: Recipe,
-  modules: Iterable<ModuleFactors>,
+  modules: readonly TrainedModule[],
   { baseHash, step, from }: PublishAbout,
 ): Packed {
   const family = familyOf(recipe);
-  const order = recipe.order === 'svd' ? bySvd : asServed;
-  const sources = Array.from(modules, (module) => ({
-    module: module.site,
-    squeeze: () => order(family, module.site, tensorsOf(module)),
-  }));
-  return packPairs(sources, {
-    kind: recipe.kind,
+  const about = {
+    kind: recipe.kind === 'svfit' ? 'lora' : recipe.kind,
     describe: family.describe,
     baseHash,
     source: { format: 'rankgate', by: `${step} steps of training`, from: [...from] },
-    levels: recipe.levels,
-  });
+  } as const;
+  if (family.route !== null) return packRouted(modules, family, about);
+  const order = recipe.order === 'svd' ? bySvd : asServed;
+  const sources = modules.map(({ site, tensors }) => ({
+    module: site,
+    squeeze: () => order(family, site, tensors),
+  }));
+  return packPairs(sources, { ...about, levels: recipe.levels });
 }
 
 /** Throws DISK_FULL. */

@@ -15,26 +15,19 @@ import type { Recipe } from '../jobs/recipe.ts';
 import type { Kernels } from '../kernels/kernels.ts';
 import type { DecoderWeights } from '../model/decoder.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
-import { LossDecoder } from '../model/loss-graph.ts';
-import { lowRankDelta, tensorName } from '../model/trained-delta.ts';
 import { TrainingDecoder } from '../model/training-decoder.ts';
 import { type Checkpoint, refused } from './checkpoint.ts';
-import { baseLoss, type Evaluation, lossesByRank } from './evaluation.ts';
+import { ServedLoss } from './evaluation.ts';
 import { type Example, hashExamples } from './examples.ts';
+import { FamilyTraining, type Observer } from './family-training.ts';
 import { clipGradients } from './gradient-norm.ts';
 import { learningRateAt } from './learning-rate.ts';
 import { bytesOfWeights, estimateMemory, type TrainingMemory } from './memory-estimate.ts';
 import { passesOf } from './objective.ts';
 import { createOptimizer, type Optimizer, type Parameter } from './optimizers/optimizer.ts';
 import { answersIn, type Layout, layOut, packWindows } from './packing.ts';
-import {
-  checkStart,
-  continueFrom,
-  initialFactors,
-  type ModuleFactors,
-  publishModules,
-  siteOf,
-} from './publish.ts';
+import { checkStart, choiceOf, publishModules } from './publish.ts';
+import { startModules } from './start.ts';
 import { inGroups, planSteps, type StepPlan } from './step-plan.ts';
 
 /** What is trained on: nothing of it is changed. */
@@ -78,16 +71,15 @@ export interface StepReport {
 export type Breathe = () => Promise<void>;
 
 export class TrainingSession implements Disposable {
-  /** By module: its a, then its b. */
+  /** By module, in the family's order. */
   readonly parameters: readonly Parameter[];
   readonly #options: SessionOptions;
-  readonly #modules: readonly ModuleFactors[];
+  readonly #training: FamilyTraining;
   readonly #plan: StepPlan;
   readonly #heldOut: readonly Layout[];
   readonly #answersMax: number;
   readonly #decoder: TrainingDecoder;
-  /** Of adapters as they are served. */
-  readonly #served: LossDecoder;
+  readonly #served: ServedLoss;
   readonly #added: Float32Array;
   /** Of all examples and the generation that training goes on from. */
   readonly #data: string;
@@ -109,24 +101,17 @@ export class TrainingSession implements Disposable {
       (most, { answers }) => Math.max(most, answers.length),
       this.#plan.answersMax,
     );
-    const { rank, targets, recompute, batchWindows: windows, windowTokens: windowRows } = recipe;
-    this.#modules = Array.from({ length: config.blocks }, (_, block) =>
-      targets.map((projection) => {
-        const site = siteOf(config, block, projection);
-        return { site, a: new Float32Array(rank * site.in), b: new Float32Array(rank * site.out) };
-      }),
-    ).flat();
-    this.parameters = this.#modules.flatMap(parametersOf);
+    const { recompute, batchWindows: windows, windowTokens: windowRows } = recipe;
+    this.#training = new FamilyTraining(choiceOf(recipe), startModules(options));
+    this.parameters = this.#training.parameters;
     this.#added = new Float32Array(Math.max(...this.parameters.map(({ values }) => values.length)));
-    const delta = lowRankDelta(config, ({ projection }) =>
-      targets.includes(projection) ? rank : 0,
-    );
-    const sizes = { delta, windows, windowRows, answersMax: this.#answersMax };
-    const over = { config, weights: base.weights, kernels };
-    this.#decoder = new TrainingDecoder({ ...over, ...sizes, recompute });
-    this.#served = new LossDecoder({ ...over, ...sizes });
+    const sizes = { windows, windowRows, answersMax: this.#answersMax };
+    const over = { config, weights: base.weights, kernels, ...sizes };
+    this.#decoder = new TrainingDecoder({ ...over, delta: this.#training.delta, recompute });
+    this.#served = new ServedLoss(over, recipe, this.#training);
+    for (const [name, values] of this.#training.constants) this.#decoder.write(name, values);
     this.#optimizer = optimizerOf(recipe, this.parameters);
-    this.#initialize();
+    this.#upload();
   }
 
   /** Begins anew, with this learning rate and number of steps. */
@@ -135,18 +120,8 @@ export class TrainingSession implements Disposable {
     this.#optimizer = optimizerOf(this.#recipe, this.parameters);
     this.#step = 0;
     this.#skipped = false;
-    this.#initialize();
-  }
-
-  #initialize(): void {
-    const { recipe, start } = this.#options;
-    for (const module of this.#modules) {
-      const { a, b } = initialFactors(recipe, module.site);
-      module.a.set(a);
-      module.b.set(b);
-      if (start !== null) continueFrom(recipe, module, start);
-    }
-    this.#uploadAll();
+    this.#training.restart();
+    this.#upload();
   }
 
   /** Names all that the result depends on. */
@@ -154,6 +129,16 @@ export class TrainingSession implements Disposable {
     return createHash('sha256')
       .update(JSON.stringify([this.#recipe, this.#data]))
       .digest('hex');
+  }
+
+  get #gateRanks(): number {
+    return Math.max(0, ...this.#training.delta.gateRanks);
+  }
+
+  get #observer(): Observer {
+    const { batchWindows, windowTokens } = this.#options.recipe;
+    const read = (name: string, out: Float32Array): void => this.#decoder.read(name, out);
+    return { rows: batchWindows * windowTokens, read };
   }
 
   get steps(): number {
@@ -173,6 +158,7 @@ export class TrainingSession implements Disposable {
       answersMax: this.#answersMax,
       weightBytes: bytesOfWeights(base.weights),
       optimizerBytes: this.#optimizer.stateBytes,
+      numbers: this.#training.numbers,
     });
   }
 
@@ -180,6 +166,7 @@ export class TrainingSession implements Disposable {
   async takeStep(breathe: Breathe): Promise<StepReport> {
     const recipe = this.#recipe;
     const { loss, tokens } = await this.#computeGradients(breathe);
+    this.#training.beforeStep();
     const gradientNorm = clipGradients(this.parameters, recipe.clipNorm ?? Infinity);
     const learningRate = learningRateAt(this.#step, this.steps, recipe);
     const isTaken = Number.isFinite(loss) && Number.isFinite(gradientNorm);
@@ -191,7 +178,8 @@ export class TrainingSession implements Disposable {
     }
     if (isTaken) {
       this.#optimizer.step(this.parameters, learningRate);
-      this.#uploadAll();
+      this.#training.afterStep(this.#observer);
+      this.#upload();
     }
     this.#skipped = !isTaken;
     this.#step += 1;
@@ -211,7 +199,8 @@ export class TrainingSession implements Disposable {
       for (const { gates, weight } of passes) {
         await breathe();
         const layout = layOut(training, group, { windows, windowRows, weight: weight / answers });
-        loss += this.#decoder.step({ ...layout, gate: repeated(gates, windows * windowRows) });
+        const gate = repeated(gates, windows * windowRows, this.#gateRanks);
+        loss += this.#decoder.step({ ...layout, gate });
         this.#addGradients();
         tokens += layout.rows;
       }
@@ -231,36 +220,30 @@ export class TrainingSession implements Disposable {
   publish(): Packed {
     const { base, recipe, start } = this.#options;
     const from = start === null ? [] : [start.generation];
-    return publishModules(recipe, this.#modules, { baseHash: base.hash, step: this.#step, from });
+    return publishModules(recipe, this.#training.modules(), {
+      baseHash: base.hash,
+      step: this.#step,
+      from,
+    });
   }
 
   /** Held-out loss of the base; null without held-out examples. */
   async baseLoss(breathe: Breathe): Promise<number | null> {
-    return this.#heldOut.length === 0 ? null : await baseLoss(this.#evaluation(breathe));
+    return this.#heldOut.length === 0 ? null : await this.#served.ofBase(this.#heldOut, breathe);
   }
 
   /** Held-out loss of what was published, at the recipe's ranks; empty without held-out examples. */
   async evaluate({ bytes }: Packed, breathe: Breathe): Promise<RankLoss[]> {
     if (this.#heldOut.length === 0) return [];
     const packed = openPacked(bytes, generationOf(bytes));
-    return await lossesByRank(this.#evaluation(breathe), packed, this.#options.recipe.ranks);
-  }
-
-  #evaluation(breathe: Breathe): Evaluation {
-    return {
-      decoder: this.#served,
-      rank: this.#options.recipe.rank,
-      modules: this.#modules,
-      batches: this.#heldOut,
-      breathe,
-    };
+    return await this.#served.byRank(packed, this.#heldOut, breathe);
   }
 
   checkpoint(): Checkpoint {
-    const count = this.parameters.reduce((sum, { values }) => sum + values.length, 0);
-    const parameters = new Float32Array(count);
+    const { state } = this.#training;
+    const parameters = new Float32Array(state.reduce((sum, { length }) => sum + length, 0));
     let at = 0;
-    for (const { values } of this.parameters) {
+    for (const values of state) {
       parameters.set(values, at);
       at += values.length;
     }
@@ -277,17 +260,20 @@ export class TrainingSession implements Disposable {
     }
     this.#optimizer.restore(optimizer);
     let at = 0;
-    for (const { values } of this.parameters) {
+    for (const values of this.#training.state) {
       values.set(parameters.subarray(at, at + values.length));
       at += values.length;
     }
     this.#step = step;
     this.#skipped = skipped;
-    this.#uploadAll();
+    this.#upload();
   }
 
-  #uploadAll(): void {
+  #upload(): void {
     for (const { name, values } of this.parameters) this.#decoder.write(name, values);
+    for (const name of this.#training.moving) {
+      this.#decoder.write(name, this.#training.constants.get(name)!);
+    }
   }
 
   /** The base is the caller's. */
@@ -295,15 +281,6 @@ export class TrainingSession implements Disposable {
     this.#decoder[Symbol.dispose]();
     this.#served[Symbol.dispose]();
   }
-}
-
-function parametersOf({ site, a, b }: ModuleFactors): Parameter[] {
-  return (['a', 'b'] as const).map((factor): Parameter => {
-    const [values, columns] = factor === 'a' ? [a, site.in] : [b, site.out];
-    const name = tensorName(site, factor);
-    const gradient = new Float32Array(values.length);
-    return { name, values, gradient, rows: values.length / columns, columns };
-  });
 }
 
 function checkSizes({ base, recipe, training, start }: SessionOptions): void {
@@ -339,9 +316,10 @@ function optimizerOf(recipe: Recipe, parameters: readonly Parameter[]): Optimize
   return createOptimizer(options, parameters);
 }
 
-/** One row after another. */
-function repeated(gates: Float64Array, rows: number): Float32Array {
-  const result = new Float32Array(rows * gates.length);
-  for (let row = 0; row < rows; row++) result.set(gates, row * gates.length);
+/** One row after another, `ranks` wide: modules with more ranks than the recipe have the last one's. */
+function repeated(gates: Float64Array, rows: number, ranks: number): Float32Array {
+  const row = Float32Array.from({ length: ranks }, (_, r) => gates[r] ?? gates.at(-1)!);
+  const result = new Float32Array(rows * ranks);
+  for (let i = 0; i < rows; i++) result.set(row, i * ranks);
   return result;
 }

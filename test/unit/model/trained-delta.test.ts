@@ -133,7 +133,7 @@ describe('a decoder over what is trained', () => {
       const loss = own.decoder.step(batch(0));
 
       const { family } = training.graph;
-      const pairs = all.map((site, i) => family.pair(site, training.tensors()[i]!, null));
+      const pairs = all.map((site, i) => family.pair(site, training.modules()[i]!.tensors, null));
       const rank = pairs[0]!.a.columns;
       using plain = new Opened((config) => lowRankDelta(config, () => rank));
       pairs.forEach(({ a, b, gates }, i) => {

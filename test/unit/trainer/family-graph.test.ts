@@ -9,7 +9,7 @@ import { ReferenceKernels } from '../../../src/kernels/reference-kernels.ts';
 import { TfjsKernels } from '../../../src/kernels/tfjs/tfjs-kernels.ts';
 import { tensorName } from '../../../src/model/trained-delta.ts';
 import { type FamilyChoice, familyGraph } from '../../../src/trainer/family-graph.ts';
-import { FamilyTraining } from '../../../src/trainer/family-training.ts';
+import { FamilyTraining, type TrainedModule } from '../../../src/trainer/family-training.ts';
 import { normalColumns, testSite, trainedTensors } from '../../support/family-site.ts';
 import { ModuleProgram } from '../../support/module-program.ts';
 import { loadForTest, whyNoTensorflow } from '../../support/tensorflow.ts';
@@ -142,14 +142,14 @@ describe('a family in training', () => {
   it('hands the numbers back as the family packs them', () => {
     const training = start({ kind: 'triangular', rank: 5, alpha: 8 });
     for (const { values } of training.parameters) values.set(values.map((v) => v + 0.25));
-    const [tensors] = training.tensors();
-    const { a, b, c } = tensors!;
+    const [{ tensors }] = training.modules() as [TrainedModule];
+    const { a, b, c } = tensors;
     const begun = training.graph.family.init(site, createRandom(6n));
     const moved = (of: Columns): Float64Array =>
       of.data.map((value) => Math.fround(Math.fround(value) + 0.25));
     expect([a!.data, b!.data, c!.data]).toEqual([begun.a!, begun.b!, begun.c!].map(moved));
     // All of C the same number: one rank.
-    expect(training.graph.family.serve(site, tensors!).rank).toBe(1);
+    expect(training.graph.family.serve(site, tensors).rank).toBe(1);
   });
 
   it('keeps every byte of frozen ranks, whatever the optimiser does to them', () => {
@@ -183,8 +183,8 @@ describe('a family in training', () => {
       kept.reduce((all, share, i) => all + (i % 8 === r && share > 0 ? 1 : 0), 0),
     );
     expect(counts.reduce((all, count) => all + count, 0)).toBe(3 * rows);
-    const changed = training.afterStep({ rows, read: (name, out) => program.read(name, out) });
-    expect(changed).toEqual(['blk.0.attn_q.d']);
+    training.afterStep({ rows, read: (name, out) => program.read(name, out) });
+    expect(training.moving).toEqual(['blk.0.attn_q.d']);
     const mean = (3 * rows) / 8;
     const d = counts.map((count) => Math.fround(1e-3 * Math.sign(mean - count)));
     expect(Array.from(training.constants.get('blk.0.attn_q.d')!)).toEqual(d);

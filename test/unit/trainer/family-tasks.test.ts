@@ -230,7 +230,7 @@ describe('mora', () => {
       training.afterStep({ rows: 64, read: (name, out) => learner.program.read(name, out) });
     }
     const errors = ([0, 1] as const).map((of) => learner.error(draw(createRandom(15n), of)));
-    return { tensors: training.tensors()[0]!, errors };
+    return { tensors: training.modules()[0]!.tensors, errors };
   }
 
   it('learns a second task while the first keeps every byte and its error', () => {
@@ -288,8 +288,8 @@ describe('fly', () => {
     expect(variation()).toBeGreaterThan(0.2);
     for (let step = 0; step < 2000; step++) {
       program.run(normalColumns(random, 16, 64));
-      const changed = training.afterStep({ rows: 16, read });
-      program.write(changed.map((name) => [name, training.constants.get(name)!] as const));
+      training.afterStep({ rows: 16, read });
+      program.write(training.moving.map((name) => [name, training.constants.get(name)!] as const));
     }
     expect(variation()).toBeLessThanOrEqual(0.1);
     expect(Math.max(...training.constants.get('blk.0.attn_q.d')!.map(Math.abs))).toBeLessThan(0.2);
@@ -312,7 +312,7 @@ describe('triangular', () => {
       return { training, learner: learnerOf(kernels, training, site, { rows: 16 }) };
     };
     const modules = sites.map((site) => open(site, family.init(site, random)));
-    const now = (): Tensors[] => modules.map(({ training }) => training.tensors()[0]!);
+    const now = (): Tensors[] => modules.map(({ training }) => training.modules()[0]!.tensors);
     const schedule = {
       curve: 'linear',
       target: 64,
@@ -332,7 +332,7 @@ describe('triangular', () => {
       for (const i of grows) {
         const { training, learner } = modules[i]!;
         learner[Symbol.dispose]();
-        modules[i] = open(sites[i]!, grownTriangular(training.tensors()[0]!, 4, random));
+        modules[i] = open(sites[i]!, grownTriangular(training.modules()[0]!.tensors, 4, random));
         added[i]! += 4;
       }
       if (step % 20 === 0) growth.looked(now());

@@ -1,0 +1,81 @@
+// What a run begins with: the base's modules as families see them, and their numbers, from the recipe's initialisation or an adapter.
+
+import { type BlockMoments, inputMoments } from '../adapters/calibration.ts';
+import type { Site } from '../adapters/families/family.ts';
+import { zeros } from '../adapters/families/matrices.ts';
+import type { Columns } from '../adapters/orthogonal.ts';
+import type { PackedAdapter } from '../adapters/pack.ts';
+import type { Recipe } from '../jobs/recipe.ts';
+import { type Projection, projectionShape } from '../model/decoder-config.ts';
+import { readWeight } from '../model/training-decoder.ts';
+import { evaModules } from './eva.ts';
+import type { Example } from './examples.ts';
+import type { TrainedModule } from './family-training.ts';
+import { layOut, packWindows } from './packing.ts';
+import { continuedFrom, initialTensors } from './publish.ts';
+import type { TrainingBase } from './session.ts';
+
+export interface Start {
+  readonly base: TrainingBase;
+  readonly recipe: Recipe;
+  readonly training: readonly Example[];
+  readonly start: PackedAdapter | null;
+}
+
+export function startModules({ base, recipe, training, start }: Start): TrainedModule[] {
+  if (recipe.init.kind === 'eva') {
+    return evaStart(base, recipe, momentsOf(base, recipe, training));
+  }
+  return Array.from({ length: base.config.blocks }, (_, block) =>
+    recipe.targets.map((projection) => {
+      const site = siteOf(base, block, projection);
+      const module = { site, tensors: initialTensors(recipe, site) };
+      return start === null ? module : continuedFrom(recipe, module, start);
+    }),
+  ).flat();
+}
+
+function siteOf(
+  { config, weights, kernels }: TrainingBase,
+  block: number,
+  projection: Projection,
+): Site {
+  const shape = projectionShape(config, projection);
+  const weight = (): Columns => ({
+    rows: shape.in,
+    columns: shape.out,
+    data: Float64Array.from(readWeight(kernels, weights.blocks[block]![projection])),
+  });
+  return { block, projection, ...shape, weight };
+}
+
+/** Of the rows that learn, in as many windows as have the tokens that the recipe names. */
+function momentsOf(
+  { config, weights, kernels }: TrainingBase,
+  recipe: Recipe,
+  training: readonly Example[],
+): Iterable<BlockMoments> {
+  const { windowTokens: windowRows, init } = recipe;
+  const most = init.kind === 'eva' ? Math.max(1, Math.floor(init.tokens / windowRows)) : 0;
+  const windows = packWindows(training, windowRows, null).slice(0, most);
+  const sizes = { windows: windows.length, windowRows, weight: 1 };
+  const { tokens, sequences, answers } = layOut(training, windows, sizes);
+  const learnt = new Uint8Array(tokens.length);
+  for (const { row } of answers) learnt[row] = 1;
+  return inputMoments({ config, weights, kernels, tokens, windowRows, learnt, sequences });
+}
+
+/** Modules without a rank are not there. */
+function evaStart(
+  base: TrainingBase,
+  { rank, targets, init }: Recipe,
+  moments: Iterable<BlockMoments>,
+): TrainedModule[] {
+  const rho = init.kind === 'eva' ? init.rho : 1;
+  return evaModules(moments, { rank, rho, targets })
+    .filter(({ a }) => a.columns > 0)
+    .map(({ block, projection, a }) => {
+      const site = siteOf(base, block, projection);
+      return { site, tensors: { a, b: zeros(a.columns, site.out) } };
+    });
+}

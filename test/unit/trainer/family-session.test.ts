@@ -1,0 +1,112 @@
+import { afterAll, describe, expect, it } from 'vitest';
+import { generationOf, openPacked } from '../../../src/adapters/pack.ts';
+import { importPacked, packedConfig } from '../../../src/adapters/packed-import.ts';
+import { type RunRecipe, TrainingSession } from '../../../src/trainer/session.ts';
+import { openTinyBase, tinyExamples, tinyRecipe } from '../../support/training-base.ts';
+
+// Every family through the whole of training: it learns, what is published is what was learnt, and a crash changes no byte.
+
+const base = await openTinyBase();
+afterAll(() => base.kernels[Symbol.dispose]());
+
+const training = tinyExamples(16, 48);
+const breathe = async (): Promise<void> => {};
+
+function open(recipe: RunRecipe): TrainingSession {
+  return new TrainingSession({ base, recipe, training, heldOut: training, start: null });
+}
+
+/** All examples in each step: losses of steps are of the same numbers as held-out losses. */
+function recipeOf(more: Readonly<Record<string, unknown>>, stepsMax = 40): RunRecipe {
+  const step = { accumulation: 16, learningRate: 1e-2, schedule: 'constant' };
+  return tinyRecipe({ rank: 8, stepsMax, ...step, ...more });
+}
+
+async function takeSteps(session: TrainingSession, until: number): Promise<number[]> {
+  const losses: number[] = [];
+  while (session.step < until) losses.push((await session.takeStep(breathe)).loss);
+  return losses;
+}
+
+const kinds = [
+  { kind: 'hydra', packed: 'hydra', rankMax: 16 },
+  { kind: 'triangular', packed: 'triangular', rankMax: 8 },
+  { kind: 'salt', packed: 'salt', rankMax: 12 },
+  // No basis of its own: its pairs.
+  { kind: 'svfit', packed: 'lora', rankMax: 8, learningRate: 0.1 },
+  { kind: 'fly', packed: 'fly', rankMax: 8, scaling: 'none', learningRate: 0.03 },
+  { kind: 'mora', packed: 'mora', rankMax: 8, topK: 3, recompute: true, learningRate: 0.03 },
+  { kind: 'lora', init: { kind: 'eva', rho: 2, tokens: 512 }, packed: 'lora', rankMax: 16 },
+] as const;
+
+describe('a training session', () => {
+  it.each(kinds)('of $kind learns, and publishes what it learnt', async (test) => {
+    const { packed: kind, rankMax, ...more } = test;
+    using session = open(recipeOf(more));
+    const before = await session.baseLoss(breathe);
+    const [first, ...losses] = await takeSteps(session, 40);
+    expect(first).toBeCloseTo(before!, 4); // it began as nothing
+    const last = losses.at(-1)!;
+    expect(last).toBeLessThan(before! - 0.15);
+
+    const { bytes, manifest } = session.publish();
+    expect([manifest.kind, manifest.rankMax <= rankMax]).toEqual([kind, true]);
+    const into = { config: base.config, hash: base.hash, names: [] };
+    expect(importPacked(packedConfig, bytes, into).manifest).toEqual(manifest);
+    const byRank = await session.evaluate({ bytes, manifest }, breathe);
+    const ranks = byRank.map(({ rank }) => rank);
+    expect(ranks.slice(0, 4)).toEqual([1, 2, 4, 8]);
+    // As it was trained: at its active ranks where tokens choose, else with all that it has. One step further, in f16.
+    const { topK } = manifest.options;
+    const trainedAt = topK === null ? ranks.length - 1 : ranks.indexOf(topK === 3 ? 4 : topK);
+    expect(byRank[trainedAt]!.loss).toBeLessThan(last + 0.03);
+    const { generation } = openPacked(bytes, generationOf(bytes));
+    expect(session.publish().bytes.length).toBe(bytes.length);
+    expect(generation).toBe(generationOf(session.publish().bytes));
+  });
+
+  it.each([{ kind: 'fly', scaling: 'none' }, { kind: 'mora', recompute: true }, { kind: 'hydra' }])(
+    'goes on from a checkpoint with the bytes it would have had: $kind',
+    async (more) => {
+      const recipe = recipeOf(more, 12);
+      using straight = open(recipe);
+      await takeSteps(straight, 12);
+      using first = open(recipe);
+      await takeSteps(first, 5);
+      const checkpoint = first.checkpoint();
+      await takeSteps(first, 8); // what a crash loses
+      using second = open(recipe);
+      second.restore(checkpoint);
+      await takeSteps(second, 12);
+      expect(second.checkpoint()).toEqual(straight.checkpoint());
+      expect(second.publish().bytes).toEqual(straight.publish().bytes);
+      // fly's balance is part of it: it has moved.
+      const d = straight.checkpoint().parameters.length - checkpoint.parameters.length;
+      expect(d).toBe(0);
+    },
+  );
+
+  it('of eva spends exactly its budget, and unevenly', () => {
+    const init = { kind: 'eva', rho: 2, tokens: 768 };
+    using session = open(recipeOf({ kind: 'lora', rank: 4, init }));
+    const factors = session.parameters.filter(({ name }) => name.endsWith('.a'));
+    const ranks = factors.map(({ rows }) => rows);
+    expect(ranks.reduce((sum, rank) => sum + rank, 0)).toBe(4 * 14);
+    expect(new Set(ranks).size).toBeGreaterThan(2);
+    expect(Math.max(...ranks)).toBeLessThanOrEqual(8);
+  });
+
+  it('goes on from an adapter for plain pairs only', async () => {
+    using first = open(recipeOf({ kind: 'lora' }, 2));
+    await takeSteps(first, 2);
+    const { bytes } = first.publish();
+    const start = openPacked(bytes, generationOf(bytes));
+    for (const [more, why] of [
+      [{ kind: 'hydra' }, 'a hydra begins anew'],
+      [{ kind: 'lora', init: { kind: 'eva' } }, 'eva begins anew'],
+    ] as const) {
+      const options = { base, recipe: recipeOf(more), training, heldOut: [], start };
+      expect(() => new TrainingSession(options)).toThrow(why);
+    }
+  });
+});
