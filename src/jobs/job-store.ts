@@ -92,6 +92,11 @@ export class JobStore {
     return this.#options.leaseMs;
   }
 
+  /** Resolves when every change made so far survives a loss of power. */
+  durable(): Promise<void> {
+    return this.#db.durable();
+  }
+
   /** Throws FILE_NOT_FOUND for a file that `viewer` does not see, QUOTA_EXCEEDED. */
   create(owner: string, viewer: Viewer, wanted: NewJob): Job {
     const { request, trainingFile, validationFile } = wanted;

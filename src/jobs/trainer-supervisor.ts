@@ -178,7 +178,7 @@ export class TrainerSupervisor {
     if (!isHeld) run.child?.kill();
   }
 
-  /** False when the claim is void. A write syncs the disk: what comes often is written seldom. */
+  /** False when the claim is void. What comes often is written seldom. */
   #write(run: Run, message: FromTrainer): boolean {
     const { store, directory } = this.#options;
     const { claim } = run;
@@ -270,7 +270,7 @@ export class TrainerSupervisor {
   #forget(jobId: string): void {
     const job = this.#options.store.find(jobId, null);
     if (job?.finishedS === null) return;
-    rmSync(join(this.#options.directory, jobId), { recursive: true, force: true });
+    this.#remove([join(this.#options.directory, jobId)]);
     if (job !== null) publish('job-end', { state: job.state, code: job.error?.code ?? null });
   }
 
@@ -280,7 +280,7 @@ export class TrainerSupervisor {
     run.hasSwept = true;
     const all = join(run.folder, '..');
     const older = readdirSync(all).filter((name) => Number(name) < run.claim.fence);
-    for (const name of older) rmSync(join(all, name), { recursive: true, force: true });
+    this.#remove(older.map((name) => join(all, name)));
   }
 
   /** What a crash left of jobs that have ended. */
@@ -289,7 +289,15 @@ export class TrainerSupervisor {
     const left = readdirSync(directory).filter(
       (name) => store.find(name, null)?.finishedS !== null,
     );
-    for (const name of left) rmSync(join(directory, name), { recursive: true, force: true });
+    this.#remove(left.map((name) => join(directory, name)));
+  }
+
+  /** Once the store's reason for it survives a loss of power: what it names is there. */
+  #remove(folders: readonly string[]): void {
+    const gone = this.#options.store.durable().then(() => {
+      for (const folder of folders) rmSync(folder, { recursive: true, force: true });
+    });
+    gone.catch((error: unknown) => this.#options.onFailure(error));
   }
 
   get #renewMs(): number {

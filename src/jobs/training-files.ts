@@ -91,7 +91,7 @@ export class TrainingFiles {
   }
 
   /** Throws FILE_IN_USE while a job that has not ended needs it. */
-  remove({ id }: TrainingFile): void {
+  async remove({ id }: TrainingFile): Promise<void> {
     this.#db.atomically(() => {
       const user = this.#db.sql(userOf).get(id, id) as { id: string } | undefined;
       if (user !== undefined) {
@@ -99,6 +99,7 @@ export class TrainingFiles {
       }
       this.#db.sql('DELETE FROM files WHERE id = ?').run(id);
     });
+    await this.#db.durable(); // A file that is known is there.
     rmSync(this.pathOf(id), { force: true });
   }
 

@@ -116,7 +116,7 @@ function mount(hono: Hono<Env>, routes: readonly Route[], deps: ServerDeps): voi
         ...deps,
         registry: registryOf(deps.registry, caller),
       });
-      if (changes) await deps.registry.durable(); // What is answered is kept.
+      if (changes) await Promise.all([deps.registry.durable(), deps.training?.jobs.durable()]); // What is answered is kept.
       return answer;
     });
   }

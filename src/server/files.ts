@@ -148,9 +148,9 @@ export async function sendFile(c: Context<Env>, deps: ServerDeps): Promise<Respo
   return c.body(Readable.toWeb(file.createReadStream()) as ReadableStream);
 }
 
-export function deleteFile(c: Context<Env>, deps: ServerDeps): Response {
+export async function deleteFile(c: Context<Env>, deps: ServerDeps): Promise<Response> {
   const file = fileOf(c, deps);
-  trainingOf(deps).files.remove(file);
+  await trainingOf(deps).files.remove(file);
   return c.json({ id: file.id, object: 'file', deleted: true });
 }
 

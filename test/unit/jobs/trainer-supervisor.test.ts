@@ -317,8 +317,24 @@ describe('trainers', () => {
     for (const name of [job.id, 'ftjob-unknown'])
       mkdirSync(join(directory, name, '1'), { recursive: true });
     start({ steps: 1 }, { trainersMax: 0 });
+    await until(() => readdirSync(directory).length === 1, 'the sweep');
     expect(readdirSync(directory)).toEqual([job.id]);
-    await Promise.resolve();
+  });
+
+  it('remove what a job had only when its end survives a loss of power', async () => {
+    let sync = (): void => {};
+    const synced = new Promise<void>((resolve) => {
+      sync = resolve;
+    });
+    test.store.durable = () => synced;
+    const supervisor = start({ steps: 3 });
+    const job = test.store.create('', null, newJob());
+    supervisor.wake();
+    await ended(job);
+    await until(() => supervisor.pids.length === 0, 'its process gone');
+    expect(readdirSync(directory)).toEqual([job.id]);
+    sync();
+    await until(() => readdirSync(directory).length === 0, 'its folder gone');
   });
 
   it('go on when the store cannot be written, and say so', async () => {

@@ -69,12 +69,13 @@ describe('training files', () => {
     const other = await add('x');
     const job = training.jobs.create('', null, { ...newJob(file.id), validationFile: other.id });
     for (const one of [file, other]) {
-      expect(() => training.files.remove(one)).toThrow(
-        expect.objectContaining({ code: 'FILE_IN_USE', message: `${job.id} needs the file` }),
-      );
+      await expect(training.files.remove(one)).rejects.toMatchObject({
+        code: 'FILE_IN_USE',
+        message: `${job.id} needs the file`,
+      });
     }
     training.jobs.cancel(job);
-    training.files.remove(file);
+    await training.files.remove(file);
     expect(training.files.find(file.id, null)).toBeNull();
     expect(existsSync(training.files.pathOf(file.id))).toBe(false);
   });
