@@ -44,7 +44,8 @@ export class AdapterLoader {
   /** The set is nobody's yet: somebody is expected to want it. */
   #isWarming = false;
   #hot: readonly HotAdapter[] = [];
-  #toWarm: HotAdapter[] = [];
+  /** Of those, the ones that were not tried yet; null: all were. */
+  #toWarm: HotAdapter[] | null = null;
 
   constructor(residency: Residency, listener: LoadListener) {
     this.#residency = residency;
@@ -82,9 +83,13 @@ export class AdapterLoader {
 
   /** After a tick's admission: starts on the next that is hot, unless a load is under way. Each is tried once. */
   warm(): void {
-    while (this.#set.length === 0) {
+    while (this.#toWarm !== null && this.#set.length === 0) {
       const next = this.#toWarm.shift();
-      if (next === undefined) return;
+      if (next === undefined) {
+        this.#toWarm = null;
+        this.#touchHot(); // each was touched in its turn
+        return;
+      }
       const { generation: key, rank, pages } = next;
       const use = this.#residency.acquire(key, rank);
       use?.release();
@@ -103,7 +108,6 @@ export class AdapterLoader {
         if (this.#progress === 'no-room' && this.#isWarming) this.#release();
         if (this.#progress !== 'done') return;
         this.#hold();
-        if (this.#isWarming) this.#touchHot();
       }
       this.#load = this.#next();
       // Not advanced at once: this tick has had its bytes. A file that is in memory already would wake nobody.
