@@ -16,6 +16,8 @@ const stepsMin = 8;
 const errorGain = 0.05;
 const errorStart = 0.25; // relative deviation of a whole answer's time before any was seen (guess)
 const errorClip = 1;
+const biasGain = 0.05;
+const biasMax = 4; // guess: beyond, steps alone say nothing
 /** Relative deviation of the wait for a row (guess). */
 const waitDoubt = 0.5;
 
@@ -52,6 +54,8 @@ const savedModel = z.strictObject({
   lengths: savedCurves,
   ttftError: z.number().nonnegative(),
   tokenError: z.number().nonnegative(),
+  ttftBias: z.number().positive(),
+  tokenBias: z.number().positive(),
 });
 
 export class LatencyModel {
@@ -61,6 +65,10 @@ export class LatencyModel {
   // Mean squared relative errors of finished answers: of the wait for the first token, and of the pace after it.
   #ttftError: number = errorStart ** 2;
   #tokenError: number = errorStart ** 2;
+  // What first tokens and paces were, as multiples of what steps alone predict: prompts that come later, guesses that come
+  // true and changed ranks are in no step that is known beforehand.
+  #ttftBias = 1;
+  #tokenBias = 1;
   /** How long answers take after their first token, of the moment: not saved. */
   #decodeMs = 0;
 
@@ -94,16 +102,18 @@ export class LatencyModel {
     this.#decodeMs += errorGain * (totalMs - ttftMs - this.#decodeMs);
     if (predicted === null) return;
     this.#ttftError = blend(this.#ttftError, ttftMs, predicted.ttftMs);
+    this.#ttftBias = corrected(this.#ttftBias, ttftMs, predicted.ttftMs);
     if (completionTokens < 2) return;
     const pace = (totalMs - ttftMs) / (completionTokens - 1);
     this.#tokenError = blend(this.#tokenError, pace, predicted.perTokenMs);
+    this.#tokenBias = corrected(this.#tokenBias, pace, predicted.perTokenMs);
   }
 
   predict(input: RouteInput, ranks: number): Prediction | null {
     if (this.#stepTime.steps < stepsMin) return null;
-    const first = this.#firstToken(input, ranks);
+    const first = scaled(this.#firstToken(input, ranks), this.#ttftBias);
     const length = this.#lengths.expect(input.adapter?.name ?? '', input.tokensMax);
-    const pace = this.#pace(input, ranks, length.mean);
+    const pace = scaled(this.#pace(input, ranks, length.mean), this.#tokenBias);
     const later = Math.max(0, length.mean - 1);
     const sigmas = [
       first.ms * Math.sqrt(this.#ttftError),
@@ -176,6 +186,8 @@ export class LatencyModel {
       lengths: this.#lengths.save(),
       ttftError: this.#ttftError,
       tokenError: this.#tokenError,
+      ttftBias: this.#ttftBias,
+      tokenBias: this.#tokenBias,
     };
     return JSON.stringify(state);
   }
@@ -188,6 +200,8 @@ export class LatencyModel {
     this.#lengths.restore(data.lengths);
     this.#ttftError = data.ttftError;
     this.#tokenError = data.tokenError;
+    this.#ttftBias = data.ttftBias;
+    this.#tokenBias = data.tokenBias;
     return true;
   }
 }
@@ -199,6 +213,19 @@ function rankMean({ decodeRows, decodeRanks }: RouteInput['load']): number {
 /** Cells that a prompt's tokens attend to: token i sees i of them. */
 function triangle(tokens: number): number {
   return (tokens * (tokens + 1)) / 2;
+}
+
+/** A step towards the multiple at which predictions are neither too short nor too long, on a scale of factors. */
+function corrected(bias: number, actual: number, predicted: number): number {
+  const ratio = Math.min(
+    biasMax,
+    Math.max(1 / biasMax, actual / Math.max(predicted, Number.EPSILON)),
+  );
+  return Math.min(biasMax, Math.max(1 / biasMax, bias * ratio ** biasGain));
+}
+
+function scaled({ ms, doubtMs }: StepEstimate, factor: number): StepEstimate {
+  return { ms: ms * factor, doubtMs: doubtMs * factor };
 }
 
 /** A failed machine or a paused client makes one error huge; clipped, it counts as "off by as much as it said". */

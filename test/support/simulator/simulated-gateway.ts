@@ -2,10 +2,16 @@
 // server/answer.ts has it do, and learns from steps and answers. Notes what became of each request; one that would end twice
 // or not at all is an error.
 
-import type { EngineEvent, FromEngine, GenerateRequest } from '../../../src/engine/messages.ts';
+import type {
+  EngineEvent,
+  FromEngine,
+  GenerateRequest,
+  StepCosts,
+  Urgency,
+} from '../../../src/engine/messages.ts';
 import { asGatewayError } from '../../../src/errors.ts';
 import { meets, statesTime } from '../../../src/router/budget.ts';
-import type { Plan, RouteInput } from '../../../src/router/policy.ts';
+import type { Budget, Plan, RouteInput } from '../../../src/router/policy.ts';
 import type { Router } from '../../../src/router/router.ts';
 import { useOf } from '../adapter-use.ts';
 import { makeRequest } from '../loop-harness.ts';
@@ -21,7 +27,11 @@ export interface SimulatedGatewayOptions {
   readonly adapterOf: (name: string) => SimulatedAdapter;
   /** To the engine. */
   readonly send: (request: GenerateRequest) => void;
+  readonly sendCosts: (costs: StepCosts) => void;
 }
+
+/** Between two messages to the engine of what steps cost. */
+const costsMs = 1000;
 
 interface Flying {
   readonly index: number;
@@ -29,6 +39,8 @@ interface Flying {
   readonly plan: Plan;
   readonly adapter: SimulatedAdapter | null;
   isStarted: boolean;
+  /** Of its next token. */
+  rank: number;
   ttftMs: number | null;
   tokens: number;
   rankSum: number;
@@ -42,6 +54,7 @@ export class SimulatedGateway {
   readonly #router: Router;
   readonly #flying: Map<string, Flying> = new Map();
   readonly #ended: Array<Ended | undefined>;
+  #costsSentMs: number = Number.NEGATIVE_INFINITY;
   readonly #load = {
     decodeRows: 0,
     decodeRanks: 0,
@@ -87,7 +100,7 @@ export class SimulatedGateway {
     const id = String(index);
     this.#flying.set(id, {
       ...{ index, input, plan, adapter, isStarted: false, ttftMs: null },
-      ...{ tokens: 0, rankSum: 0, fidelitySum: 0 },
+      ...{ rank: plan.rank, tokens: 0, rankSum: 0, fidelitySum: 0 },
     });
     this.#load.waiting += 1;
     this.#load.waitingPromptTokens += promptTokens;
@@ -95,6 +108,8 @@ export class SimulatedGateway {
       makeRequest({
         ...{ id, tokensMax, tenant, tokens: numberedPrompt(index, promptTokens) },
         adapter: adapter === null ? null : useOf(adapter.generation, plan.rank),
+        urgency: urgencyOf(input.budget),
+        tokensLikely: this.#router.tokensLikely(input),
       }),
     );
   }
@@ -112,27 +127,37 @@ export class SimulatedGateway {
       }
       case 'step':
         this.#router.observe(message.report);
-        this.#load.kvCells = message.stats.kvCellsUsed;
+        this.#sendCosts();
         break;
       case 'stats':
-        this.#load.kvCells = message.stats.kvCellsUsed;
         break;
       default:
         throw new Error(`the loop said ${message.kind}`);
     }
   }
 
+  /** As main.ts does. */
+  #sendCosts(): void {
+    const { costs } = this.#router;
+    const nowMs = this.#options.clock.nowMs();
+    if (costs === null || nowMs - this.#costsSentMs < costsMs) return;
+    this.#costsSentMs = nowMs;
+    this.#options.sendCosts(costs);
+  }
+
   #note(id: string, event: EngineEvent): void {
     const flying = this.#flying.get(id);
     if (flying === undefined) throw new Error(`request ${id} has ended, and now ${event.kind}`);
-    if (!flying.isStarted) this.#start(flying);
+    if (!flying.isStarted && event.kind === 'piece') this.#start(flying); // as server/in-flight.ts counts
+    if (event.kind === 'rank') flying.rank = event.rank;
     if (event.kind === 'piece') {
-      const { plan, adapter } = flying;
+      const { rank, adapter } = flying;
       const tokens = event.tokens.length;
       flying.ttftMs ??= this.#sinceArrival(flying);
       flying.tokens += tokens;
-      flying.rankSum += tokens * plan.rank;
-      flying.fidelitySum += tokens * (adapter === null ? 1 : fidelityAt(adapter, plan.rank));
+      this.#load.kvCells += tokens;
+      flying.rankSum += tokens * rank;
+      flying.fidelitySum += tokens * (adapter === null ? 1 : fidelityAt(adapter, rank));
     } else if (event.kind === 'end') this.#answer(id, event);
   }
 
@@ -167,6 +192,7 @@ export class SimulatedGateway {
     this.#load.waitingPromptTokens -= flying.input.promptTokens;
     this.#load.decodeRows += 1;
     this.#load.decodeRanks += flying.plan.ranks;
+    this.#load.kvCells += flying.input.promptTokens;
   }
 
   #leave(id: string): Flying & { readonly ttftMs: number; readonly totalMs: number } {
@@ -176,6 +202,7 @@ export class SimulatedGateway {
     if (!flying.isStarted) this.#start(flying);
     this.#load.decodeRows -= 1;
     this.#load.decodeRanks -= flying.plan.ranks;
+    this.#load.kvCells -= flying.input.promptTokens + flying.tokens;
     const totalMs = this.#sinceArrival(flying);
     return { ...flying, totalMs, ttftMs: flying.ttftMs ?? totalMs };
   }
@@ -188,6 +215,13 @@ export class SimulatedGateway {
   #sinceArrival({ index }: Flying): number {
     return this.#options.clock.nowMs() - this.#options.scenario.arrivals[index]!.atMs;
   }
+}
+
+/** As server/answer.ts does. */
+function urgencyOf(budget: Budget): Urgency {
+  const { totalMs, ttftMs, perTokenMs, priority, rankMin, strict, rank } = budget;
+  const rankIsFixed = rank !== null;
+  return { deadlineMs: totalMs, ttftMs, perTokenMs, priority, rankMin, rankIsFixed, strict };
 }
 
 const refused: Omit<Ended, 'outcome'> = {

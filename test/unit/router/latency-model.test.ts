@@ -150,6 +150,30 @@ describe('a prediction', () => {
     expect(steady.predict(unknown, 4)!.totalMs).toBeCloseTo(model.predict(unknown, 4)!.totalMs, 6);
   });
 
+  it('learns by how much answers are slower than their steps, and forgets it', () => {
+    const one = trainedModel();
+    const input = inputOf({});
+    const steps = model.predict(input, 4)!;
+    const settle = (factor: number): void => {
+      const answer = { adapter: 'a', tokensMax: 101, completionTokens: 101 };
+      const [ttftMs, paceMs] = [2 * factor * steps.ttftMs, factor * steps.perTokenMs];
+      const totalMs = ttftMs + 100 * paceMs;
+      one.settle({ ...answer, ttftMs, totalMs, prediction: one.predict(input, 4)! });
+    };
+    for (let i = 0; i < 200; i++) settle(1.5);
+    const slow = one.predict(input, 4)!;
+    expect(slow.ttftMs / steps.ttftMs).toBeCloseTo(3, 1);
+    expect(slow.perTokenMs / steps.perTokenMs).toBeCloseTo(1.5, 1);
+    expect(slow.totalMs).toBeCloseTo(slow.ttftMs + 100 * slow.perTokenMs, 6);
+    for (let i = 0; i < 400; i++) settle(0.5);
+    const fast = one.predict(input, 4)!;
+    expect(fast.ttftMs / steps.ttftMs).toBeCloseTo(1, 1);
+    expect(fast.perTokenMs / steps.perTokenMs).toBeCloseTo(0.5, 1);
+    // A pause of the machine is no speed, and nothing is beyond four times.
+    for (let i = 0; i < 400; i++) settle(1000);
+    expect(one.predict(input, 4)!.ttftMs / steps.ttftMs).toBeLessThanOrEqual(4);
+  });
+
   it('grows less sure when answers come late, and surer when they come as predicted', () => {
     const [late, punctual] = [trainedModel(), trainedModel()];
     const input = inputOf({});
