@@ -58,7 +58,7 @@ export function largeMachine(perSecond: number): Machine {
   const scale = perSecond / 1000;
   return {
     cost: {
-      step: 8,
+      step: 4,
       decodeRow: 0.005 / scale,
       prefillToken: 0.001 / scale,
       decodeRank: 0.0002 / scale,

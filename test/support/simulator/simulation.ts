@@ -46,6 +46,7 @@ class Simulation {
       ...{ scenario, contestant, clock },
       adapterOf: (name) => this.#meet(name),
       send: (request) => this.#inbox.push(request),
+      sendCosts: (costs) => this.#loop.setCosts(costs),
     });
     this.#stepper = new SimulatedStepper({
       ...{ machine, seed, clock },
@@ -119,8 +120,10 @@ class Simulation {
   }
 
   #open(key: ResidentKey): Promise<PackedAdapter<ResidentKey>> {
-    const { rankMax } = this.#adapters.get(key)!;
-    const packed = { ...fakePacked(key, rankMax), page: () => null };
+    const { rankMax, routed } = this.#adapters.get(key)!;
+    const blank = fakePacked(key, rankMax);
+    const manifest = { ...blank.manifest, rankCurve: routed.rankCurve };
+    const packed = { ...blank, manifest, page: () => null };
     return new Promise((resolve) => {
       this.#clock.after(this.#scenario.machine.adapterReadMs, () => resolve(packed));
     });

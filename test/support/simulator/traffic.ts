@@ -61,7 +61,7 @@ export const smallTiers: readonly TrafficTier[] = [
   { ...quality, firstMs: [1500, 4000], perTokenMs: [140, 400] },
 ];
 
-/** For largeMachine, whose steps take 8 ms and more. */
+/** For largeMachine, whose steps take 4 ms and more. */
 export const largeTiers: readonly TrafficTier[] = [
   { ...instant, firstMs: [50, 150], perTokenMs: [10, 20] },
   { ...balanced, firstMs: [150, 400], perTokenMs: [20, 50] },
