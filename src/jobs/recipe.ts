@@ -57,6 +57,15 @@ export const trainedKinds = [
   'mora',
 ] as const;
 
+/** TRP: the nuclear norm of each product is held down with this weight, and every so many steps the product is cut to the
+ *  ranks that hold this share of its energy. */
+export interface TrpRecipe {
+  readonly kind: 'trp';
+  readonly weight: number;
+  readonly every: number;
+  readonly energy: number;
+}
+
 export interface Recipe {
   readonly kind: (typeof trainedKinds)[number];
   /** R. */
@@ -98,7 +107,7 @@ export interface Recipe {
   readonly init:
     | { readonly kind: 'kaiming' }
     | { readonly kind: 'eva'; readonly rho: number; readonly tokens: number };
-  readonly regularizer: null;
+  readonly regularizer: TrpRecipe | null;
   readonly rankSelection: null;
   readonly modules: 'all';
   readonly batchSchedule: null;
@@ -196,7 +205,15 @@ const schema = z.strictObject({
       }),
     ])
     .default({ kind: 'kaiming' }),
-  regularizer: z.null().default(null),
+  regularizer: z
+    .strictObject({
+      kind: z.literal('trp'),
+      weight: z.number().min(0).max(1).default(3e-4), // the publication's, as is the energy
+      every: stepCount.default(20),
+      energy: share.default(0.9),
+    })
+    .nullable()
+    .default(null),
   rankSelection: z.null().default(null),
   modules: z.literal('all').default('all'),
   batchSchedule: z.null().default(null),
@@ -213,7 +230,6 @@ const unbuilt: Readonly<Record<string, readonly string[]>> = {
   kind: ['queryable', 'flexmore', 'sara'],
   'optimizer.name': ['eggroll'],
   'init.kind': ['meta'],
-  'regularizer.kind': ['trp'],
   'rankSelection.kind': ['codyra'],
   'modules.kind': ['diffora'],
   'batchSchedule.kind': ['adadagrad'],
@@ -295,6 +311,11 @@ function conflict(recipe: Recipe): readonly [path: string, message: string] | nu
       `${order} with scaling ${scaling}: packed ranks have no scale of their own`,
     ],
     [order === 'svd' || levels === 'uniform', 'levels', `energy needs order svd, not ${order}`],
+    [
+      kind === 'lora' || recipe.regularizer === null,
+      'regularizer.kind',
+      'trp wants one scale for all ranks, as kind lora has',
+    ],
     [
       kind === 'lora' || !name.startsWith('lora-pro'),
       'optimizer.name',

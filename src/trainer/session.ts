@@ -27,6 +27,7 @@ import { passesOf } from './objective.ts';
 import { createOptimizer, type Optimizer, type Parameter } from './optimizers/optimizer.ts';
 import { answersIn, type Layout, layOut, packWindows } from './packing.ts';
 import { checkStart, choiceOf, publishModules } from './publish.ts';
+import { addPenalty, pruneProducts } from './regularizer.ts';
 import { startModules } from './start.ts';
 import { inGroups, planSteps, type StepPlan } from './step-plan.ts';
 
@@ -166,6 +167,7 @@ export class TrainingSession implements Disposable {
   async takeStep(breathe: Breathe): Promise<StepReport> {
     const recipe = this.#recipe;
     const { loss, tokens } = await this.#computeGradients(breathe);
+    addPenalty(recipe, this.parameters);
     this.#training.beforeStep();
     const gradientNorm = clipGradients(this.parameters, recipe.clipNorm ?? Infinity);
     const learningRate = learningRateAt(this.#step, this.steps, recipe);
@@ -178,6 +180,7 @@ export class TrainingSession implements Disposable {
     }
     if (isTaken) {
       this.#optimizer.step(this.parameters, learningRate);
+      pruneProducts(recipe, this.parameters, this.#step + 1);
       this.#training.afterStep(this.#observer);
       this.#upload();
     }

@@ -1,5 +1,6 @@
 import { afterAll, describe, expect, it } from 'vitest';
 import { generationOf, openPacked, type PackedAdapter } from '../../../src/adapters/pack.ts';
+import { squeezePacked } from '../../../src/adapters/pack-pairs.ts';
 import { importPacked, packedConfig } from '../../../src/adapters/packed-import.ts';
 import type { Example } from '../../../src/trainer/examples.ts';
 import { type RunRecipe, TrainingSession } from '../../../src/trainer/session.ts';
@@ -201,5 +202,34 @@ describe('a training session', () => {
       'windows of 4096 tokens, the base has 2048',
     );
     expect(() => open(tinyRecipe(), { training: [] })).toThrow('no example to train on');
+  });
+});
+
+describe('TRP', () => {
+  const trp = { kind: 'trp', weight: 1e-2, every: 5, energy: 0.9 };
+  const lora = { kind: 'lora', rank: 8, learningRate: 1e-2, stepsMax: 20 };
+
+  it('of weight 0 and energy 1 changes no bit', async () => {
+    using plain = open(tinyRecipe(lora));
+    using idle = open(tinyRecipe({ ...lora, regularizer: { ...trp, weight: 0, energy: 1 } }));
+    for (const session of [plain, idle]) await takeSteps(session, 20);
+    expect(idle.checkpoint().parameters).toEqual(plain.checkpoint().parameters);
+  });
+
+  it('leaves products of fewer ranks, which a squeeze to them does not change', async () => {
+    using plain = open(tinyRecipe(lora));
+    using pruned = open(tinyRecipe({ ...lora, regularizer: trp }));
+    for (const session of [plain, pruned]) await takeSteps(session, 20); // the last step prunes
+    // What rounding to f32 left of the pruned directions is no rank.
+    const squeezed = [plain, pruned].map((session) =>
+      squeezePacked(packedOf(session), { variance: 1 - 1e-9 }),
+    );
+    const [all, few] = squeezed.map(({ manifest }) =>
+      manifest.modules.reduce((sum, { rank }) => sum + rank, 0),
+    );
+    expect(few!).toBeLessThan(0.7 * all!);
+    const [before] = (await pruned.evaluate(pruned.publish(), breathe)).slice(-1);
+    const [after] = (await pruned.evaluate(squeezed[1]!, breathe)).slice(-1);
+    expect(Math.abs(after!.loss / before!.loss - 1)).toBeLessThan(0.005);
   });
 });
