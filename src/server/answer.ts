@@ -325,9 +325,13 @@ export class Answer {
 
   /** For a score of it, which may come. */
   #remember(latencyMs: number): void {
-    const { id, tenant, row, target } = this.request;
+    const { id, tenant, target } = this.request;
     const planned = { input: this.#input, plan: this.#plan };
-    const made = madeBy(target, this.#plan);
+    const [part] = target.parts;
+    const rank = part === undefined ? 0 : this.used[0]!.rank;
+    // Changed on the way, it is of no one rank: the policy hears of it, the archive does not.
+    const row = part === undefined || this.#rankMean === rank ? this.request.row : null;
+    const made = madeBy(target, rank);
     this.#deps.archive.scores.remember(id, { ...made, tenant, row, latencyMs, planned });
   }
 }

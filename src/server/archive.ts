@@ -204,7 +204,7 @@ export function readCell(
 }
 
 /** What made an answer, for the scores of it that may come. Rank 0 is the base model's answer. */
-export function madeBy({ parts }: Target, { rank }: Plan): Omit<Elite, 'objective' | 'latencyMs'> {
+export function madeBy({ parts }: Target, rank: number): Omit<Elite, 'objective' | 'latencyMs'> {
   const [part] = rank === 0 ? [] : parts;
   if (part === undefined) return { adapter: null, generation: null, kind: 'base', rank: 0 };
   const { name: adapter, generation, manifest } = part.lease;

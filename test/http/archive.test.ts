@@ -12,6 +12,7 @@ import {
   type Json,
   nothingLeft,
 } from '../support/http-harness.ts';
+import { echoScript } from '../support/scripted-engine.ts';
 
 // Shared: `support` (rank 16) and the base. One adapter of each of two tenants.
 
@@ -367,6 +368,17 @@ describe('feedback', () => {
     expect((await score('plain', 'chatcmpl-nobody')).status).toBe(404);
     const several = await ask('plain', { n: 2 });
     expect((await score('plain', several.body.id)).status).toBe(404);
+  });
+
+  it('of an answer whose rank was changed on the way fills no cell', async () => {
+    await offer('operator', { objective: 0.1, latency_ms: 16 });
+    harness.engine.script = async function* changing(request) {
+      for await (const event of echoScript(request, new AbortController().signal)) {
+        yield event.kind === 'end' ? { ...event, rankMean: 5.5 } : event;
+      }
+    };
+    expect((await scored('plain', many)).body.archive).toBe('counted');
+    expect(harness.judged).toHaveLength(many.length);
   });
 
   it('tells the rank policy, whether there is a domain or not', async () => {
