@@ -1,9 +1,9 @@
 // What the next step computes: continuous batching with chunked prefill. Pure functions from plain data to a plan; the
 // loop executes it. Every decoding sequence gets its row and prompts fill what is left, by two limits once it is known what
 // a step costs. No prompt makes a step longer than the decoding rows can bear by what their requests state. And in a step
-// that several tenants share none makes it much longer than the others would have it: by its credit (tenant-credit.ts), or
-// by `delayShareMax`. Nobody starves: whoever had nothing for `starvedSteps` goes first, and the first prompt in line, and
-// each tenant that decodes, gets at least a token.
+// that several tenants share each may add what the others want on average, or have credit for (tenant-credit.ts), or a
+// share of what the others have in it. Nobody starves: whoever had nothing for `starvedSteps` goes first, and the first
+// prompt in line, or else a row of its tenant, gets a token.
 
 import type { StepCosts } from './messages.ts';
 
@@ -57,6 +57,8 @@ export interface StepPlan {
 
 /** Steps after which whoever waits goes before whoever is urgent. Guess. */
 const starvedSteps = 64;
+/** How long prompts may make a step although nobody minds: whoever comes meanwhile waits for its end. Guess. */
+const prefillMsMax = 100;
 /** How much longer one tenant may make a step than the others' part of it takes. Guess: beside what else its sequences cost
  *  the others it keeps them below 1.5 times (the bar of faults.md S9). */
 const delayShareMax = 0.3;
@@ -79,23 +81,34 @@ export function promptTokenMs(
   return costs.prefillToken + costs.prefillRank * rowRanks + costs.kvCell * cells;
 }
 
-/** What the step takes so far, and who adds what to it. */
+/** What the step takes so far, who adds what to it, and who would. */
 class Ledger {
   readonly costs: StepCosts;
   readonly spentMs: Map<string, number> = new Map();
   ms: number;
   readonly #creditMs: Moment['creditMs'];
-  readonly #isShared: boolean;
+  readonly #wantedMs: Map<string, number> = new Map();
+  #allWantedMs = 0;
 
-  constructor({ costs, creditMs }: Moment, isShared: boolean) {
+  constructor({ costs, creditMs }: Moment, runnables: readonly Runnable[]) {
     this.costs = costs ?? noCosts;
     this.ms = this.costs.step;
     this.#creditMs = creditMs;
-    this.#isShared = isShared && costs !== null;
+    for (const one of costs === null ? [] : runnables) {
+      const left = one.promptTokensLeft;
+      const promptMs = Math.min(prefillMsMax, left * promptTokenMs(this.costs, one, left));
+      const ms = left === 0 ? rowMs(this.costs, one) : promptMs;
+      this.#wantedMs.set(one.tenant, (this.#wantedMs.get(one.tenant) ?? 0) + ms);
+      this.#allWantedMs += ms;
+    }
   }
 
   has(tenant: string): boolean {
     return this.spentMs.has(tenant);
+  }
+
+  wantedMs(tenant: string): number {
+    return this.#wantedMs.get(tenant) ?? 0;
   }
 
   add(tenant: string, ms: number): void {
@@ -103,16 +116,18 @@ class Ledger {
     this.spentMs.set(tenant, (this.spentMs.get(tenant) ?? 0) + ms);
   }
 
-  /** What a tenant may add by its credit. */
-  creditLeftMs(tenant: string): number {
-    if (!this.#isShared) return Number.POSITIVE_INFINITY;
-    return this.#creditMs(tenant) - (this.spentMs.get(tenant) ?? 0);
+  /** What a tenant may add by its credit, or because others want as much. */
+  ownLeftMs(tenant: string): number {
+    const others = this.#wantedMs.size - 1;
+    if (others < 1) return Number.POSITIVE_INFINITY;
+    const meanMs = (this.#allWantedMs - this.wantedMs(tenant)) / others;
+    return Math.max(this.#creditMs(tenant), meanMs) - (this.spentMs.get(tenant) ?? 0);
   }
 
-  /** What a tenant may add by its credit or by what the others have in the step. */
+  /** Or by what the others have in the step. */
   leftMs(tenant: string): number {
     const spent = this.spentMs.get(tenant) ?? 0;
-    return Math.max(this.creditLeftMs(tenant), delayShareMax * (this.ms - spent) - spent);
+    return Math.max(this.ownLeftMs(tenant), delayShareMax * (this.ms - spent) - spent);
   }
 }
 
@@ -121,11 +136,7 @@ export function planStep<T extends Runnable>(
   limits: StepLimits,
   moment: Moment,
 ): StepPlan {
-  const [{ tenant } = { tenant: '' }] = runnables;
-  const ledger = new Ledger(
-    moment,
-    runnables.some((one) => one.tenant !== tenant),
-  );
+  const ledger = new Ledger(moment, runnables);
   const decoding = runnables.filter((one) => one.promptTokensLeft === 0);
   const prompts = runnables.filter((one) => one.promptTokensLeft > 0);
   // One place stays for a prompt: neither kind starves.
@@ -133,17 +144,20 @@ export function planStep<T extends Runnable>(
   const rowsMax = Math.max(1, Math.min(limits.segmentsMax, limits.tokensMax) - spare);
   const rows = chooseRows(decoding, rowsMax, moment, ledger);
   const segments = rows.map(({ id }): PlannedSegment => ({ id, count: 1 }));
-  const msMax = bearableMs(rows, ledger.ms, moment.nowMs);
+  const msMax = Math.min(bearableMs(rows, ledger.ms, moment.nowMs), ledger.ms + prefillMsMax);
 
   let tokens = Math.min(limits.tokensMax - segments.length, limits.prefillTokensMax);
-  for (const prompt of prompts.sort((a, b) => comparePrompts(a, b, moment.step))) {
+  for (const prompt of prompts.sort((a, b) => comparePrompts(a, b, moment.step, ledger))) {
     if (tokens < 1 || segments.length >= limits.segmentsMax) break;
     const most = Math.min(tokens, prompt.promptTokensLeft);
     const tokenMs = promptTokenMs(ledger.costs, prompt, most);
-    const leftMs = Math.min(ledger.leftMs(prompt.tenant), msMax - ledger.ms);
-    const isFirst = segments.length === rows.length;
+    const ownMs = ledger.leftMs(prompt.tenant);
+    // A tenant beyond its share has a row or a token in the step, not both.
+    const isHeld = ledger.has(prompt.tenant) && ownMs < tokenMs && !isStarved(prompt, moment.step);
+    const isFirst = segments.length === rows.length && !isHeld;
     // Nothing over nothing: without costs there is no limit.
-    const affordable = tokenMs === 0 ? most : Math.floor(leftMs / tokenMs);
+    const affordable =
+      tokenMs === 0 ? most : Math.floor(Math.min(ownMs, msMax - ledger.ms) / tokenMs);
     const count = Math.min(most, Math.max(isFirst ? 1 : 0, affordable));
     if (count < 1) continue;
     segments.push({ id: prompt.id, count });
@@ -161,7 +175,7 @@ function chooseRows<T extends Runnable>(
   ledger: Ledger,
 ): T[] {
   const rows: T[] = [];
-  const beyondCredit: T[] = [];
+  const beyondOwn: T[] = [];
   const take = (row: T, ms: number): void => {
     rows.push(row);
     ledger.add(row.tenant, ms);
@@ -169,10 +183,10 @@ function chooseRows<T extends Runnable>(
   for (const row of decoding.sort((a, b) => a.lastStep - b.lastStep || a.arrival - b.arrival)) {
     if (rows.length === rowsMax) return rows;
     const ms = rowMs(ledger.costs, row);
-    if (ms <= ledger.creditLeftMs(row.tenant) || step - row.lastStep > starvedSteps) take(row, ms);
-    else beyondCredit.push(row);
+    if (ms <= ledger.ownLeftMs(row.tenant) || isStarved(row, step)) take(row, ms);
+    else beyondOwn.push(row);
   }
-  for (const row of beyondCredit) {
+  for (const row of beyondOwn) {
     if (rows.length === rowsMax) break;
     const ms = rowMs(ledger.costs, row);
     if (!ledger.has(row.tenant) || ms <= ledger.leftMs(row.tenant)) take(row, ms);
@@ -190,10 +204,17 @@ function bearableMs(rows: readonly Runnable[], ms: number, nowMs: number): numbe
   return most;
 }
 
-function comparePrompts(a: Runnable, b: Runnable, step: number): number {
-  const [aStarved, bStarved] = [a, b].map((one) => step - one.lastStep > starvedSteps);
+function isStarved({ lastStep }: Runnable, step: number): boolean {
+  return step - lastStep > starvedSteps;
+}
+
+/** Tenants that want less go first, and with them whoever is urgent among their own. */
+function comparePrompts(a: Runnable, b: Runnable, step: number, ledger: Ledger): number {
+  const [aStarved, bStarved] = [a, b].map((one) => isStarved(one, step));
   if (aStarved !== bStarved) return aStarved ? -1 : 1;
   if (aStarved) return a.lastStep - b.lastStep || a.arrival - b.arrival;
+  const more = ledger.wantedMs(a.tenant) - ledger.wantedMs(b.tenant);
+  if (a.tenant !== b.tenant && more !== 0) return more;
   if (a.priority !== b.priority) return b.priority - a.priority;
   if (a.dueMs !== b.dueMs) return a.dueMs - b.dueMs;
   return a.arrival - b.arrival;

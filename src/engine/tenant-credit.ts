@@ -1,8 +1,7 @@
-// What tenants may still ask of steps that they share with others, in ms: a leaky bucket each. What a tenant's sequences
-// add to a step is taken from it; what the other tenants of the step had on average, and a small share of the time that
-// passes, is given to it. So whoever uses what others use, or little, always has credit; whoever uses many times as much
-// has none, and scheduler.ts then bounds what it may add. Used alone it is spent as well: a flood that had the machine to
-// itself is known as one when somebody comes.
+// What tenants may ask of steps that they share with others beyond what those ask, in ms: a leaky bucket each. What a
+// tenant's sequences add to steps is taken from it, and a small share of the time that passes is given to it. So whoever
+// uses little can have a long prompt at once, and whoever floods has no credit. Used alone it is spent as well: a flood
+// that had the machine to itself is known as one when somebody comes.
 
 import { LRUCache } from 'lru-cache';
 
@@ -28,15 +27,9 @@ export class TenantCredit {
 
   /** `spentMs`: what each tenant added to a step. */
   charge(spentMs: ReadonlyMap<string, number>, nowMs: number): void {
-    let all = 0;
-    for (const ms of spentMs.values()) all += ms;
     for (const [tenant, ms] of spentMs) {
-      const others = (all - ms) / Math.max(1, spentMs.size - 1);
-      const creditMs = this.of(tenant, nowMs) - ms + others;
-      this.#accounts.set(tenant, {
-        creditMs: Math.min(creditMsMax, Math.max(0, creditMs)),
-        atMs: nowMs,
-      });
+      const creditMs = Math.max(0, this.of(tenant, nowMs) - ms);
+      this.#accounts.set(tenant, { creditMs, atMs: nowMs });
     }
   }
 }

@@ -116,7 +116,7 @@ describe('scheduling', () => {
     ['rows are short', 256 * 5 * 16 + 4096],
     ['cells are short', 200 * 5 * 16],
   ])(
-    'of 256 rows and 10,000 waiting takes at most 2 %% of a step of 40 ms where %s',
+    'takes at most 2 %% of a step of 40 ms with 256 rows and 10,000 waiting where %s',
     async (_name, cells) => {
       const ms = await cpuMsPerStep(cells);
       console.info(`scheduling: ${ms.toFixed(3)} ms of CPU a step`);
