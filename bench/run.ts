@@ -17,6 +17,7 @@ import { describePlace, type Report, round } from './measure.ts';
 import { benchMemory } from './memory.ts';
 import { benchRanks } from './ranks.ts';
 import { benchResidency } from './residency.ts';
+import { benchSimulate } from './simulate.ts';
 import { benchSwap } from './swap.ts';
 import { benchTenants } from './tenants.ts';
 import { benchTrainstep } from './trainstep.ts';
@@ -27,6 +28,8 @@ interface Settings {
   readonly rounds: number;
   readonly weights: WeightMode;
   readonly folder: string;
+  /** For simulate. */
+  readonly trace: string | null;
 }
 
 const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>> = {
@@ -44,6 +47,7 @@ const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>>
   residency: (settings) => benchResidency(settings, settings.rounds),
   load: (settings) => benchLoad(settings, settings.rounds),
   memory: (settings) => benchMemory(settings),
+  simulate: ({ trace }) => benchSimulate({ tracePath: trace }),
   swap: (settings) => benchSwap(settings, settings.rounds),
   tenants: (settings) => benchTenants(settings, settings.rounds),
   // Its opponent is Python: the first run makes an environment under data/ from PyPI (torch, gigabytes).
@@ -82,6 +86,7 @@ async function main(): Promise<void> {
       rounds: { type: 'string', default: '5' },
       weights: { type: 'string', default: 'faithful' },
       model: { type: 'string' },
+      trace: { type: 'string' },
     },
   });
   const bench = benches[positionals[0] ?? ''];
@@ -91,14 +96,16 @@ async function main(): Promise<void> {
   const { weights } = values;
   if (bench === undefined || !isCount(threads) || !isCount(rounds) || !isWeightMode(weights)) {
     throw new Error(
-      `usage: npm run -s bench -- ${Object.keys(benches).join('|')} [--json] [--threads N] [--rounds N] [--weights parity|faithful|fast] [--model FILE]`,
+      `usage: npm run -s bench -- ${Object.keys(benches).join('|')} [--json] [--threads N] [--rounds N] [--weights parity|faithful|fast] [--model FILE] [--trace FILE]`,
     );
   }
   const place = describePlace();
-  const modelPath = values.model ?? (await fetchDefaultModel());
+  const isModelless = bench === benches.simulate;
+  const modelPath = values.model ?? (isModelless ? '' : await fetchDefaultModel());
   const folder = mkdtempSync(join(tmpdir(), 'rankgate-bench-'));
   try {
-    const report = await bench({ modelPath, threads, rounds, weights, folder });
+    const trace = values.trace ?? null;
+    const report = await bench({ modelPath, threads, rounds, weights, folder, trace });
     const loadAverageAtEnd = round(loadavg()[0]!);
     const run = { model: basename(modelPath), threads, rounds, ...place, loadAverageAtEnd };
     if (values.json) {
