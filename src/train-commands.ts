@@ -209,8 +209,8 @@ export function createFollower(
     stage = now;
     const msPerStep = step > first.step ? (nowMs() - first.ms) / (step - first.step) : null;
     const left = msPerStep === null ? '' : `  ${timeText((steps - step) * msPerStep)} left`;
-    const curve = `loss ${loss?.toFixed(4) ?? '?'} ${sparkline(losses)}`;
-    const line = `${renderBar(share)} step ${step} of ${steps}  ${curve}${left}`;
+    const curve = loss === null ? '' : `  loss ${loss.toFixed(4)} ${sparkline(losses)}`;
+    const line = `${renderBar(share)} step ${step} of ${steps}${curve}${left}`;
     err(isTerminal ? `\r\u001b[K${line}` : `${line}\n`);
   };
 }

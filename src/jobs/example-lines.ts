@@ -98,7 +98,7 @@ const chat = z.strictObject({ messages: z.array(message).min(1).max(1024) });
 const pair = z.strictObject({ prompt: text, completion: text.min(1) });
 
 /** Throws INVALID_FILE that says what is wrong with the line; the caller knows its number. */
-export function parseExample(line: string): ExampleShape {
+function parseExample(line: string): ExampleShape {
   const value = parseJson(line);
   const isPair = typeof value === 'object' && value !== null && 'prompt' in value;
   const parsed = isPair ? pair.safeParse(value) : chat.safeParse(value);

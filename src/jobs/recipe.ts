@@ -161,7 +161,7 @@ const optimizer = z.discriminatedUnion('name', [
 ]);
 
 // Between 1e-3 and 3e-3 the objectives' order on the default base was the same (section 1).
-export const defaultLearningRate = 1e-3;
+export const defaultLearningRate: number = 1e-3;
 
 /** Windows × tokens that are computed at once: a guess at what no machine of ours holds more of. */
 const batchRowsMax = 65_536;

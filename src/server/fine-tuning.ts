@@ -6,7 +6,7 @@ import { z } from 'zod';
 import type { Generation } from '../adapters/adapter.ts';
 import { GatewayError } from '../errors.ts';
 import type { Job, JobCheckpoint, JobEvent } from '../jobs/job.ts';
-import { parseRecipe, type Recipe } from '../jobs/recipe.ts';
+import { defaultLearningRate, parseRecipe, type Recipe } from '../jobs/recipe.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { ownerOf, trainingOf, viewerOf } from './files.ts';
@@ -115,7 +115,6 @@ function recipeOf(body: Body): Recipe {
 }
 
 const defaults = parseRecipe({}, 'rankgate');
-const rateDefault = Number(defaults.learningRate);
 
 function fromHyperparameters(wanted: Hyperparameters): Partial<Recipe> {
   const { n_epochs: epochs, batch_size: batch, learning_rate_multiplier: multiplier } = wanted;
@@ -124,7 +123,7 @@ function fromHyperparameters(wanted: Hyperparameters): Partial<Recipe> {
   return {
     ...(typeof epochs === 'number' ? { epochs } : {}),
     ...(typeof batch === 'number' ? { batchWindows, accumulation: batch / batchWindows } : {}),
-    ...(typeof multiplier === 'number' ? { learningRate: rateDefault * multiplier } : {}),
+    ...(typeof multiplier === 'number' ? { learningRate: defaultLearningRate * multiplier } : {}),
   };
 }
 
@@ -169,7 +168,7 @@ function describeJob(job: Job): Described {
     n_epochs: recipe.epochs,
     batch_size: recipe.batchWindows * recipe.accumulation,
     learning_rate_multiplier:
-      recipe.learningRate === 'sweep' ? 'auto' : recipe.learningRate / rateDefault,
+      recipe.learningRate === 'sweep' ? 'auto' : recipe.learningRate / defaultLearningRate,
   };
   const hasSucceeded = state === 'succeeded';
   return {

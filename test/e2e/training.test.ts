@@ -66,7 +66,8 @@ describe('training, from a file to an answer', () => {
     expect(await say(first.fine_tuned_model!)).toContain(answer);
     expect(await say(gateway.modelName)).not.toContain(answer);
     expect((await client.models.retrieve(first.fine_tuned_model!)).id).toBe(first.fine_tuned_model);
-    expect([foldersOf(gateway), readdirSync(join(dataDir, 'uploads'))]).toEqual([[], []]);
+    expect(readdirSync(join(dataDir, 'uploads'))).toEqual([]);
+    await expect.poll(() => foldersOf(gateway)).toEqual([]);
   }, 120_000);
 
   it('goes on from an adapter', async () => {
@@ -119,7 +120,25 @@ describe('training, from a file to an answer', () => {
       ({ status }) => status === 'succeeded',
     );
     expect(rankgate.generation).toBe(first.rankgate.generation);
-    expect(foldersOf(gateway)).toEqual([]);
+    await expect.poll(() => foldersOf(gateway)).toEqual([]);
+  }, 180_000);
+
+  it('is not touched by a trainer that slept until another had done its work', async () => {
+    const { id } = await createJob(gateway, 'slept');
+    const sinceStep5 = ({ rankgate }: TrainedJob): boolean => (rankgate.progress?.step ?? 0) >= 5;
+    await jobUntil(clientOf(gateway), id, sinceStep5);
+    const pid = trainerPid(gateway)!;
+    process.kill(pid, 'SIGSTOP'); // It does not even see its gateway die.
+    await gateway.stop('SIGKILL');
+    gateway = await startTraining(dataDir);
+    const job = await jobUntil(clientOf(gateway), id, ({ status }) => status === 'succeeded');
+    expect(isAlive(pid)).toBe(true);
+    process.kill(pid, 'SIGCONT');
+    await expect.poll(() => isAlive(pid), { timeout: 20_000 }).toBe(false);
+    const after = (await clientOf(gateway).fineTuning.jobs.retrieve(id)) as TrainedJob;
+    expect(after).toEqual(job);
+    expect(job.rankgate.generation).toBe(first.rankgate.generation);
+    expect(await say(job.fine_tuned_model!)).toContain(answer);
   }, 180_000);
 
   it('is given back by a gateway that closes, and goes on where it was', async () => {

@@ -131,9 +131,9 @@ describe('a fine-tuning job', () => {
   });
 
   it('with a recipe that this build does not have is refused by name', async () => {
-    const { status, body } = await create({ rankgate: { kind: 'fly' } });
+    const { status, body } = await create({ rankgate: { kind: 'sara' } });
     expect([status, body.error.code]).toEqual([400, 'unsupported']);
-    expect(body.error.message).toContain('fly is not in this build');
+    expect(body.error.message).toContain('sara is not in this build');
     expect((await create({ rankgate: { ranks: [3, 2] } })).body.error.message).toContain('ranks');
   });
 
