@@ -97,6 +97,7 @@ export class Answer {
     this.used = usedAdapters(target, this.#plan);
     this.#sequences = prompts.flatMap((prompt) =>
       Array.from({ length: n }, () => ({
+        tenant: request.tenant,
         promptTokens: prompt.length,
         ranks: this.#plan.ranks,
         generations: this.used.map((one) => one.generation),

@@ -40,7 +40,7 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
   if (body.stream_options !== undefined && body.stream !== true) {
     throw invalidRequest('stream_options is for streams only', 'stream_options');
   }
-  checkRoom(deps);
+  checkRoom(deps, c.get('tenant'));
   const { domain } = body;
   if (domain !== undefined && body.adapters !== undefined) {
     throw invalidRequest('domain goes with one model, not with adapters', 'domain');
@@ -92,9 +92,10 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
 }
 
 /** Said here and at once: the engine may be in the middle of a long step. */
-function checkRoom({ engine, inFlight, config, router }: ServerDeps): void {
-  const { queued } = inFlight;
-  if (queued < config.queueRequestsMax) return;
+function checkRoom({ engine, inFlight, config, router }: ServerDeps, tenant: string): void {
+  const { count: queued, own, most } = inFlight.queued(tenant);
+  // Whoever has most in a full queue gives way to others there (engine/waiting-queue.ts).
+  if (queued < config.queueRequestsMax || own + 1 < most) return;
   const code = engine.isReady() ? 'CONTENDED' : 'NO_CAPACITY';
   const retryAfterS = router.retryAfterS(inFlight.load());
   throw new GatewayError(code, `${queued} requests wait`, { retryAfterS });

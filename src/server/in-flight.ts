@@ -5,6 +5,7 @@ import type { Generation } from '../adapters/adapter.ts';
 import type { RouteInput } from '../router/policy.ts';
 
 export interface FlyingSequence {
+  readonly tenant: string;
   readonly promptTokens: number;
   /** Active ranks of all its adapters. */
   readonly ranks: number;
@@ -44,11 +45,16 @@ export class InFlight {
     return this.#sequences.size;
   }
 
-  /** Those that have no room in the engine yet. */
-  get queued(): number {
+  /** Those that have no room in the engine yet: all, those of `tenant`, and those of whoever has most. */
+  queued(tenant: string): { readonly count: number; readonly own: number; readonly most: number } {
+    const counts = new Map<string, number>();
     let count = 0;
-    for (const { isStarted } of this.#sequences) if (!isStarted) count += 1;
-    return count;
+    for (const one of this.#sequences) {
+      if (one.isStarted) continue;
+      count += 1;
+      counts.set(one.tenant, (counts.get(one.tenant) ?? 0) + 1);
+    }
+    return { count, own: counts.get(tenant) ?? 0, most: Math.max(0, ...counts.values()) };
   }
 
   /** A sequence waits until its first token: one with room may have its prompt before it. `siblings` are sequences of the

@@ -46,6 +46,7 @@ function ask(id: string, rank: number, times = 1): void {
     generations: [],
     adapters: [{ id, rank }],
     completionTokens: 0,
+    tenant: 't',
     isStarted: false,
   };
   for (let i = 0; i < times; i++) inFlight.add({ ...sequence });

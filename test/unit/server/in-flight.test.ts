@@ -8,13 +8,14 @@ it('load is what decodes, what still has its prompt to compute, and the siblings
   expect(inFlight.load()).toEqual(none);
   const sequence = (promptTokens: number, ranks: number): FlyingSequence => ({
     ...{ promptTokens, ranks, generations: [], adapters: [] },
-    ...{ completionTokens: 0, isStarted: false },
+    ...{ tenant: 't', completionTokens: 0, isStarted: false },
   });
   const [one, other] = [sequence(10, 4), sequence(200, 16)];
   inFlight.add(one);
   inFlight.add(other);
   expect(inFlight.load()).toEqual({ ...none, waiting: 2, waitingPromptTokens: 210 });
-  expect(inFlight.queued).toBe(2);
+  expect(inFlight.queued('t')).toEqual({ count: 2, own: 2, most: 2 });
+  expect(inFlight.queued('other')).toEqual({ count: 2, own: 0, most: 2 });
   one.isStarted = true;
   other.isStarted = true;
   one.completionTokens = 3;
@@ -22,7 +23,7 @@ it('load is what decodes, what still has its prompt to compute, and the siblings
   expect(inFlight.load(siblings)).toEqual({
     ...{ decodeRows: 1, decodeRanks: 4, kvCells: 13, waiting: 2, waitingPromptTokens: 207 },
   });
-  expect(inFlight.queued).toBe(0);
+  expect(inFlight.queued('t')).toEqual({ count: 0, own: 0, most: 0 });
   inFlight.remove(one);
   inFlight.remove(other);
   expect(inFlight.load()).toEqual(none);
