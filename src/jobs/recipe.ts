@@ -109,7 +109,10 @@ export interface Recipe {
     | { readonly kind: 'eva'; readonly rho: number; readonly tokens: number };
   readonly regularizer: TrpRecipe | null;
   readonly rankSelection: null;
-  readonly modules: 'all';
+  /** `diffora`: this share of the targets' modules, found by a search as long as that share of the run. */
+  readonly modules:
+    | 'all'
+    | { readonly kind: 'diffora'; readonly keepRatio: number; readonly searchShare: number };
   readonly batchSchedule: null;
   readonly continual: null;
   /** Steps between evaluations; null: at the end only. */
@@ -215,7 +218,16 @@ const schema = z.strictObject({
     .nullable()
     .default(null),
   rankSelection: z.null().default(null),
-  modules: z.literal('all').default('all'),
+  modules: z
+    .union([
+      z.literal('all'),
+      z.strictObject({
+        kind: z.literal('diffora'),
+        keepRatio: z.number().positive().max(1).default(0.5),
+        searchShare: z.number().positive().max(1).default(0.2),
+      }),
+    ])
+    .default('all'),
   batchSchedule: z.null().default(null),
   continual: z.null().default(null),
   evaluateEvery: stepCount.nullable().default(null),
@@ -231,7 +243,6 @@ const unbuilt: Readonly<Record<string, readonly string[]>> = {
   'optimizer.name': ['eggroll'],
   'init.kind': ['meta'],
   'rankSelection.kind': ['codyra'],
-  'modules.kind': ['diffora'],
   'batchSchedule.kind': ['adadagrad'],
   'continual.kind': ['coso'],
 };
@@ -293,6 +304,16 @@ function conflict(recipe: Recipe): readonly [path: string, message: string] | nu
       kind === 'lora' || recipe.init.kind === 'kaiming',
       'init.kind',
       `eva is lora's, not ${kind}'s`,
+    ],
+    [
+      kind === 'lora' || recipe.modules === 'all',
+      'modules.kind',
+      `diffora is lora's, not ${kind}'s`,
+    ],
+    [
+      recipe.modules === 'all' || recipe.init.kind === 'kaiming',
+      'modules.kind',
+      'diffora beside eva, which gives ranks to modules already',
     ],
     [
       kind === 'lora' || !isPlain || order === 'svd',

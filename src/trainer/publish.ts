@@ -76,7 +76,7 @@ export interface ModuleFactors {
 /** What a level of a packed adapter has of a module, as the first of `ranks` ranks, the others 0. */
 export function servedFactors(
   packed: PackedAdapter,
-  { block, projection, in: width, out }: Site,
+  { block, projection, in: width, out }: Omit<Site, 'weight'>,
   { level, ranks }: { readonly level: number; readonly ranks: number },
 ): ModuleFactors {
   const { modules, rankMax } = packed.manifest;
@@ -122,6 +122,7 @@ export function checkStart(recipe: Recipe, { manifest }: PackedAdapter, baseHash
   if (recipe.kind !== 'lora' && recipe.kind !== 'matryoshka')
     refuse(`a ${recipe.kind} begins anew`);
   if (recipe.init.kind !== 'kaiming') refuse(`${recipe.init.kind} begins anew`);
+  if (recipe.modules !== 'all') refuse(`${recipe.modules.kind} begins anew`);
   if (manifest.baseHash !== baseHash) refuse('it is of another base');
   if (!pairKinds.includes(kind)) refuse(`a ${kind} is no low-rank pair`);
   if (rankMax > recipe.rank) refuse(`it has ${rankMax} ranks, the recipe ${recipe.rank}`);

@@ -52,6 +52,8 @@ export interface SessionOptions {
   readonly training: readonly Example[];
   readonly heldOut: readonly Example[];
   readonly start: PackedAdapter | null;
+  /** moduleIndex of those that are trained, of the targets'; null: all. */
+  readonly modules?: ReadonlySet<number> | null;
 }
 
 export interface StepReport {

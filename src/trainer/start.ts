@@ -6,7 +6,7 @@ import { zeros } from '../adapters/families/matrices.ts';
 import type { Columns } from '../adapters/orthogonal.ts';
 import type { PackedAdapter } from '../adapters/pack.ts';
 import type { Recipe } from '../jobs/recipe.ts';
-import { type Projection, projectionShape } from '../model/decoder-config.ts';
+import { moduleIndex, type Projection, projectionShape } from '../model/decoder-config.ts';
 import { readWeight } from '../model/training-decoder.ts';
 import { evaModules } from './eva.ts';
 import type { Example } from './examples.ts';
@@ -20,18 +20,27 @@ export interface Start {
   readonly recipe: Recipe;
   readonly training: readonly Example[];
   readonly start: PackedAdapter | null;
+  readonly modules?: ReadonlySet<number> | null;
 }
 
-export function startModules({ base, recipe, training, start }: Start): TrainedModule[] {
+export function startModules({
+  base,
+  recipe,
+  training,
+  start,
+  modules = null,
+}: Start): TrainedModule[] {
   if (recipe.init.kind === 'eva') {
     return evaStart(base, recipe, momentsOf(base, recipe, training));
   }
   return Array.from({ length: base.config.blocks }, (_, block) =>
-    recipe.targets.map((projection) => {
-      const site = siteOf(base, block, projection);
-      const module = { site, tensors: initialTensors(recipe, site) };
-      return start === null ? module : continuedFrom(recipe, module, start);
-    }),
+    recipe.targets
+      .filter((projection) => modules?.has(moduleIndex(block, projection)) ?? true)
+      .map((projection) => {
+        const site = siteOf(base, block, projection);
+        const module = { site, tensors: initialTensors(recipe, site) };
+        return start === null ? module : continuedFrom(recipe, module, start);
+      }),
   ).flat();
 }
 

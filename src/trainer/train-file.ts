@@ -7,13 +7,16 @@ import { join } from 'node:path';
 import { generationOf, openPacked, type PackedAdapter } from '../adapters/pack.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
 import type { FromTrainer, TrainerSpec } from '../jobs/messages.ts';
-import { parseRecipe, type Recipe } from '../jobs/recipe.ts';
+import { defaultLearningRate, parseRecipe, type Recipe } from '../jobs/recipe.ts';
+import type { Comparison } from '../jobs/refresh-gate.ts';
 import { createKernels } from '../kernels/create-kernels.ts';
+import type { Kernels } from '../kernels/kernels.ts';
 import { readDecoderConfig } from '../model/decoder-config.ts';
 import { rememberedSha256 } from '../model/file-hash.ts';
 import { type GgufFile, openGguf } from '../model/gguf.ts';
 import { loadWeights } from '../model/weights.ts';
 import { readCheckpoint, writeCheckpoint } from './checkpoint.ts';
+import { compareAdapters, guardExamples } from './compare.ts';
 import { gainAurac } from './evaluation.ts';
 import {
   createExampleEncoder,
@@ -23,8 +26,14 @@ import {
   type Split,
   splitExamples,
 } from './examples.ts';
+import { searchModules } from './module-search.ts';
 import { writePublished } from './publish.ts';
-import { type Breathe, TrainingSession } from './session.ts';
+import {
+  type Breathe,
+  type SessionOptions,
+  type TrainingBase,
+  TrainingSession,
+} from './session.ts';
 import { chooseRate, firstRoundSteps, sweepRates } from './sweep.ts';
 
 export interface TrainHooks {
@@ -44,25 +53,70 @@ export async function trainFile(spec: TrainerSpec, hooks: TrainHooks): Promise<v
   using file = openGguf(spec.modelPath);
   const split = await readSplit(spec, recipe, file);
   const start = spec.startFrom === null ? null : await readStart(spec.startFrom);
-  const config = readDecoderConfig(file);
-  // f32 activations over the file's own weights: the numbers that serving is faithful to.
-  using kernels = await createKernels('ggml', { threads: spec.threads, f32Activations: true });
-  const weights = loadWeights(file, config, { kernels, mode: 'faithful', cache: null });
-  const base = { config, weights, kernels, hash: spec.modelHash };
-  const learningRate = recipe.learningRate === 'sweep' ? sweepRates[0]! : recipe.learningRate;
-  using session = new TrainingSession({
-    ...{ base, start, ...split },
-    recipe: { ...recipe, learningRate },
-  });
-  const training: Training = { spec, recipe, session, hooks };
+  const prepared = { spec, recipe, file, ...split, start };
+  try {
+    const modules = recipe.modules === 'all' ? null : await search(prepared, hooks);
+    await trainModules({ ...prepared, modules }, hooks);
+  } catch (error) {
+    if (!(error instanceof Stopped)) throw error;
+    hooks.tell({ kind: 'stopped' });
+  }
+}
+
+interface Prepared extends Split {
+  readonly spec: TrainerSpec;
+  readonly recipe: Recipe;
+  readonly file: GgufFile;
+  readonly start: PackedAdapter | null;
+}
+
+/** In kernels of its own: nothing of it stays in memory. */
+async function search(prepared: Prepared, hooks: TrainHooks): Promise<ReadonlySet<number>> {
+  const base = await openBase(prepared);
+  using _ = base.kernels;
+  const learningRate = rateOf(prepared.recipe, defaultLearningRate);
+  const options = { ...prepared, base, recipe: { ...prepared.recipe, learningRate } };
+  return (await searchModules(options, breatheBy(hooks))).kept;
+}
+
+async function trainModules(
+  { spec, recipe, ...prepared }: Prepared & Pick<SessionOptions, 'modules'>,
+  hooks: TrainHooks,
+): Promise<void> {
+  const base = await openBase({ spec, file: prepared.file });
+  using _ = base.kernels;
+  const learningRate = rateOf(recipe, sweepRates[0]!);
+  using session = new TrainingSession({ ...prepared, base, recipe: { ...recipe, learningRate } });
+  const compared = { ...prepared, base };
+  const training: Training = { spec, recipe, session, hooks, compared };
   hooks.tell({ kind: 'started', steps: session.steps, memory: session.memory });
   try {
     await train(training);
   } catch (error) {
-    if (!(error instanceof Stopped)) throw error;
-    if (training.session.step > 0) await saveCheckpoint(training);
-    hooks.tell({ kind: 'stopped' });
+    if (error instanceof Stopped && session.step > 0) await saveCheckpoint(training);
+    throw error;
   }
+}
+
+async function openBase({
+  spec,
+  file,
+}: Pick<Prepared, 'spec' | 'file'>): Promise<TrainingBase & { readonly kernels: Kernels }> {
+  const config = readDecoderConfig(file);
+  // f32 activations over the file's own weights: the numbers that serving is faithful to.
+  const kernels = await createKernels('ggml', { threads: spec.threads, f32Activations: true });
+  const weights = loadWeights(file, config, { kernels, mode: 'faithful', cache: null });
+  return { config, weights, kernels, hash: spec.modelHash };
+}
+
+function rateOf({ learningRate }: Recipe, sweeping: number): number {
+  return learningRate === 'sweep' ? sweeping : learningRate;
+}
+
+function breatheBy(hooks: TrainHooks): Breathe {
+  return async () => {
+    if ((await hooks.breathe()) === 'stop') throw new Stopped();
+  };
 }
 
 async function checkModel({ modelPath, modelHash, cacheDirectory }: TrainerSpec): Promise<void> {
@@ -105,13 +159,12 @@ interface Training {
   readonly recipe: Recipe;
   readonly session: TrainingSession;
   readonly hooks: TrainHooks;
+  readonly compared: Pick<SessionOptions, 'base' | 'heldOut' | 'start'> & { readonly file: GgufFile };
 }
 
 async function train(training: Training): Promise<void> {
   const { spec, recipe, session, hooks } = training;
-  const breathe = async (): Promise<void> => {
-    if ((await hooks.breathe()) === 'stop') throw new Stopped();
-  };
+  const breathe = breatheBy(hooks);
   if (spec.resumeFrom !== null) {
     const checkpoint = readCheckpoint(spec.resumeFrom);
     if (recipe.learningRate === 'sweep') session.restart(checkpoint.learningRate, recipe.stepsMax);
@@ -143,7 +196,29 @@ async function train(training: Training): Promise<void> {
   const directory = join(spec.folder, 'adapter');
   await writePublished(directory, packed);
   const aurac = baseLoss === null ? null : gainAurac(baseLoss, losses).v1;
-  hooks.tell({ kind: 'result', directory, losses, baseLoss, aurac });
+  const comparison = await compare(training, packed.bytes, breathe);
+  hooks.tell({ kind: 'result', directory, losses, baseLoss, aurac, comparison });
+}
+
+/** What was made beside what it was made from. */
+async function compare(
+  { spec, recipe, compared: { base, heldOut, start, file } }: Training,
+  made: Uint8Array,
+  breathe: Breathe,
+): Promise<Comparison | null> {
+  if (spec.compare === null || start === null) return null;
+  const { earlier } = spec.compare;
+  return compareAdapters(
+    {
+      before: start,
+      after: openPacked(made, generationOf(made)),
+      earlier: earlier === null ? null : await readStart(earlier),
+    },
+    {
+      ...{ base, heldOut, breathe, ranks: recipe.ranks },
+      guard: guardExamples(createExampleEncoder(file.metadata, recipe.windowTokens)),
+    },
+  );
 }
 
 /** Leaves the session at the start of the run, with the rate whose short run ended best. */

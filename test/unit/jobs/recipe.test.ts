@@ -47,7 +47,6 @@ describe('a recipe', () => {
     [{ kind: 'sara' }, 'recipe.kind: sara'],
     [{ optimizer: { name: 'eggroll' } }, 'recipe.optimizer.name: eggroll'],
     [{ init: { kind: 'meta', anything: 1 } }, 'recipe.init.kind: meta'],
-    [{ modules: { kind: 'diffora' } }, 'recipe.modules.kind: diffora'],
   ])('refuses what is not built by its name: %j', (json, start) => {
     const { code, message } = refusal(json);
     expect(code).toBe('UNSUPPORTED');
@@ -71,6 +70,16 @@ describe('a recipe', () => {
     [{ rank: 8, ranks: [1, 2, 4] }, 'recipe.ranks: '],
     [{ rank: 8, ranks: [1, 16] }, 'recipe.ranks: '],
     [{ kind: 'lora', objective: 'multi' }, 'recipe.objective: '],
+    [{ kind: 'fly', objective: 'diag' }, 'recipe.objective: '],
+    [{ kind: 'fly', rank: 8, topK: 9 }, 'recipe.topK: '],
+    [{ kind: 'hydra', order: 'as-trained' }, 'recipe.order: '],
+    [{ kind: 'mora', init: { kind: 'eva' } }, 'recipe.init.kind: '],
+    [{ kind: 'lora', init: { kind: 'eva', rho: 0.5 } }, 'recipe.init.rho: '],
+    [{ modules: { kind: 'diffora' } }, 'recipe.modules.kind: '],
+    [
+      { kind: 'lora', modules: { kind: 'diffora' }, init: { kind: 'eva' } },
+      'recipe.modules.kind: ',
+    ],
     [{ objective: 'plain' }, 'recipe.objective: '],
     [{ objective: 'diag', order: 'as-trained' }, 'recipe.order: '],
     [{ objective: 'diag', order: 'as-published', scaling: 'sqrt' }, 'recipe.order: '],

@@ -106,6 +106,17 @@ describe('a training file and a recipe', () => {
     expect(manifest).toMatchObject({ kind: 'matryoshka', rankMax: 4, baseHash: modelHash });
   });
 
+  it('choose modules before the run, and can be stopped there', async () => {
+    const modules = { kind: 'diffora', keepRatio: 0.5, searchShare: 0.5 };
+    const recipe = tinyRecipe({ kind: 'lora', stepsMax: 4, learningRate: 1e-2, modules });
+    const { directory } = only(await run(specOf({ recipe })), 'result')[0]!;
+    const config = readFileSync(join(directory, 'rankgate.json'), 'utf8');
+    const bytes = new Uint8Array(adapterBytes(directory));
+    const { manifest } = importPacked(config, bytes, { ...tinyBase, hash: modelHash });
+    expect(manifest.modules.length).toBe(7);
+    expect(await run(specOf({ recipe }), 3)).toEqual([{ kind: 'stopped' }]);
+  });
+
   it('stopped anywhere and gone on with, the adapter is the same to the byte', async () => {
     const whole = only(await run(specOf()), 'result')[0]!;
     for (const breaths of [0, 1, 7, 22, 26]) {
