@@ -397,7 +397,7 @@ describe('diffora', () => {
         return d.gates;
       });
     };
-    for (let step = 0; step < 60; step++) {
+    for (let step = 0; step < 40; step++) {
       compute();
       for (const { a, b, optimizer: own } of modules) own.step([a, b], 0.02);
       chosen.setGradient(compute()); // of other examples
