@@ -127,7 +127,7 @@ async function countExamples(chunks: AsyncIterable<Uint8Array>): Promise<number>
 
 export function listFiles(c: Context<Env>, deps: ServerDeps): Response {
   const { files } = trainingOf(deps);
-  const wish = pageWishOf(c, ['purpose']);
+  const wish = pageWishOf(c, ['order', 'purpose']);
   const { purpose = 'fine-tune' } = c.req.query();
   if (purpose !== 'fine-tune') return c.json(listOf({ items: [], hasMore: false }, describeFile));
   return c.json(listOf(files.list(viewerOf(c.get('caller')), wish), describeFile));

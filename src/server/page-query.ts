@@ -1,4 +1,4 @@
-// The query of a list: after, limit, order, as OpenAI has them, and what a list answers.
+// The query of a list, as OpenAI has it: after, limit and, where a list has two ways, order; and what a list answers.
 
 import type { Context } from 'hono';
 import type { Page, PageWish } from '../jobs/job.ts';
@@ -10,7 +10,7 @@ const limitDefault = 20;
 
 /** `more` are the parameters that the call knows besides; any other is refused by name. */
 export function pageWishOf(c: Context<Env>, more: readonly string[] = []): PageWish {
-  const known = ['after', 'limit', 'order', ...more];
+  const known = ['after', 'limit', ...more];
   const unknown = Object.keys(c.req.query()).find((name) => !known.includes(name));
   if (unknown !== undefined) throw invalidRequest(`known parameters: ${known.join(', ')}`);
   const { after = null, limit = String(limitDefault), order = 'desc' } = c.req.query();

@@ -217,7 +217,9 @@ describe('a fine-tuning job', () => {
       fine_tuned_model_checkpoint: null,
       metrics: { step: 3, train_loss: 0.25 },
     });
-    expect((await call('operator', 'GET', `${jobs}/${id}/events?after=x`)).status).toBe(400);
+    for (const query of ['after=x', 'order=asc', 'limit=0']) {
+      expect((await call('operator', 'GET', `${jobs}/${id}/events?${query}`)).status).toBe(400);
+    }
   });
 
   it('belongs to its tenant, and so does its adapter', async () => {

@@ -1,0 +1,125 @@
+import { createHash } from 'node:crypto';
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import type { FromTrainer, TrainerSpec } from '../../../src/jobs/messages.ts';
+import { parseRecipe } from '../../../src/jobs/recipe.ts';
+import { TrainerChild } from '../../../src/jobs/trainer-child.ts';
+import { entryExecArgv, entryUrl } from '../../../src/model/spawn-entry.ts';
+
+// The real entry in a real process over the tiny model: how it answers to its channel.
+
+const modelPath = join(import.meta.dirname, '../../golden/tiny/tiny-f32.gguf');
+let root: string;
+let child: TrainerChild;
+let heard: FromTrainer[];
+let ended: Promise<string>;
+beforeEach(() => {
+  root = mkdtempSync(join(tmpdir(), 'rankgate-trainer-'));
+  mkdirSync(join(root, 'job'));
+  heard = [];
+});
+afterEach(async () => {
+  child.kill();
+  await ended;
+  rmSync(root, { recursive: true });
+});
+
+function start(text: string, over: Partial<TrainerSpec> = {}): void {
+  const trainingPath = join(root, 'file.jsonl');
+  writeFileSync(trainingPath, text);
+  const recipe = parseRecipe(
+    {
+      rank: 4,
+      windowTokens: 64,
+      batchWindows: 1,
+      accumulation: 1,
+      epochs: 20,
+      checkpointEvery: 1000,
+    },
+    'recipe',
+  );
+  const spec: TrainerSpec = {
+    modelPath,
+    modelHash: createHash('sha256').update(readFileSync(modelPath)).digest('hex'),
+    jobId: 'ftjob-1',
+    fence: 1,
+    recipe,
+    trainingPath,
+    heldOutPath: null,
+    startFrom: null,
+    resumeFrom: null,
+    folder: join(root, 'job'),
+    threads: 1,
+    cacheDirectory: join(root, 'cache'),
+    ...over,
+  };
+  const options = {
+    entry: entryUrl(import.meta.url, '../../../src/trainer/trainer-process'),
+    execArgv: entryExecArgv(import.meta.url),
+    environment: {},
+    nice: 0,
+    after(ms: number, callback: () => void) {
+      const timer = setTimeout(callback, ms);
+      return () => clearTimeout(timer);
+    },
+  };
+  ended = new Promise((resolve) => {
+    child = new TrainerChild(options, spec, {
+      onMessage: (message) => void heard.push(message),
+      onEnd: resolve,
+    });
+  });
+}
+
+const of = <K extends FromTrainer['kind']>(kind: K): Extract<FromTrainer, { kind: K }>[] =>
+  heard.filter((message): message is Extract<FromTrainer, { kind: K }> => message.kind === kind);
+const lines = Array.from({ length: 8 }, (_, i) => `{"prompt":"say ${i}","completion":"two"}`);
+
+describe('a trainer process', () => {
+  it('computes only while it may, gives signs of life meanwhile, and ends with its result', async () => {
+    start(lines.join('\n'));
+    child.send({ kind: 'pace', share: 0 });
+    await expect.poll(() => of('started').length, { timeout: 50_000 }).toBe(1);
+    const alive = of('alive').length;
+    await expect.poll(() => of('alive').length, { timeout: 50_000 }).toBe(alive + 2);
+    expect(of('progress')).toEqual([]);
+    child.send({ kind: 'pace', share: 1 });
+    expect(await ended).toBe('exit code 0');
+    const [{ steps }] = of('started') as [{ steps: number }];
+    expect(of('progress').map(({ step }) => step)).toEqual(
+      Array.from({ length: steps }, (_, i) => i + 1),
+    );
+    const [result] = of('result');
+    expect(existsSync(join(result!.directory, 'adapter_model.safetensors'))).toBe(true);
+    expect(heard.findLast(({ kind }) => kind !== 'alive')).toBe(result);
+  }, 120_000);
+
+  it('leaves a checkpoint when it is told to stop, however long it would have rested', async () => {
+    start(lines.join('\n'));
+    child.send({ kind: 'pace', share: 0.3 });
+    await expect.poll(() => of('progress').length, { timeout: 50_000 }).toBeGreaterThan(1);
+    child.send({ kind: 'pace', share: 0 });
+    child.send({ kind: 'stop' });
+    expect(await ended).toBe('exit code 0');
+    const [checkpoint] = of('checkpoint');
+    expect(checkpoint!.step).toBe(of('progress').at(-1)!.step);
+    expect(existsSync(checkpoint!.path)).toBe(true);
+    expect(of('stopped')).toHaveLength(1);
+    expect(of('result')).toEqual([]);
+  }, 60_000);
+
+  it('says what is wrong with a job, and that another attempt would not help', async () => {
+    start(`${lines[0]}\n{"prompt":"${'long '.repeat(100)}","completion":"cut off"}`);
+    expect(await ended).toBe('exit code 0');
+    expect(of('failed')).toMatchObject([{ code: 'INVALID_FILE', retry: false }]);
+    expect(of('failed')[0]!.message).toContain('line 2');
+  }, 60_000);
+
+  it('refuses a model file that is another one by now', async () => {
+    start(lines.join('\n'), { modelHash: '0'.repeat(64) });
+    await ended;
+    expect(of('failed')).toMatchObject([{ code: 'BASE_MISMATCH', retry: false }]);
+  }, 60_000);
+});
