@@ -53,18 +53,19 @@ describe('the guarded policy, simulated', () => {
   let runs: Readonly<Record<'sparse' | 'bursts', Run>>;
   beforeAll(async () => {
     runs = { sparse: await runAll(sparse), bursts: await runAll(bursts) };
-  });
+  }, 180_000);
 
   it('closes three quarters of the gap between the best fixed rank and hindsight', async () => {
     const { scenario, results, fixed, guarded } = runs.sparse;
     const best = Math.max(...fixed.map(({ quality }) => quality));
-    const found = await searchHindsight(scenario, results, 12);
+    // Longer searches find more: 40 rounds leave 0.79 closed here, 0.78 and 0.71 with seeds 2 and 3 (2026-11-25).
+    const found = await searchHindsight(scenario, results, 24);
     const hindsight = summarise(scenario, found.result).quality;
     for (const one of fixed) expect(hindsight).toBeGreaterThanOrEqual(one.quality);
     expect(hindsight).toBeLessThanOrEqual(qualityAlone(scenario) + 0.005); // lucky noise
     expect(hindsight - best).toBeGreaterThan(0.05); // there is a gap
     expect((guarded.quality - best) / (hindsight - best)).toBeGreaterThanOrEqual(0.75);
-  });
+  }, 180_000);
 
   it.each(['sparse', 'bursts'] as const)(
     'has more fidelity than any fixed rank that is as often in time: %s',
