@@ -87,7 +87,7 @@ describe('a trainer process', () => {
     expect(of('progress')).toEqual([]);
     child.send({ kind: 'pace', share: 1 });
     expect(await ended).toBe('exit code 0');
-    const [{ steps }] = of('started') as [{ steps: number }];
+    const { steps } = of('started')[0]!;
     expect(of('progress').map(({ step }) => step)).toEqual(
       Array.from({ length: steps }, (_, i) => i + 1),
     );
