@@ -76,6 +76,12 @@ export interface Recipe {
   readonly topK: number;
   /** mora: τ of the softmax over those. */
   readonly temperature: number;
+  /** triangular: half of R at the start, more where cores grow, until the modules have R on average; null: R throughout. */
+  readonly rankGrowth: {
+    readonly threshold: 'linear' | 'exp';
+    readonly interval: number;
+    readonly warmupShare: number;
+  } | null;
   /** salt: ranks beside the singular values. */
   readonly tailRank: number;
   /** s_r: 1, 1/r or 1/√r. Given as null: 1/√r for the sums that are published by SVD, as measured in section 1, else 1.
@@ -113,7 +119,12 @@ export interface Recipe {
   readonly modules:
     | 'all'
     | { readonly kind: 'diffora'; readonly keepRatio: number; readonly searchShare: number };
-  readonly batchSchedule: null;
+  /** AdAdaGrad: `accumulation` grows up to `max` where the gradients of micro-batches are mostly noise, by eta. */
+  readonly batchSchedule: {
+    readonly kind: 'adadagrad';
+    readonly eta: number;
+    readonly max: number;
+  } | null;
   readonly continual: null;
   /** Steps between evaluations; null: at the end only. */
   readonly evaluateEvery: number | null;
@@ -176,6 +187,14 @@ const schema = z.strictObject({
   topK: rank.nullable().default(null),
   temperature: z.number().positive().max(1e3).default(0.1),
   tailRank: rank.default(4),
+  rankGrowth: z
+    .strictObject({
+      threshold: z.enum(['linear', 'exp']).default('linear'),
+      interval: stepCount.default(20),
+      warmupShare: share.default(0.1),
+    })
+    .nullable()
+    .default(null),
   scaling: z.enum(['none', 'rank', 'sqrt']).nullable().default(null),
   objective: z.enum(objectives).nullable().default(null),
   order: z.enum(['svd', 'as-trained', 'as-published']).nullable().default(null),
@@ -228,7 +247,14 @@ const schema = z.strictObject({
       }),
     ])
     .default('all'),
-  batchSchedule: z.null().default(null),
+  batchSchedule: z
+    .strictObject({
+      kind: z.literal('adadagrad'),
+      eta: z.number().positive().max(1e6).default(0.2),
+      max: z.int().min(2).max(4096).default(64),
+    })
+    .nullable()
+    .default(null),
   continual: z.null().default(null),
   evaluateEvery: stepCount.nullable().default(null),
   checkpointEvery: stepCount.default(50),
@@ -243,7 +269,6 @@ const unbuilt: Readonly<Record<string, readonly string[]>> = {
   'optimizer.name': ['eggroll'],
   'init.kind': ['meta'],
   'rankSelection.kind': ['codyra'],
-  'batchSchedule.kind': ['adadagrad'],
   'continual.kind': ['coso'],
 };
 
@@ -290,6 +315,7 @@ function refuseUnbuilt(json: unknown, where: string): void {
 function conflict(recipe: Recipe): readonly [path: string, message: string] | null {
   const { kind, rank: most, ranks, objective, order, scaling, levels, targets } = recipe;
   const { name } = recipe.optimizer;
+  const { accumulation, batchSchedule: schedule } = recipe;
   const rows = recipe.batchWindows * recipe.windowTokens;
   const isRising = ranks.every((q, i) => q > (ranks[i - 1] ?? 0)) && ranks.at(-1) === most;
   const trainsSum = objective === 'diag' || objective === 'binary';
@@ -299,6 +325,12 @@ function conflict(recipe: Recipe): readonly [path: string, message: string] | nu
     [isRising, 'ranks', `must rise to rank, ${most}: ranks above them would never train`],
     [new Set(targets).size === targets.length, 'targets', 'names a projection twice'],
     [recipe.topK <= most, 'topK', `${recipe.topK} of ${most} ranks`],
+    [
+      recipe.rankGrowth === null ||
+        (kind === 'triangular' && most >= 2 && 2 * most <= rankMaxLimit),
+      'rankGrowth',
+      `is triangular's, of ranks 2 to ${rankMaxLimit / 2}`,
+    ],
     [isPlain === (objective === 'plain'), 'objective', `${objective} is not ${kind}'s`],
     [
       kind === 'lora' || recipe.init.kind === 'kaiming',
@@ -332,6 +364,16 @@ function conflict(recipe: Recipe): readonly [path: string, message: string] | nu
       `${order} with scaling ${scaling}: packed ranks have no scale of their own`,
     ],
     [order === 'svd' || levels === 'uniform', 'levels', `energy needs order svd, not ${order}`],
+    [
+      schedule === null || (accumulation >= 2 && accumulation <= schedule.max),
+      'accumulation',
+      'adadagrad compares 2 micro-batches or more, and at most batchSchedule.max',
+    ],
+    [
+      schedule === null || (objective !== 'multi' && objective !== 'sandwich'),
+      'batchSchedule.kind',
+      `adadagrad wants one pass a micro-batch, ${objective} has several`,
+    ],
     [
       kind === 'lora' || recipe.regularizer === null,
       'regularizer.kind',

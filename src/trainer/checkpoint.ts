@@ -14,6 +14,9 @@ export interface Checkpoint {
   readonly step: number;
   /** Whether the last one was left out because its numbers were not finite. */
   readonly skipped: boolean;
+  /** Micro-batches of all steps, and how many the next one takes. */
+  readonly taken: number;
+  readonly accumulation: number;
   /** The rate that was decided for it. */
   readonly learningRate: number;
   /** Of all that the run depends on: a checkpoint of another recipe, base or file is refused. */
@@ -67,6 +70,8 @@ export function readCheckpoint(path: string): Checkpoint {
   return {
     step: Number(named[1]),
     skipped: metadata.get('skipped') === 'true',
+    taken: Number(metadata.get('taken')),
+    accumulation: Number(metadata.get('accumulation')),
     learningRate: Number(metadata.get('learningRate')),
     run: metadata.get('run') ?? '',
     parameters: toFloat32(parameters),
@@ -87,7 +92,8 @@ export function refused(why: string): GatewayError {
   return new GatewayError('INVALID_REQUEST', `the checkpoint cannot be gone on from: ${why}`);
 }
 
-function encode({ skipped, learningRate, run, parameters, optimizer }: Checkpoint): Uint8Array {
+function encode(checkpoint: Checkpoint): Uint8Array {
+  const { parameters, optimizer } = checkpoint;
   const { buffer, byteOffset, byteLength } = parameters;
   const numbers = new Uint8Array(buffer, byteOffset, byteLength);
   return writeSafetensors(
@@ -97,9 +103,9 @@ function encode({ skipped, learningRate, run, parameters, optimizer }: Checkpoin
     ]),
     new Map([
       ['format', format],
-      ['learningRate', `${learningRate}`],
-      ['run', run],
-      ['skipped', `${skipped}`],
+      ...(['skipped', 'taken', 'accumulation', 'learningRate', 'run'] as const).map(
+        (name) => [name, `${checkpoint[name]}`] as const,
+      ),
     ]),
   );
 }

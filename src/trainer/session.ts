@@ -16,17 +16,18 @@ import type { Kernels } from '../kernels/kernels.ts';
 import type { DecoderWeights } from '../model/decoder.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
 import { TrainingDecoder } from '../model/training-decoder.ts';
+import { nextBatchSize, type SampleStatistics } from './batch-growth.ts';
 import { type Checkpoint, refused } from './checkpoint.ts';
 import { ServedLoss } from './evaluation.ts';
 import { type Example, hashExamples } from './examples.ts';
 import { FamilyTraining, type Observer } from './family-training.ts';
-import { clipGradients } from './gradient-norm.ts';
+import { clipGradients, squaredNorm } from './gradient-norm.ts';
 import { learningRateAt } from './learning-rate.ts';
 import { bytesOfWeights, estimateMemory, type TrainingMemory } from './memory-estimate.ts';
 import { passesOf } from './objective.ts';
 import { createOptimizer, type Optimizer, type Parameter } from './optimizers/optimizer.ts';
 import { answersIn, type Layout, layOut, packWindows } from './packing.ts';
-import { checkStart, choiceOf, publishModules } from './publish.ts';
+import { checkStart, choiceOf, growthOf, publishModules } from './publish.ts';
 import { addPenalty, pruneProducts } from './regularizer.ts';
 import { startModules } from './start.ts';
 import { inGroups, planSteps, type StepPlan } from './step-plan.ts';
@@ -66,6 +67,7 @@ export interface StepReport {
   readonly learningRate: number;
   /** Rows that held a token. */
   readonly tokens: number;
+  readonly microBatches: number;
   /** False: loss or gradient was not finite, and the factors stay as they were. */
   readonly isTaken: boolean;
 }
@@ -90,6 +92,9 @@ export class TrainingSession implements Disposable {
   #optimizer: Optimizer;
   #step = 0;
   #skipped = false;
+  /** Micro-batches that were taken, and how many the next step takes. */
+  #taken = 0;
+  #accumulation: number;
 
   constructor(options: SessionOptions) {
     const { base, recipe, training, heldOut } = options;
@@ -97,6 +102,7 @@ export class TrainingSession implements Disposable {
     checkSizes(options);
     this.#options = options;
     this.#recipe = recipe;
+    this.#accumulation = recipe.accumulation;
     this.#data = dataOf(options);
     this.#plan = planSteps(training, recipe);
     this.#heldOut = heldOutBatches(heldOut, recipe);
@@ -105,7 +111,9 @@ export class TrainingSession implements Disposable {
       this.#plan.answersMax,
     );
     const { recompute, batchWindows: windows, windowTokens: windowRows } = recipe;
-    this.#training = new FamilyTraining(choiceOf(recipe), startModules(options));
+    const modules = startModules(options);
+    const growth = growthOf(recipe, modules.length);
+    this.#training = new FamilyTraining(choiceOf(recipe), modules, growth);
     this.parameters = this.#training.parameters;
     this.#added = new Float32Array(Math.max(...this.parameters.map(({ values }) => values.length)));
     const sizes = { windows, windowRows, answersMax: this.#answersMax };
@@ -123,6 +131,8 @@ export class TrainingSession implements Disposable {
     this.#optimizer = optimizerOf(this.#recipe, this.parameters);
     this.#step = 0;
     this.#skipped = false;
+    this.#taken = 0;
+    this.#accumulation = this.#recipe.accumulation;
     this.#training.restart();
     this.#upload();
   }
@@ -141,11 +151,17 @@ export class TrainingSession implements Disposable {
   get #observer(): Observer {
     const { batchWindows, windowTokens } = this.#options.recipe;
     const read = (name: string, out: Float32Array): void => this.#decoder.read(name, out);
-    return { rows: batchWindows * windowTokens, read };
+    const [step, steps] = [this.#step + 1, this.steps];
+    return { rows: batchWindows * windowTokens, read, step, steps };
   }
 
+  /** Where batches grow, fewer as they do. */
   get steps(): number {
-    return Math.min(this.#plan.steps, this.#recipe.stepsMax ?? Infinity);
+    const { batchSchedule, stepsMax } = this.#recipe;
+    const left = this.#plan.microBatchCount - this.#taken;
+    const all =
+      batchSchedule === null ? this.#plan.steps : this.#step + Math.ceil(left / this.#accumulation);
+    return Math.min(all, stepsMax ?? Infinity);
   }
 
   /** Steps taken. */
@@ -168,8 +184,8 @@ export class TrainingSession implements Disposable {
   /** Throws INVALID_REQUEST when two steps in a row have no finite loss. An interrupted step leaves no trace. */
   async takeStep(breathe: Breathe): Promise<StepReport> {
     const recipe = this.#recipe;
-    const { loss, tokens } = await this.#computeGradients(breathe);
-    addPenalty(recipe, this.parameters);
+    const { loss, tokens, statistics } = await this.#computeGradients(breathe);
+    if (Number.isFinite(loss)) addPenalty(recipe, this.parameters);
     this.#training.beforeStep();
     const gradientNorm = clipGradients(this.parameters, recipe.clipNorm ?? Infinity);
     const learningRate = learningRateAt(this.#step, this.steps, recipe);
@@ -188,37 +204,59 @@ export class TrainingSession implements Disposable {
     }
     this.#skipped = !isTaken;
     this.#step += 1;
-    return { step: this.#step, loss, gradientNorm, learningRate, tokens, isTaken };
+    this.#taken += statistics.samples;
+    if (isTaken && recipe.batchSchedule !== null) {
+      this.#accumulation = nextBatchSize(this.#accumulation, statistics, recipe.batchSchedule);
+    }
+    const microBatches = statistics.samples;
+    return { step: this.#step, loss, gradientNorm, learningRate, tokens, microBatches, isTaken };
   }
 
-  async #computeGradients(breathe: Breathe): Promise<Pick<StepReport, 'loss' | 'tokens'>> {
+  async #computeGradients(
+    breathe: Breathe,
+  ): Promise<Pick<StepReport, 'loss' | 'tokens'> & { readonly statistics: SampleStatistics }> {
     const { recipe, training } = this.#options;
     const { batchWindows: windows, windowTokens: windowRows } = recipe;
     const passes = passesOf(recipe, this.#step);
-    const groups = this.#plan.microBatches(this.#step);
+    const groups =
+      recipe.batchSchedule === null
+        ? this.#plan.microBatches(this.#step)
+        : this.#plan.slice(this.#taken, this.#accumulation);
     const answers = answersIn(training, groups.flat());
     for (const { gradient } of this.parameters) gradient.fill(0);
     let loss = 0;
     let tokens = 0;
+    let squares = 0;
     for (const group of groups) {
       for (const { gates, weight } of passes) {
         await breathe();
         const layout = layOut(training, group, { windows, windowRows, weight: weight / answers });
         const gate = repeated(gates, windows * windowRows, this.#gateRanks);
         loss += this.#decoder.step({ ...layout, gate });
-        this.#addGradients();
+        squares += this.#addGradients();
         tokens += layout.rows;
       }
     }
-    return { loss, tokens };
+    // A micro-batch's own mean gradient is `samples` times its part of the step's.
+    const samples = groups.length;
+    const meanSquaredNorm = squaredNorm(this.parameters);
+    const statistics = { samples, squaredNorms: samples ** 2 * squares, meanSquaredNorm };
+    return { loss, tokens, statistics };
   }
 
-  #addGradients(): void {
+  /** Returns the square of what is added. */
+  #addGradients(): number {
+    let squares = 0;
     for (const { name, gradient } of this.parameters) {
       const added = this.#added.subarray(0, gradient.length);
       this.#decoder.read(name, added);
-      for (let i = 0; i < added.length; i++) gradient[i]! += added[i]!;
+      for (let i = 0; i < added.length; i++) {
+        const value = added[i]!;
+        gradient[i]! += value;
+        squares += value * value;
+      }
     }
+    return squares;
   }
 
   /** The adapter as it is now. */
@@ -255,14 +293,14 @@ export class TrainingSession implements Disposable {
     const optimizer = this.#optimizer.save();
     const { learningRate } = this.#recipe;
     const progress = { step: this.#step, skipped: this.#skipped, learningRate };
-    return { ...progress, run: this.run, parameters, optimizer };
+    const batches = { taken: this.#taken, accumulation: this.#accumulation };
+    return { ...progress, ...batches, run: this.run, parameters, optimizer };
   }
 
   /** Of a checkpoint of the same run. */
-  restore({ step, skipped, run, parameters, optimizer }: Checkpoint): void {
-    if (run !== this.run || step > this.steps) {
-      throw refused('it is of another recipe, base or file');
-    }
+  restore(checkpoint: Checkpoint): void {
+    const { step, skipped, taken, accumulation, run, parameters, optimizer } = checkpoint;
+    if (run !== this.run) throw refused('it is of another recipe, base or file');
     this.#optimizer.restore(optimizer);
     let at = 0;
     for (const values of this.#training.state) {
@@ -271,6 +309,8 @@ export class TrainingSession implements Disposable {
     }
     this.#step = step;
     this.#skipped = skipped;
+    this.#taken = taken;
+    this.#accumulation = accumulation;
     this.#upload();
   }
 

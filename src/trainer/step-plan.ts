@@ -11,13 +11,23 @@ export interface StepPlan {
   readonly steps: number;
   /** Most learnt tokens of one micro-batch. */
   readonly answersMax: number;
-  /** Micro-batches of at most `batchWindows` windows. */
+  /** Micro-batches of at most `batchWindows` windows, of all epochs together. */
+  readonly microBatchCount: number;
+  /** Those of a step of `accumulation`. */
   microBatches(step: number): readonly (readonly Window[])[];
+  /** At most `count` from the `first` on, of one epoch. */
+  slice(first: number, count: number): readonly (readonly Window[])[];
 }
 
 type Planned = Pick<
   Recipe,
-  'epochs' | 'stepsMax' | 'batchWindows' | 'windowTokens' | 'accumulation' | 'seed'
+  | 'epochs'
+  | 'stepsMax'
+  | 'batchWindows'
+  | 'windowTokens'
+  | 'accumulation'
+  | 'batchSchedule'
+  | 'seed'
 >;
 
 export function planSteps(examples: readonly Example[], recipe: Planned): StepPlan {
@@ -26,23 +36,37 @@ export function planSteps(examples: readonly Example[], recipe: Planned): StepPl
     const random = createRandom(BigInt(seed), [streams.order, epoch]);
     return inGroups(packWindows(examples, windowTokens, random), batchWindows);
   };
-  /** First step of each epoch, and of what would be the next. */
-  const starts = [0];
+  /** First step and first micro-batch of each epoch, and of what would be the next. */
+  const starts = [{ step: 0, batch: 0 }];
+  // With growing batches steps take more of the data than is known here.
+  const most = recipe.batchSchedule === null ? (stepsMax ?? Infinity) : Infinity;
   let answersMax = 0;
-  for (let epoch = 0; epoch < epochs && starts.at(-1)! < (stepsMax ?? Infinity); epoch++) {
+  for (let epoch = 0; epoch < epochs && starts[epoch]!.step < most; epoch++) {
     const groups = epochOf(epoch);
     for (const group of groups) answersMax = Math.max(answersMax, answersIn(examples, group));
-    starts.push(starts.at(-1)! + Math.ceil(groups.length / accumulation));
+    const { step, batch } = starts[epoch]!;
+    const steps = Math.ceil(groups.length / accumulation);
+    starts.push({ step: step + steps, batch: batch + groups.length });
   }
   let current: { readonly epoch: number; readonly groups: (readonly Window[])[] } | null = null;
+  const groupsOf = (epoch: number): (readonly Window[])[] => {
+    if (current?.epoch !== epoch) current = { epoch, groups: epochOf(epoch) };
+    return current.groups;
+  };
+  const end = starts.at(-1)!;
   return {
-    steps: Math.min(starts.at(-1)!, stepsMax ?? Infinity),
+    steps: Math.min(end.step, stepsMax ?? Infinity),
     answersMax,
+    microBatchCount: end.batch,
     microBatches(step) {
-      const epoch = starts.findLastIndex((start) => start <= step);
-      if (current?.epoch !== epoch) current = { epoch, groups: epochOf(epoch) };
-      const first = (step - starts[epoch]!) * accumulation;
-      return current.groups.slice(first, first + accumulation);
+      const epoch = starts.findLastIndex((start) => start.step <= step);
+      const first = (step - starts[epoch]!.step) * accumulation;
+      return groupsOf(epoch).slice(first, first + accumulation);
+    },
+    slice(first, count) {
+      const epoch = starts.findLastIndex((start) => start.batch <= first);
+      const from = first - starts[epoch]!.batch;
+      return groupsOf(epoch).slice(from, from + count);
     },
   };
 }

@@ -11,6 +11,8 @@ import {
 const checkpoint: Checkpoint = {
   step: 12,
   skipped: true,
+  taken: 31,
+  accumulation: 4,
   learningRate: 0.0003,
   run: 'ab'.repeat(32),
   parameters: Float32Array.of(1, -2, Number.NaN, 1e-40),

@@ -83,6 +83,7 @@ describe('the plan of the steps', () => {
     batchWindows: 2,
     windowTokens: windowRows,
     accumulation: 3,
+    batchSchedule: null,
     seed: 5,
   };
 

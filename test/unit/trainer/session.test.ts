@@ -4,6 +4,7 @@ import { squeezePacked } from '../../../src/adapters/pack-pairs.ts';
 import { importPacked, packedConfig } from '../../../src/adapters/packed-import.ts';
 import type { Example } from '../../../src/trainer/examples.ts';
 import { type RunRecipe, TrainingSession } from '../../../src/trainer/session.ts';
+import { planSteps } from '../../../src/trainer/step-plan.ts';
 import { openTinyBase, tinyExamples, tinyRecipe } from '../../support/training-base.ts';
 
 const base = await openTinyBase();
@@ -231,5 +232,54 @@ describe('TRP', () => {
     const [before] = (await pruned.evaluate(pruned.publish(), breathe)).slice(-1);
     const [after] = (await pruned.evaluate(squeezed[1]!, breathe)).slice(-1);
     expect(Math.abs(after!.loss / before!.loss - 1)).toBeLessThan(0.005);
+  });
+});
+
+describe('growing batches', () => {
+  const growing = (eta: number): RunRecipe =>
+    tinyRecipe({
+      ...{ stepsMax: null, epochs: 4, batchWindows: 1, accumulation: 2, learningRate: 3e-3 },
+      batchSchedule: { kind: 'adadagrad', eta, max: 16 },
+    });
+
+  async function sizesOf(session: TrainingSession): Promise<number[]> {
+    const sizes: number[] = [];
+    while (session.step < session.steps) {
+      sizes.push((await session.takeStep(breathe)).microBatches);
+    }
+    return sizes;
+  }
+
+  it('at most double where gradients are mostly noise, and see every example once an epoch', async () => {
+    using session = open(growing(0.05));
+    const sizes = await sizesOf(session);
+    expect(sizes.slice(0, 3)).toEqual([2, 4, 8]);
+    expect(sizes[3]).toBeGreaterThan(8);
+    // Never smaller again, but for what is left of an epoch.
+    const smaller = sizes.filter((size, i) => size < Math.max(...sizes.slice(0, i + 1)));
+    expect(smaller.length).toBeLessThanOrEqual(4);
+    expect(Math.max(...sizes)).toBeLessThanOrEqual(16);
+    const taken = sizes.reduce((sum, size) => sum + size, 0);
+    expect(taken).toBe(planSteps(training, growing(0.05)).microBatchCount);
+    expect(session.step).toBe(sizes.length);
+  });
+
+  it('stay where eta is large', async () => {
+    using session = open(growing(1e6));
+    const sizes = await sizesOf(session);
+    // An epoch may end with one.
+    expect(sizes.filter((taken) => taken === 2).length).toBeGreaterThan(50);
+    expect(sizes.filter((taken) => taken !== 2).length).toBeLessThanOrEqual(4);
+  });
+
+  it('go on from a checkpoint as they were', async () => {
+    using straight = open(growing(0.3));
+    const sizes = await sizesOf(straight);
+    using first = open(growing(0.3));
+    await takeSteps(first, 5);
+    using second = open(growing(0.3));
+    second.restore(first.checkpoint());
+    expect(await sizesOf(second)).toEqual(sizes.slice(5));
+    expect(second.checkpoint()).toEqual(straight.checkpoint());
   });
 });
