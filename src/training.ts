@@ -37,8 +37,9 @@ export interface OpenedTraining {
   close(): Promise<void>;
 }
 
-/** Loading a base and one piece of computing at the lowest priority on busy cores take seconds. Guess. */
-const leaseMs = 120_000;
+/** Between two signs of life lies one piece of computing, seconds of a core; at the lowest priority on cores that others keep
+ *  busy (15 of 1039 shares) minutes. Guess: a trainer that hangs holds its job up for as long. */
+const leaseMs = 900_000;
 const stopMsMax = 10_000;
 
 export function openTraining(parts: TrainingParts): OpenedTraining {

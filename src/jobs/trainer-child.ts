@@ -1,6 +1,7 @@
 // One trainer process: one claim of one job, at a low priority. Knows nothing of the job store.
 
 import { type ChildProcess, fork } from 'node:child_process';
+import { writeFileSync } from 'node:fs';
 import { setPriority } from 'node:os';
 import { fileURLToPath } from 'node:url';
 import type { FromTrainer, ToTrainer, TrainerSpec } from './messages.ts';
@@ -34,7 +35,7 @@ export class TrainerChild {
       env: { ...options.environment },
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
     });
-    lowerPriority(this.#process.pid, options.nice);
+    standBack(this.#process.pid, options.nice);
     this.#process.on('message', (message) => listener.onMessage(message as FromTrainer));
     this.#watch(options.after, listener.onEnd);
   }
@@ -82,12 +83,14 @@ export class TrainerChild {
   }
 }
 
-/** From outside and at once: priority is a thread's, and threads have that of the one that starts them. */
-function lowerPriority(pid: number | undefined, nice: number): void {
+/** From outside and at once: priority is a thread's, and threads have that of the one that starts them. Where memory runs out
+ *  Linux ends the trainer first, whose job goes on later, and not the engine. */
+function standBack(pid: number | undefined, nice: number): void {
   if (pid === undefined) return;
   try {
     setPriority(pid, nice);
+    writeFileSync(`/proc/${pid}/oom_score_adj`, '1000');
   } catch {
-    // It has ended already.
+    // It has ended already, or this is no Linux.
   }
 }

@@ -148,7 +148,11 @@ describe('trainers', () => {
     supervisor.wake();
     supervisor.wake();
     expect(supervisor.pids).toHaveLength(1);
-    expect(getPriority(supervisor.pids[0])).toBe(19);
+    const pid = supervisor.pids[0]!;
+    expect(getPriority(pid)).toBe(19);
+    if (process.platform === 'linux') {
+      expect(readFileSync(`/proc/${pid}/oom_score_adj`, 'utf8')).toBe('1000\n');
+    }
     expect(jobs.map((job) => now(job).state)).toEqual(['validating_files', 'queued']);
   });
 
