@@ -36,8 +36,7 @@ const entries = [
   'trainer/coso.ts',
   'trainer/coso-file.ts',
   'trainer/frequent-directions.ts',
-  'trainer/queryable-graph.ts', // these two: likewise
-  'trainer/rank-growth.ts',
+  'trainer/queryable-graph.ts', // likewise
   'model/training-decoder.ts', // bench trainstep; the trainer's when it is there
   'adapters/families/lora.ts', // what the trainer of step 4 makes: imports come as PEFT
   'adapters/families/queryable.ts', // no import of banks and labels yet; served from packed files

@@ -311,6 +311,8 @@ function refuseUnbuilt(json: unknown, where: string): void {
   }
 }
 
+type Rule = readonly [isKept: boolean, path: string, message: string];
+
 /** The first rule that is broken: its path and what is wrong. */
 function conflict(recipe: Recipe): readonly [path: string, message: string] | null {
   const { kind, rank: most, ranks, objective, order, scaling, levels, targets } = recipe;
@@ -320,38 +322,10 @@ function conflict(recipe: Recipe): readonly [path: string, message: string] | nu
   const isRising = ranks.every((q, i) => q > (ranks[i - 1] ?? 0)) && ranks.at(-1) === most;
   const trainsSum = objective === 'diag' || objective === 'binary';
   const hasOneScale = kind === 'lora' || scaling === 'none';
-  const isPlain = kind !== 'matryoshka';
-  const rules: readonly (readonly [isKept: boolean, path: string, message: string])[] = [
+  const rules: readonly Rule[] = [
     [isRising, 'ranks', `must rise to rank, ${most}: ranks above them would never train`],
     [new Set(targets).size === targets.length, 'targets', 'names a projection twice'],
-    [recipe.topK <= most, 'topK', `${recipe.topK} of ${most} ranks`],
-    [
-      recipe.rankGrowth === null ||
-        (kind === 'triangular' && most >= 2 && 2 * most <= rankMaxLimit),
-      'rankGrowth',
-      `is triangular's, of ranks 2 to ${rankMaxLimit / 2}`,
-    ],
-    [isPlain === (objective === 'plain'), 'objective', `${objective} is not ${kind}'s`],
-    [
-      kind === 'lora' || recipe.init.kind === 'kaiming',
-      'init.kind',
-      `eva is lora's, not ${kind}'s`,
-    ],
-    [
-      kind === 'lora' || recipe.modules === 'all',
-      'modules.kind',
-      `diffora is lora's, not ${kind}'s`,
-    ],
-    [
-      recipe.modules === 'all' || recipe.init.kind === 'kaiming',
-      'modules.kind',
-      'diffora beside eva, which gives ranks to modules already',
-    ],
-    [
-      kind === 'lora' || !isPlain || order === 'svd',
-      'order',
-      `${kind} is published in the order of its SVD, not ${order}`,
-    ],
+    ...kindRules(recipe),
     [
       !(order === 'as-trained' && trainsSum),
       'order',
@@ -388,6 +362,42 @@ function conflict(recipe: Recipe): readonly [path: string, message: string] | nu
   ];
   const broken = rules.find(([isKept]) => !isKept);
   return broken === undefined ? null : [broken[1], broken[2]];
+}
+
+/** What belongs to some kinds only. */
+function kindRules(recipe: Recipe): readonly Rule[] {
+  const { kind, rank: most, objective, order } = recipe;
+  const isPlain = kind !== 'matryoshka';
+  return [
+    [recipe.topK <= most, 'topK', `${recipe.topK} of ${most} ranks`],
+    [
+      recipe.rankGrowth === null ||
+        (kind === 'triangular' && most >= 2 && 2 * most <= rankMaxLimit),
+      'rankGrowth',
+      `is triangular's, of ranks 2 to ${rankMaxLimit / 2}`,
+    ],
+    [isPlain === (objective === 'plain'), 'objective', `${objective} is not ${kind}'s`],
+    [
+      kind === 'lora' || recipe.init.kind === 'kaiming',
+      'init.kind',
+      `eva is lora's, not ${kind}'s`,
+    ],
+    [
+      kind === 'lora' || recipe.modules === 'all',
+      'modules.kind',
+      `diffora is lora's, not ${kind}'s`,
+    ],
+    [
+      recipe.modules === 'all' || recipe.init.kind === 'kaiming',
+      'modules.kind',
+      'diffora beside eva, which gives ranks to modules already',
+    ],
+    [
+      kind === 'lora' || !isPlain || order === 'svd',
+      'order',
+      `${kind} is published in the order of its SVD, not ${order}`,
+    ],
+  ];
 }
 
 /** 1, 2, 4, … and the rank itself: the published S. */

@@ -1,5 +1,5 @@
 // The numbers of an adapter of any family while it trains: what an optimiser takes as parameters, the graph's constants, and what
-// moves without a gradient: fly's balance, and ranks that are frozen.
+// moves without a gradient: fly's balance, ranks that are frozen, and ranks that are not on yet.
 
 import type { Site, Tensors } from '../adapters/families/family.ts';
 import { rebalanced } from '../adapters/families/fly.ts';
@@ -12,6 +12,7 @@ import {
   type GraphModule,
 } from './family-graph.ts';
 import type { Parameter } from './optimizers/optimizer.ts';
+import { type GrowthOptions, RankGrowth } from './rank-growth.ts';
 
 /** u of algorithms.md 28: how far d moves a step. */
 const balanceRate = 1e-3;
@@ -21,7 +22,11 @@ export interface TrainedModule {
   readonly tensors: Tensors;
 }
 
+/** A step that was taken. */
 export interface Observer {
+  /** Counted from 1, of `steps`. */
+  readonly step: number;
+  readonly steps: number;
   /** Rows of a batch, T. */
   readonly rows: number;
   /** What the last step computed of that name. */
@@ -42,11 +47,16 @@ export class FamilyTraining {
   readonly #modules: readonly TrainedModule[];
   readonly #graphs: readonly GraphModule[];
   readonly #byName: ReadonlyMap<string, Parameter>;
+  readonly #growth: RankGrowth | null;
   readonly #start: readonly Float32Array[];
   /** Numbers of each parameter that do not train: its first ranks, as they were. */
   readonly #frozen: ReadonlyMap<Parameter, Float32Array>;
 
-  constructor(choice: FamilyChoice, modules: readonly TrainedModule[]) {
+  constructor(
+    choice: FamilyChoice,
+    modules: readonly TrainedModule[],
+    growth: GrowthOptions | null = null,
+  ) {
     this.graph = familyGraph(choice);
     const graphs = modules.map(({ site, tensors }) => this.graph.module(site, tensors));
     this.#graphs = graphs;
@@ -70,10 +80,13 @@ export class FamilyTraining {
       all.filter(({ isTrained }) => !isTrained).map(({ name, values }) => [name, values]),
     );
     const balanced = choice.kind === 'fly' ? this.#modules : [];
+    const cores = this.parameters.filter(({ name }) => name.endsWith('.c'));
+    this.#growth = growth === null ? null : new RankGrowth(growth, cores);
     this.moving = balanced.map(({ site }) => tensorName(site, 'd'));
     this.state = [
       ...this.parameters.map(({ values }) => values),
       ...this.moving.map((name) => this.constants.get(name)!),
+      ...(this.#growth === null ? [] : [this.#growth.state]),
     ];
     this.#start = this.state.map((values) => values.slice());
     const frozen = choice.kind === 'mora' ? choice.frozen : 0;
@@ -106,12 +119,15 @@ export class FamilyTraining {
   /** Once gradients are there. */
   beforeStep(): void {
     for (const [{ gradient }, { length }] of this.#frozen) gradient.fill(0, 0, length);
+    this.#growth?.hold('gradient');
   }
 
   /** Once the optimiser has stepped. */
   afterStep(observer: Observer): void {
     // Weight decay and momentum move what has no gradient.
     for (const [{ values }, before] of this.#frozen) values.set(before);
+    this.#growth?.hold('values');
+    this.#growth?.look(observer.step, observer.steps);
     if (this.graph.family.kind !== 'fly') return;
     for (const { site } of this.#modules) {
       const d = this.constants.get(tensorName(site, 'd'))!;

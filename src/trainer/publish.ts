@@ -7,6 +7,7 @@ import type { Generation } from '../adapters/adapter.ts';
 import { type Family, type Site, streamOf, type Tensors } from '../adapters/families/family.ts';
 import { scaleOf } from '../adapters/families/matryoshka.ts';
 import { createRandom } from '../adapters/families/seeded-random.ts';
+import { grownTriangular } from '../adapters/families/triangular.ts';
 import { pairKinds } from '../adapters/manifest.ts';
 import { asServed, bySvd, packRouted } from '../adapters/native-import.ts';
 import type { PackedAdapter } from '../adapters/pack.ts';
@@ -18,6 +19,7 @@ import { writeFileDurably } from '../model/file-hash.ts';
 import { writeError } from './checkpoint.ts';
 import { type FamilyChoice, familyGraph } from './family-graph.ts';
 import type { TrainedModule } from './family-training.ts';
+import type { GrowthOptions } from './rank-growth.ts';
 
 export function choiceOf(recipe: Recipe): FamilyChoice {
   const { kind, rank, ranks, scaling, objective, order, topK, temperature, tailRank } = recipe;
@@ -30,8 +32,11 @@ export function choiceOf(recipe: Recipe): FamilyChoice {
       return { kind, maxRank: rank, ranks, scaling, mask, order };
     }
     case 'hydra':
-    case 'triangular':
       return { kind, rank, alpha };
+    case 'triangular': {
+      const first = growthOf(recipe, 0)?.rank ?? rank;
+      return { kind, rank: first, alpha: (alpha / rank) * first };
+    }
     case 'salt':
       return { kind, rank, tailRank };
     case 'svfit':
@@ -43,6 +48,15 @@ export function choiceOf(recipe: Recipe): FamilyChoice {
   }
 }
 
+/** From half the ranks to all of them on average, by half at a time (algorithms.md section 3); twice as many at most. */
+export function growthOf({ rankGrowth, rank }: Recipe, modules: number): GrowthOptions | null {
+  if (rankGrowth === null) return null;
+  const { threshold: curve, interval, warmupShare } = rankGrowth;
+  const half = Math.ceil(rank / 2);
+  const sizes = { rank: half, rankMax: 2 * rank, quantum: half, target: rank * modules };
+  return { curve, interval, warmupShare, ...sizes };
+}
+
 export function familyOf(recipe: Recipe): Family {
   return familyGraph(choiceOf(recipe)).family;
 }
@@ -50,7 +64,10 @@ export function familyOf(recipe: Recipe): Family {
 /** Its numbers at the start, which add nothing. */
 export function initialTensors(recipe: Recipe, site: Site): Tensors {
   const random = createRandom(BigInt(recipe.seed), [streamOf(site), 0]);
-  return familyOf(recipe).init(site, random);
+  const tensors = familyOf(recipe).init(site, random);
+  const growth = growthOf(recipe, 0);
+  if (growth === null) return tensors;
+  return grownTriangular(tensors, growth.rankMax - growth.rank, random);
 }
 
 /** Ranks of the pair that a module is published as. */

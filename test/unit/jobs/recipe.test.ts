@@ -72,6 +72,8 @@ describe('a recipe', () => {
     [{ kind: 'lora', objective: 'multi' }, 'recipe.objective: '],
     [{ kind: 'fly', objective: 'diag' }, 'recipe.objective: '],
     [{ kind: 'fly', rank: 8, topK: 9 }, 'recipe.topK: '],
+    [{ kind: 'hydra', rankGrowth: {} }, 'recipe.rankGrowth: '],
+    [{ kind: 'triangular', rank: 129, rankGrowth: {} }, 'recipe.rankGrowth: '],
     [{ kind: 'hydra', order: 'as-trained' }, 'recipe.order: '],
     [{ kind: 'mora', init: { kind: 'eva' } }, 'recipe.init.kind: '],
     [{ kind: 'lora', init: { kind: 'eva', rho: 0.5 } }, 'recipe.init.rho: '],

@@ -160,7 +160,10 @@ describe('a family in training', () => {
       values.set(values.map((v) => v * 0.9 + 0.1));
     });
     training.beforeStep();
-    training.afterStep({ rows, read: () => expect.fail('mora observes nothing') });
+    training.afterStep({
+      ...{ rows, step: 1, steps: 1 },
+      read: () => expect.fail('nothing to see'),
+    });
     training.parameters.forEach(({ values, gradient, columns }, i) => {
       const frozen = 3 * columns;
       expect(values.slice(0, frozen)).toEqual(before[i]!.slice(0, frozen));
@@ -183,7 +186,10 @@ describe('a family in training', () => {
       kept.reduce((all, share, i) => all + (i % 8 === r && share > 0 ? 1 : 0), 0),
     );
     expect(counts.reduce((all, count) => all + count, 0)).toBe(3 * rows);
-    training.afterStep({ rows, read: (name, out) => program.read(name, out) });
+    training.afterStep({
+      ...{ rows, step: 1, steps: 1 },
+      read: (name, out) => program.read(name, out),
+    });
     expect(training.moving).toEqual(['blk.0.attn_q.d']);
     const mean = (3 * rows) / 8;
     const d = counts.map((count) => Math.fround(1e-3 * Math.sign(mean - count)));

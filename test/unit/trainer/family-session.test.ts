@@ -96,6 +96,24 @@ describe('a training session', () => {
     expect(Math.max(...ranks)).toBeLessThanOrEqual(8);
   });
 
+  it('of triangular grows, unevenly, to the ranks that the recipe has on average', async () => {
+    const rankGrowth = { interval: 4, threshold: 'exp', warmupShare: 0.2 };
+    using session = open(recipeOf({ kind: 'triangular', rank: 4, rankGrowth, stepsMax: 30 }));
+    const ranks = (): number[] => Array.from(session.checkpoint().parameters.slice(-28, -14));
+    expect(new Set(ranks())).toEqual(new Set([2]));
+    const losses = await takeSteps(session, 30);
+    expect(losses.at(-1)).toBeLessThan(losses[0]! - 0.15);
+    const grown = ranks();
+    const sum = grown.reduce((all, rank) => all + rank, 0);
+    expect(4 * 14 - sum).toBeLessThan(2); // within a quantum
+    expect(new Set(grown).size).toBeGreaterThan(1);
+    const { modules } = session.publish().manifest;
+    expect(modules.every(({ rank }, m) => rank <= grown[m]!)).toBe(true);
+    expect(modules.map(({ rank }) => rank).reduce((all, rank) => all + rank, 0)).toBeGreaterThan(
+      28,
+    );
+  });
+
   it('goes on from an adapter for plain pairs only', async () => {
     using first = open(recipeOf({ kind: 'lora' }, 2));
     await takeSteps(first, 2);

@@ -227,7 +227,10 @@ describe('mora', () => {
       learner.compute(draw(random, task));
       training.beforeStep();
       learner.step(0.03 * (1 - step / 700));
-      training.afterStep({ rows: 64, read: (name, out) => learner.program.read(name, out) });
+      training.afterStep({
+        ...{ rows: 64, step: 1, steps: 1 },
+        read: learner.program.read.bind(learner.program),
+      });
     }
     const errors = ([0, 1] as const).map((of) => learner.error(draw(createRandom(15n), of)));
     return { tensors: training.modules()[0]!.tensors, errors };
@@ -288,7 +291,7 @@ describe('fly', () => {
     expect(variation()).toBeGreaterThan(0.2);
     for (let step = 0; step < 2000; step++) {
       program.run(normalColumns(random, 16, 64));
-      training.afterStep({ rows: 16, read });
+      training.afterStep({ rows: 16, read, step: 1, steps: 1 });
       program.write(training.moving.map((name) => [name, training.constants.get(name)!] as const));
     }
     expect(variation()).toBeLessThanOrEqual(0.1);
@@ -307,40 +310,36 @@ describe('triangular', () => {
     );
     const choice = { kind: 'triangular', rank: 4, alpha: 4 } as const;
     const { family } = familyGraph(choice);
-    const open = (site: Site, tensors: Tensors) => {
+    const growth = { rank: 4, rankMax: 32, quantum: 4, target: 64, interval: 20, warmupShare: 0 };
+    const modules = sites.map((site) => {
+      const tensors = grownTriangular(family.init(site, random), 28, random);
       const training = new FamilyTraining(choice, [{ site, tensors }]);
       return { training, learner: learnerOf(kernels, training, site, { rows: 16 }) };
-    };
-    const modules = sites.map((site) => open(site, family.init(site, random)));
-    const now = (): Tensors[] => modules.map(({ training }) => training.modules()[0]!.tensors);
-    const schedule = {
-      curve: 'linear',
-      target: 64,
-      quantum: 4,
-      warmUpSteps: 0,
-      steps: 400,
-    } as const;
-    const growth = new RankGrowth({ ...schedule, interval: 20 }, now());
-    const added = sites.map(() => 0);
+    });
+    const cores = modules.map(
+      ({ learner }) => learner.parameters.find(({ columns }) => columns === 32)!,
+    );
+    const growing = new RankGrowth({ ...growth, curve: 'linear' }, cores);
     for (let step = 1; step <= 400; step++) {
+      const before = growing.ranks.slice();
       modules.forEach(({ learner }, i) => {
         const x = normalColumns(random, 16, 16);
         learner.compute({ x, target: transposedTimes(maps[i]!, x) });
-        learner.step(0.01);
       });
-      const grows = growth.look(step, now());
-      for (const i of grows) {
-        const { training, learner } = modules[i]!;
-        learner[Symbol.dispose]();
-        modules[i] = open(sites[i]!, grownTriangular(training.modules()[0]!.tensors, 4, random));
-        added[i]! += 4;
-      }
-      if (step % 20 === 0) growth.looked(now());
-      if (step % 20 !== 0) expect(grows).toEqual([]);
+      growing.hold('gradient');
+      for (const { learner } of modules) learner.step(0.01);
+      growing.hold('values');
+      growing.look(step, 400);
+      if (step % 20 !== 0) expect(growing.ranks).toEqual(before);
     }
-    const total = now().reduce((sum, { c }) => sum + c!.columns, 0);
+    cores.forEach(({ values }, i) => {
+      const on = growing.ranks[i]!;
+      const outside = values.filter((_, at) => at % 32 >= on || Math.floor(at / 32) >= on);
+      expect(outside.every((value) => value === 0)).toBe(true);
+    });
+    const total = growing.ranks.reduce((sum, rank) => sum + rank, 0);
     expect(total).toBe(64);
-    const there = informative.reduce((sum, i) => sum + added[i]!, 0);
+    const there = informative.reduce((sum, i) => sum + growing.ranks[i]! - 4, 0);
     expect(there / (total - 32)).toBeGreaterThanOrEqual(0.75);
     for (const { learner } of modules) learner[Symbol.dispose]();
   });
