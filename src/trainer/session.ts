@@ -16,20 +16,20 @@ import type { Kernels } from '../kernels/kernels.ts';
 import type { DecoderWeights } from '../model/decoder.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
 import { TrainingDecoder } from '../model/training-decoder.ts';
-import { nextBatchSize, type SampleStatistics } from './batch-growth.ts';
+import { nextBatchSize } from './batch-growth.ts';
 import { type Checkpoint, refused } from './checkpoint.ts';
 import { ServedLoss } from './evaluation.ts';
 import { type Example, hashExamples } from './examples.ts';
 import { FamilyTraining, type Observer } from './family-training.ts';
-import { clipGradients, squaredNorm } from './gradient-norm.ts';
+import { clipGradients } from './gradient-norm.ts';
 import { learningRateAt } from './learning-rate.ts';
 import { bytesOfWeights, estimateMemory, type TrainingMemory } from './memory-estimate.ts';
-import { passesOf } from './objective.ts';
 import { createOptimizer, type Optimizer, type Parameter } from './optimizers/optimizer.ts';
 import { answersIn, type Layout, layOut, packWindows } from './packing.ts';
 import { checkStart, choiceOf, growthOf, publishModules } from './publish.ts';
 import { addPenalty, pruneProducts } from './regularizer.ts';
 import { startModules } from './start.ts';
+import { computeGradients } from './step-gradients.ts';
 import { inGroups, planSteps, type StepPlan } from './step-plan.ts';
 
 /** What is trained on: nothing of it is changed. */
@@ -144,10 +144,6 @@ export class TrainingSession implements Disposable {
       .digest('hex');
   }
 
-  get #gateRanks(): number {
-    return Math.max(0, ...this.#training.delta.gateRanks);
-  }
-
   get #observer(): Observer {
     const { batchWindows, windowTokens } = this.#options.recipe;
     const read = (name: string, out: Float32Array): void => this.#decoder.read(name, out);
@@ -184,7 +180,19 @@ export class TrainingSession implements Disposable {
   /** Throws INVALID_REQUEST when two steps in a row have no finite loss. An interrupted step leaves no trace. */
   async takeStep(breathe: Breathe): Promise<StepReport> {
     const recipe = this.#recipe;
-    const { loss, tokens, statistics } = await this.#computeGradients(breathe);
+    const groups =
+      recipe.batchSchedule === null
+        ? this.#plan.microBatches(this.#step)
+        : this.#plan.slice(this.#taken, this.#accumulation);
+    const source = {
+      decoder: this.#decoder,
+      parameters: this.parameters,
+      gateRanks: Math.max(0, ...this.#training.delta.gateRanks),
+      added: this.#added,
+    };
+    const { training } = this.#options;
+    const data = { recipe, training, step: this.#step, groups };
+    const { loss, tokens, statistics } = await computeGradients(source, data, breathe);
     if (Number.isFinite(loss)) addPenalty(recipe, this.parameters);
     this.#training.beforeStep();
     const gradientNorm = clipGradients(this.parameters, recipe.clipNorm ?? Infinity);
@@ -210,53 +218,6 @@ export class TrainingSession implements Disposable {
     }
     const microBatches = statistics.samples;
     return { step: this.#step, loss, gradientNorm, learningRate, tokens, microBatches, isTaken };
-  }
-
-  async #computeGradients(
-    breathe: Breathe,
-  ): Promise<Pick<StepReport, 'loss' | 'tokens'> & { readonly statistics: SampleStatistics }> {
-    const { recipe, training } = this.#options;
-    const { batchWindows: windows, windowTokens: windowRows } = recipe;
-    const passes = passesOf(recipe, this.#step);
-    const groups =
-      recipe.batchSchedule === null
-        ? this.#plan.microBatches(this.#step)
-        : this.#plan.slice(this.#taken, this.#accumulation);
-    const answers = answersIn(training, groups.flat());
-    for (const { gradient } of this.parameters) gradient.fill(0);
-    let loss = 0;
-    let tokens = 0;
-    let squares = 0;
-    for (const group of groups) {
-      for (const { gates, weight } of passes) {
-        await breathe();
-        const layout = layOut(training, group, { windows, windowRows, weight: weight / answers });
-        const gate = repeated(gates, windows * windowRows, this.#gateRanks);
-        loss += this.#decoder.step({ ...layout, gate });
-        squares += this.#addGradients();
-        tokens += layout.rows;
-      }
-    }
-    // A micro-batch's own mean gradient is `samples` times its part of the step's.
-    const samples = groups.length;
-    const meanSquaredNorm = squaredNorm(this.parameters);
-    const statistics = { samples, squaredNorms: samples ** 2 * squares, meanSquaredNorm };
-    return { loss, tokens, statistics };
-  }
-
-  /** Returns the square of what is added. */
-  #addGradients(): number {
-    let squares = 0;
-    for (const { name, gradient } of this.parameters) {
-      const added = this.#added.subarray(0, gradient.length);
-      this.#decoder.read(name, added);
-      for (let i = 0; i < added.length; i++) {
-        const value = added[i]!;
-        gradient[i]! += value;
-        squares += value * value;
-      }
-    }
-    return squares;
   }
 
   /** The adapter as it is now. */
@@ -359,12 +320,4 @@ function optimizerOf(recipe: Recipe, parameters: readonly Parameter[]): Optimize
   const scale = scaleOf(scaling, rank);
   const options = { ...optimizer, weightDecay, seed, scale };
   return createOptimizer(options, parameters);
-}
-
-/** One row after another, `ranks` wide: modules with more ranks than the recipe have the last one's. */
-function repeated(gates: Float64Array, rows: number, ranks: number): Float32Array {
-  const row = Float32Array.from({ length: ranks }, (_, r) => gates[r] ?? gates.at(-1)!);
-  const result = new Float32Array(rows * ranks);
-  for (let i = 0; i < rows; i++) result.set(row, i * ranks);
-  return result;
 }
