@@ -1,0 +1,96 @@
+// What the fields of a recipe may not be together: what could not be trained, or not be published.
+
+import { rankMaxLimit } from '../adapters/adapter.ts';
+import type { Recipe } from './recipe.ts';
+
+type Rule = readonly [isKept: boolean, path: string, message: string];
+
+/** Windows × tokens that are computed at once: a guess at what no machine of ours holds more of. */
+const batchRowsMax = 65_536;
+
+/** The first rule that is broken: its path and what is wrong. */
+export function conflict(recipe: Recipe): readonly [path: string, message: string] | null {
+  const { kind, rank: most, ranks, objective, order, scaling, levels, targets } = recipe;
+  const { name } = recipe.optimizer;
+  const { accumulation, batchSchedule: schedule } = recipe;
+  const rows = recipe.batchWindows * recipe.windowTokens;
+  const isRising = ranks.every((q, i) => q > (ranks[i - 1] ?? 0)) && ranks.at(-1) === most;
+  const trainsSum = objective === 'diag' || objective === 'binary';
+  const hasOneScale = kind === 'lora' || scaling === 'none';
+  const rules: readonly Rule[] = [
+    [isRising, 'ranks', `must rise to rank, ${most}: ranks above them would never train`],
+    [new Set(targets).size === targets.length, 'targets', 'names a projection twice'],
+    ...kindRules(recipe),
+    [
+      !(order === 'as-trained' && trainsSum),
+      'order',
+      `as-trained: ${objective} trains a sum of prefixes, and none as it is served`,
+    ],
+    [!(order === 'as-published' && kind === 'lora'), 'order', 'as-published is matryoshka’s'],
+    [
+      order === 'svd' || hasOneScale,
+      'order',
+      `${order} with scaling ${scaling}: packed ranks have no scale of their own`,
+    ],
+    [order === 'svd' || levels === 'uniform', 'levels', `energy needs order svd, not ${order}`],
+    [
+      schedule === null || (accumulation >= 2 && accumulation <= schedule.max),
+      'accumulation',
+      'adadagrad compares 2 micro-batches or more, and at most batchSchedule.max',
+    ],
+    [
+      schedule === null || (objective !== 'multi' && objective !== 'sandwich'),
+      'batchSchedule.kind',
+      `adadagrad wants one pass a micro-batch, ${objective} has several`,
+    ],
+    [
+      kind === 'lora' || recipe.regularizer === null,
+      'regularizer.kind',
+      'trp wants one scale for all ranks, as kind lora has',
+    ],
+    [
+      kind === 'lora' || !name.startsWith('lora-pro'),
+      'optimizer.name',
+      `${name} wants one scale for all ranks, as kind lora has`,
+    ],
+    [rows <= batchRowsMax, 'batchWindows', `${rows} rows at once, at most ${batchRowsMax}`],
+  ];
+  const broken = rules.find(([isKept]) => !isKept);
+  return broken === undefined ? null : [broken[1], broken[2]];
+}
+
+/** What belongs to some kinds only. */
+function kindRules(recipe: Recipe): readonly Rule[] {
+  const { kind, rank: most, objective, order } = recipe;
+  const isPlain = kind !== 'matryoshka';
+  return [
+    [recipe.topK <= most, 'topK', `${recipe.topK} of ${most} ranks`],
+    [
+      recipe.rankGrowth === null ||
+        (kind === 'triangular' && most >= 2 && 2 * most <= rankMaxLimit),
+      'rankGrowth',
+      `is triangular's, of ranks 2 to ${rankMaxLimit / 2}`,
+    ],
+    [isPlain === (objective === 'plain'), 'objective', `${objective} is not ${kind}'s`],
+    [
+      kind === 'lora' || recipe.init.kind === 'kaiming',
+      'init.kind',
+      `eva is lora's, not ${kind}'s`,
+    ],
+    [
+      kind === 'lora' || recipe.modules === 'all',
+      'modules.kind',
+      `diffora is lora's, not ${kind}'s`,
+    ],
+    [
+      recipe.modules === 'all' || recipe.init.kind === 'kaiming',
+      'modules.kind',
+      'diffora beside eva, which gives ranks to modules already',
+    ],
+    [
+      kind === 'lora' || !isPlain || order === 'svd',
+      'order',
+      `${kind} is published in the order of its SVD, not ${order}`,
+    ],
+  ];
+}
