@@ -3,6 +3,7 @@
 
 import { type ChildProcess, fork } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
+import { onChildEnd } from '../model/child-end.ts';
 import type { EngineClock } from './clock.ts';
 import type { FromEngine, ToEngine } from './messages.ts';
 
@@ -25,8 +26,6 @@ export interface ChildListener {
   readonly onDeath: (why: string) => void;
 }
 
-/** How long the channel may stay open after the process has ended. Guess. */
-const channelMsMax = 2000;
 /** How long a step may still take after `shutdown`. Guess. */
 const endMsMax = 5000;
 
@@ -55,7 +54,12 @@ export class EngineChild {
     this.#cancelTimer = options.clock.after(options.readyMsMax, () =>
       this.kill(`not ready within ${options.readyMsMax} ms`),
     );
-    this.#watch();
+    this.#process.on('message', (message) => this.#hear(message as FromEngine));
+    onChildEnd(
+      this.#process,
+      (ms, callback) => options.clock.after(ms, callback),
+      (why) => this.#die(why),
+    );
   }
 
   get pid(): number | undefined {
@@ -74,7 +78,7 @@ export class EngineChild {
   }
 
   kill(why: string): void {
-    this.#why = why;
+    if (this.#process.exitCode === null && this.#process.signalCode === null) this.#why = why;
     this.#process.kill('SIGKILL'); // also ends a stopped process, which no other signal does
   }
 
@@ -92,37 +96,6 @@ export class EngineChild {
       this.#cancelTimer = this.#options.clock.after(endMsMax, () =>
         this.kill('shutdown took too long'),
       );
-    });
-  }
-
-  #watch(): void {
-    let hasExited = false;
-    let isClosed = false;
-    const check = (): void => {
-      // Both: the process may end before the last of its messages has been read from the channel.
-      if (hasExited && isClosed) this.#die();
-    };
-    this.#process.on('message', (message) => this.#hear(message as FromEngine));
-    this.#process.on('error', (error) => {
-      this.#why = error.message;
-      if (this.#process.pid === undefined) this.#die();
-    });
-    this.#process.once('exit', (code, signal) => {
-      hasExited = true;
-      if (this.#why === '') {
-        this.#why = signal === null ? `exit code ${code}` : `signal ${signal}`;
-      }
-      if (!this.#process.connected) isClosed = true;
-      else {
-        this.#cancelTimer();
-        this.#cancelTimer = this.#options.clock.after(channelMsMax, () => this.#die());
-      }
-      check();
-    });
-    this.#process.once('disconnect', () => {
-      isClosed = true;
-      if (!hasExited) this.#process.kill('SIGKILL'); // alive without a channel: nobody can talk to it any more
-      check();
     });
   }
 
@@ -147,11 +120,10 @@ export class EngineChild {
     });
   }
 
-  #die(): void {
-    if (this.#isDead) return;
+  #die(why: string): void {
     this.#isDead = true;
     this.#cancelTimer();
-    this.#listener.onDeath(this.#why);
+    this.#listener.onDeath(this.#why === '' ? why : this.#why);
     this.#onEnd();
   }
 }

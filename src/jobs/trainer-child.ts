@@ -4,6 +4,7 @@ import { type ChildProcess, fork } from 'node:child_process';
 import { writeFileSync } from 'node:fs';
 import { setPriority } from 'node:os';
 import { fileURLToPath } from 'node:url';
+import { onChildEnd } from '../model/child-end.ts';
 import type { FromTrainer, ToTrainer, TrainerSpec } from './messages.ts';
 
 export interface TrainerChildOptions {
@@ -22,9 +23,6 @@ export interface TrainerListener {
   readonly onEnd: (why: string) => void;
 }
 
-/** How long the channel may stay open after the process has ended. Guess. */
-const channelMsMax = 2000;
-
 export class TrainerChild {
   readonly #process: ChildProcess;
 
@@ -37,7 +35,7 @@ export class TrainerChild {
     });
     standBack(this.#process.pid, options.nice);
     this.#process.on('message', (message) => listener.onMessage(message as FromTrainer));
-    this.#watch(options.after, listener.onEnd);
+    onChildEnd(this.#process, options.after, listener.onEnd);
   }
 
   get pid(): number | undefined {
@@ -52,34 +50,6 @@ export class TrainerChild {
   /** Also ends a stopped process, which no other signal does. */
   kill(): void {
     this.#process.kill('SIGKILL');
-  }
-
-  #watch(after: TrainerChildOptions['after'], onEnd: (why: string) => void): void {
-    const child = this.#process;
-    let why: string | null = null;
-    let cancelTimer = (): void => {};
-    let hasEnded = false;
-    const end = (): void => {
-      if (hasEnded) return;
-      hasEnded = true;
-      cancelTimer();
-      onEnd(why!);
-    };
-    child.on('error', (error) => {
-      if (child.pid !== undefined) return;
-      why = `it cannot be started (${(error as NodeJS.ErrnoException).code})`;
-      end();
-    });
-    child.once('exit', (code, signal) => {
-      why = signal === null ? `exit code ${code}` : `signal ${signal}`;
-      // The process may end before the last of its messages has been read from the channel.
-      if (child.connected) cancelTimer = after(channelMsMax, end);
-      else end();
-    });
-    child.once('disconnect', () => {
-      if (why !== null) end();
-      else child.kill('SIGKILL'); // alive without a channel: nobody can talk to it any more
-    });
   }
 }
 
