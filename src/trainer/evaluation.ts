@@ -28,7 +28,7 @@ export class ServedLoss implements Disposable {
   readonly #training: FamilyTraining;
   /** Of the published pair of each module; none where tokens choose. */
   readonly #pairs: readonly { readonly site: ModuleSite; readonly rank: number }[];
-  /** By active ranks. */
+  /** By active ranks, where those are fewer than were trained with. */
   readonly #active: Map<number, TrainedDelta> = new Map();
 
   constructor(over: Omit<LossOptions, 'delta'>, recipe: Recipe, training: FamilyTraining) {
@@ -43,7 +43,10 @@ export class ServedLoss implements Disposable {
     );
     this.#decoder = new LossDecoder({ ...over, delta: isRouted ? training.delta : pairs });
     if (!isRouted) return;
-    for (const k of recipe.ranks) this.#active.set(k, training.withActive(k)!);
+    const { topK } = recipe; // no more of them are served
+    for (const k of recipe.ranks) {
+      if (k < topK) this.#active.set(k, training.withActive(k)!);
+    }
     for (const [name, values] of training.constants) this.#decoder.write(name, values);
   }
 

@@ -56,10 +56,8 @@ describe('a training session', () => {
     const byRank = await session.evaluate({ bytes, manifest }, breathe);
     const ranks = byRank.map(({ rank }) => rank);
     expect(ranks.slice(0, 4)).toEqual([1, 2, 4, 8]);
-    // As it was trained: at its active ranks where tokens choose, else with all that it has. One step further, in f16.
-    const { topK } = manifest.options;
-    const trainedAt = topK === null ? ranks.length - 1 : ranks.indexOf(topK === 3 ? 4 : topK);
-    expect(byRank[trainedAt]!.loss).toBeLessThan(last + 0.03);
+    // With all that it has, or as many of a token's choice as were trained with. One step further, in f16.
+    expect(byRank.at(-1)!.loss).toBeLessThan(last + 0.03);
     const { generation } = openPacked(bytes, generationOf(bytes));
     expect(session.publish().bytes.length).toBe(bytes.length);
     expect(generation).toBe(generationOf(session.publish().bytes));
