@@ -9,6 +9,7 @@ import { parseArgs } from 'node:util';
 import { defaultSource, fetchBaseModel } from '../src/model/model-source.ts';
 import { benchAdapters } from './adapters.ts';
 import { benchColdstart } from './coldstart.ts';
+import { benchDeadline } from './deadline.ts';
 import { benchDecode } from './decode.ts';
 import { benchFidelity } from './fidelity.ts';
 import type { WeightMode } from './job.ts';
@@ -20,6 +21,8 @@ import { benchResidency } from './residency.ts';
 import { benchSimulate } from './simulate.ts';
 import { benchSwap } from './swap.ts';
 import { benchTenants } from './tenants.ts';
+import { benchTrain, type TrainReport } from './train.ts';
+import { benchTrainStudy } from './train-study.ts';
 import { benchTrainstep } from './trainstep.ts';
 
 interface Settings {
@@ -30,9 +33,13 @@ interface Settings {
   readonly folder: string;
   /** For simulate. */
   readonly trace: string | null;
+  /** For train: hours. */
+  readonly study: boolean;
+  readonly tell: (text: string) => void;
 }
 
 const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>> = {
+  deadline: (settings) => benchDeadline(settings),
   decode: (settings) => {
     installOpponent();
     return benchDecode(settings, settings.rounds);
@@ -50,7 +57,9 @@ const benches: Readonly<Record<string, (settings: Settings) => Promise<Report>>>
   simulate: ({ trace }) => benchSimulate({ tracePath: trace }),
   swap: (settings) => benchSwap(settings, settings.rounds),
   tenants: (settings) => benchTenants(settings, settings.rounds),
-  // Its opponent is Python: the first run makes an environment under data/ from PyPI (torch, gigabytes).
+  train: (settings) =>
+    settings.study ? benchTrainStudy(settings) : benchTrain(settings, settings.rounds),
+  // Its opponent, and train's, is Python: the first run makes an environment under data/ from PyPI (torch, gigabytes).
   trainstep: (settings) => benchTrainstep(settings, settings.rounds),
 };
 
@@ -74,7 +83,16 @@ function printTable(report: Report): void {
   }
   console.log();
   for (const [name, value] of Object.entries(report.figures)) line(name, String(value));
+  printLosses(report);
   for (const note of report.notes) console.log(`- ${note}`);
+}
+
+/** A line each, by rank. */
+function printLosses({ losses = {} }: Report & Partial<Pick<TrainReport, 'losses'>>): void {
+  for (const [name, byRank] of Object.entries(losses)) {
+    const shown = Object.entries(byRank).map(([rank, loss]) => `${rank}: ${loss.toFixed(4)}`);
+    console.log(`loss ${name.padEnd(20)} ${shown.join('  ')}`);
+  }
 }
 
 async function main(): Promise<void> {
@@ -87,6 +105,7 @@ async function main(): Promise<void> {
       weights: { type: 'string', default: 'faithful' },
       model: { type: 'string' },
       trace: { type: 'string' },
+      study: { type: 'boolean', default: false },
     },
   });
   const bench = benches[positionals[0] ?? ''];
@@ -96,7 +115,7 @@ async function main(): Promise<void> {
   const { weights } = values;
   if (bench === undefined || !isCount(threads) || !isCount(rounds) || !isWeightMode(weights)) {
     throw new Error(
-      `usage: npm run -s bench -- ${Object.keys(benches).join('|')} [--json] [--threads N] [--rounds N] [--weights parity|faithful|fast] [--model FILE] [--trace FILE]`,
+      `usage: npm run -s bench -- ${Object.keys(benches).join('|')} [--json] [--threads N] [--rounds N] [--weights parity|faithful|fast] [--model FILE] [--trace FILE] [--study]`,
     );
   }
   const place = describePlace();
@@ -105,7 +124,10 @@ async function main(): Promise<void> {
   const folder = mkdtempSync(join(tmpdir(), 'rankgate-bench-'));
   try {
     const trace = values.trace ?? null;
-    const report = await bench({ modelPath, threads, rounds, weights, folder, trace });
+    const { study } = values;
+    const tell = (text: string): void => console.error(text);
+    const own = { trace, study, tell };
+    const report = await bench({ modelPath, threads, rounds, weights, folder, ...own });
     const loadAverageAtEnd = round(loadavg()[0]!);
     const run = { model: basename(modelPath), threads, rounds, ...place, loadAverageAtEnd };
     if (values.json) {

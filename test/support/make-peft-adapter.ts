@@ -37,8 +37,10 @@ export interface PeftAdapterOptions {
   readonly seed: number;
   /** All seven by default. */
   readonly targets?: readonly Projection[];
-  /** Size of B's numbers in the first rank; each rank has 0.85 of the one before. */
+  /** Size of B's numbers in the first rank. */
   readonly gain?: number;
+  /** Rank i (0 first) has 0.85 of the one before it, or 1/sqrt(i + 1) of the first, a longer tail. */
+  readonly fall?: 'geometric' | 'root';
 }
 
 export const smolAdapter: PeftAdapterOptions = { shape: smolShape, rank: 16, alpha: 32, seed: 135 };
@@ -46,6 +48,7 @@ export const smolAdapter: PeftAdapterOptions = { shape: smolShape, rank: 16, alp
 /** The same options give the same bytes on every machine: only + - * / and sqrt, nothing that a machine may round its own way. */
 export function makePeftAdapter(options: PeftAdapterOptions): PeftFiles {
   const { shape, rank, alpha, seed, targets = projections, gain: firstGain = 0.05 } = options;
+  const isRoot = options.fall === 'root';
   const config = shape as DecoderConfig;
   const draw = bellDraws(seed);
   const tensors = new Map<string, SafetensorsTensor>();
@@ -58,7 +61,7 @@ export function makePeftAdapter(options: PeftAdapterOptions): PeftFiles {
       for (let o = 0; o < sizes.out; o++) {
         // Falling by column, so that ranks differ in weight.
         for (let r = 0, gain = firstGain; r < rank; r++, gain *= 0.85)
-          b[o * rank + r] = gain * draw();
+          b[o * rank + r] = (isRoot ? firstGain / Math.sqrt(r + 1) : gain) * draw();
       }
       tensors.set(formatTensorName(module, 'A'), f32(a, [rank, sizes.in]));
       tensors.set(formatTensorName(module, 'B'), f32(b, [sizes.out, rank]));

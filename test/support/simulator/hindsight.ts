@@ -86,7 +86,7 @@ function change(
   last: Tried,
   { feasible, share, price, rng }: Change,
 ): number[] {
-  const adapterOf = createAdapters();
+  const adapterOf = createAdapters(scenario.adapters);
   return last.ranks.map((rank, i) => {
     const arrival = scenario.arrivals[i]!;
     const { adapter, budget } = arrival;

@@ -12,6 +12,8 @@ export interface Scenario {
   readonly machine: Machine;
   /** In order of time. */
   readonly arrivals: readonly Arrival[];
+  /** Adapters that are as said here, not made from their name. */
+  readonly adapters?: readonly SimulatedAdapter[];
 }
 
 /** Who decides about ranks. */

@@ -1,4 +1,5 @@
-// Adapters that exist by their name only: rank, rank curve and generation are a function of it, so a trace may name any.
+// Adapters that exist by their name only: rank, rank curve and generation are a function of it, so a trace may name any. Those
+// that a scenario describes are as it says.
 
 import { createHash } from 'node:crypto';
 import type { Generation } from '../../../src/adapters/adapter.ts';
@@ -28,13 +29,21 @@ function createAdapter(name: string): SimulatedAdapter {
     kept += energy;
     return Math.min(1, kept / total);
   });
-  const routed = { ...routedAdapter(rankMax, curve), name };
-  return { name, generation: `sha256:${hash}`, rankMax, routed };
+  return adapterOfCurve(name, curve);
+}
+
+/** One that exists, as far as the router sees it. */
+export function adapterOfCurve(name: string, curve: readonly number[]): SimulatedAdapter {
+  const hash = createHash('sha256').update(name).digest('hex');
+  const routed = { ...routedAdapter(curve.length, curve), name };
+  return { name, generation: `sha256:${hash}`, rankMax: curve.length, routed };
 }
 
 /** Remembers what it made: the same object for the same name. */
-export function createAdapters(): (name: string) => SimulatedAdapter {
-  const known = new Map<string, SimulatedAdapter>();
+export function createAdapters(
+  given: readonly SimulatedAdapter[] = [],
+): (name: string) => SimulatedAdapter {
+  const known = new Map(given.map((one) => [one.name, one]));
   return (name) => {
     const found = known.get(name) ?? createAdapter(name);
     known.set(name, found);

@@ -32,7 +32,7 @@ class Simulation {
   readonly #stepper: SimulatedStepper;
   readonly #loop: EngineLoop;
   readonly #gateway: SimulatedGateway;
-  readonly #adapterOf: (name: string) => SimulatedAdapter = createAdapters();
+  readonly #adapterOf: (name: string) => SimulatedAdapter;
   readonly #adapters: Map<ResidentKey, SimulatedAdapter> = new Map();
   /** Sent during a step. */
   #inbox: GenerateRequest[] = [];
@@ -41,6 +41,7 @@ class Simulation {
     this.#scenario = scenario;
     this.#contestant = contestant;
     const { machine, seed, arrivals } = scenario;
+    this.#adapterOf = createAdapters(scenario.adapters);
     const clock = this.#clock;
     this.#gateway = new SimulatedGateway({
       ...{ scenario, contestant, clock },

@@ -103,8 +103,8 @@ export function feasibleOf({ machine, arrivals }: Scenario): boolean[] {
 
 /** The quality that nobody can exceed but by lucky noise: each feasible request at the largest rank that meets its budget
  *  alone. */
-export function qualityAlone({ machine, arrivals }: Scenario): number {
-  const adapterOf = createAdapters();
+export function qualityAlone({ machine, arrivals, adapters }: Scenario): number {
+  const adapterOf = createAdapters(adapters);
   const best = arrivals.flatMap((arrival) => {
     const adapter = arrival.adapter === null ? null : adapterOf(arrival.adapter);
     const isIn = (rank: number): boolean =>
