@@ -56,16 +56,23 @@ export interface JobEnd {
   readonly code: string | null;
 }
 
+/** A refresh of an adapter is over, or what it had promoted is put back. */
+export interface RefreshEnded {
+  readonly outcome: string;
+}
+
 export interface Events {
   readonly 'request-end': RequestEnd;
   readonly 'engine-restart': EngineRestart;
   readonly 'job-end': JobEnd;
+  readonly 'refresh-end': RefreshEnded;
 }
 
 const channels = {
   'request-end': channel('rankgate:request-end'),
   'engine-restart': channel('rankgate:engine-restart'),
   'job-end': channel('rankgate:job-end'),
+  'refresh-end': channel('rankgate:refresh-end'),
 } as const;
 
 export function publish<K extends keyof Events>(event: K, payload: Events[K]): void {

@@ -3,6 +3,8 @@
 
 import { z } from 'zod';
 import { isAdapterName, rankMaxLimit, tenantOf } from './adapters/adapter.ts';
+import type { CaptureLimits } from './jobs/capture.ts';
+import type { RefreshSettings } from './jobs/refresher.ts';
 import { type DeviceWish, deviceWishes } from './kernels/ggml/select-device.ts';
 import { budgetMsMax } from './router/budget.ts';
 import type { PolicySettings, TierPolicy } from './router/policy.ts';
@@ -69,6 +71,8 @@ export interface Settings {
   readonly trainerThreads: number | null;
   /** Of trainers, as the system counts: 19 has what nobody else wants, 0 is as serving. */
   readonly trainerNice: number;
+  /** How captured adapters are kept fresh (jobs/refresher.ts). */
+  readonly refresh: RefreshSettings & CaptureLimits;
   /** Of one file of examples. */
   readonly fileBytesMax: number;
   /** Of one tenant's files of examples. */
@@ -118,6 +122,27 @@ const tier = z
     strict: z.boolean().default(false),
     rankMin: count(0, rankMaxLimit).default(0),
     priority: count(0, 9).default(5),
+  })
+  .readonly();
+
+const share = z.number().min(0).max(1);
+// Guesses: a refresh a day at most, once there is enough to see a difference by.
+const refresh = z
+  .strictObject({
+    everyS: count(0, 31_536_000).default(86_400),
+    freshMin: count(1, 1_000_000).default(32),
+    trainingMin: count(1, 1_000_000).default(32),
+    heldOutMin: count(2, 256).default(16),
+    heldOutShare: share.default(0.25),
+    scoreMin: share.default(0.75),
+    rankNatsMax: z.number().min(0).max(10).default(0.02),
+    guardNatsMax: z.number().min(0).max(100).default(0.1),
+    errorsMin: z.number().min(1).max(100).default(2),
+    alpha: z.number().gt(0).max(0.5).default(0.01),
+    recipe: z.record(z.string().max(64), z.unknown()).default({}),
+    examplesMax: count(1, 1_000_000).default(4096),
+    bytesMax: count(1024, 2 ** 40).default(64 * 1024 * 1024),
+    ageS: count(60, 315_360_000).default(90 * 86_400),
   })
   .readonly();
 
@@ -200,6 +225,7 @@ const shape = {
   trainersMax: count(0, 16).default(1),
   trainerThreads: count(1, 256).nullable().default(null),
   trainerNice: count(0, 19).default(19),
+  refresh: refresh.prefault({}),
   fileBytesMax: count(1024, 2 ** 31).default(64 * 1024 * 1024),
   filesMax: count(1, 10_000).default(100),
   filesBytesMax: count(1024, 2 ** 40).default(2 ** 30),

@@ -12,8 +12,10 @@ import { type Config, childEnvironment } from './config.ts';
 import { systemClock } from './engine/clock.ts';
 import type { Engine } from './engine/engine.ts';
 import { GatewayError } from './errors.ts';
+import { Capture, openCaptureDatabase } from './jobs/capture.ts';
 import { openJobsDatabase } from './jobs/job.ts';
 import { JobStore } from './jobs/job-store.ts';
+import { Refresher } from './jobs/refresher.ts';
 import { TrainerSupervisor } from './jobs/trainer-supervisor.ts';
 import { TrainingFiles } from './jobs/training-files.ts';
 import type { ModelFile } from './model/model-source.ts';
@@ -59,12 +61,27 @@ export function openTraining(parts: TrainingParts): OpenedTraining {
     bytesMax: config.filesBytesMax,
     files: { open, rename },
   });
-  const trainers = startTrainers(parts, { jobs, files, directory: at('jobs') });
+  const capture = openCapture(parts, at('capture.sqlite'), unixS);
+  let wake = (): void => {};
+  const refresher = new Refresher({
+    ...{ capture, jobs, files, unixS, registry: parts.registry, settings: config.refresh },
+    directory: at('refresh'),
+    after: systemClock.after,
+    wake: () => wake(),
+    onLeft: (generation) => unloadUnused(parts, generation),
+    onFailure: parts.onFailure,
+  });
+  const trainers = startTrainers(parts, { jobs, files, refresher, directory: at('jobs') });
+  wake = () => trainers.wake();
   let closing: Promise<void> | null = null;
   return {
-    training: { jobs, files, trainers },
+    training: { jobs, files, trainers, refresher },
     close() {
-      closing ??= trainers.close().finally(() => db.close());
+      refresher.close();
+      closing ??= trainers.close().finally(() => {
+        capture.close();
+        db.close();
+      });
       return closing;
     },
   };
@@ -72,7 +89,12 @@ export function openTraining(parts: TrainingParts): OpenedTraining {
 
 function startTrainers(
   parts: TrainingParts,
-  { jobs, files, directory }: { jobs: JobStore; files: TrainingFiles; directory: string },
+  {
+    jobs,
+    files,
+    refresher,
+    directory,
+  }: Pick<Training, 'jobs' | 'files' | 'refresher'> & { directory: string },
 ): TrainerSupervisor {
   const { config, model, engine, registry, importer, cacheDirectory, onFailure } = parts;
   const startOf = (generation: Generation): string => {
@@ -93,22 +115,47 @@ function startTrainers(
     trainersMax: config.trainersMax,
     stopMsMax,
     onFailure,
-    specOf: ({ trainingFile, validationFile, request: { startFrom } }) => ({
+    specOf: ({ trainingFile, validationFile, request: { startFrom, refresh } }) => ({
       modelPath: model.path,
       modelHash: model.sha256,
       trainingPath: files.pathOf(trainingFile),
       heldOutPath: validationFile === null ? null : files.pathOf(validationFile),
       startFrom: startFrom === null ? null : startOf(startFrom),
+      compare:
+        refresh === undefined
+          ? null
+          : { earlier: refresh.earlier === null ? null : startOf(refresh.earlier) },
       threads,
       cacheDirectory,
     }),
     importResult: async (from) => (await importer.importPeft(from)).generation,
-    promote: (name, generation) => promote(registry, name, generation),
+    judge: (job, result) => refresher.judge(job, result),
+    promote(job, generation) {
+      if (job.request.refresh !== undefined) return refresher.promote(job, generation);
+      promote(registry, job.request.adapter, generation);
+      return null;
+    },
     pressure() {
       const { running, waiting, threads: now } = engine.stats();
       return { running, waiting, threads: now, threadsMax: config.threads };
     },
   });
+}
+
+function openCapture(
+  { config, onFailure }: TrainingParts,
+  path: string,
+  unixS: () => number,
+): Capture {
+  const { examplesMax, bytesMax, ageS } = config.refresh;
+  const db = openCaptureDatabase(path);
+  const limits = { examplesMax, bytesMax, ageS };
+  return new Capture({ db, limits, seed: 0n, unixS, after: systemClock.after, onFailure });
+}
+
+function unloadUnused({ engine, registry }: TrainingParts, generation: Generation): void {
+  engine.pin(registry.pinned());
+  if (!registry.isNamed(generation)) engine.unload(generation);
 }
 
 /** The name holds its job's id, so whatever it points at is the same job's, of an attempt that was cut off after this. */

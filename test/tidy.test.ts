@@ -26,10 +26,6 @@ const entries = [
   'engine/text-worker.ts',
   'adapters/import-worker.ts',
   'trainer/trainer-process.ts',
-  'jobs/reservoir.ts', // these four: the refresh loop's, which follows
-  'jobs/refresh-gate.ts',
-  'jobs/refresh-watch.ts',
-  'jobs/refresh-schedule.ts',
   'trainer/batch-growth.ts', // these six: tested, not yet in a recipe
   'trainer/codyra.ts',
   'trainer/trp.ts',

@@ -224,7 +224,9 @@ export class JobStore {
   succeed(claim: Claim, result: JobResult): boolean {
     return this.#write(claim, (row) => {
       this.#set(row, 'result = ?', JSON.stringify(result));
-      this.#end(row, 'succeeded', `the model ${jobOf(row).request.adapter} can be asked for`);
+      const { adapter } = jobOf(row).request;
+      const end = result.generation === null ? 'keeps what it had' : 'can be asked for';
+      this.#end(row, 'succeeded', `the model ${adapter} ${end}`);
     });
   }
 

@@ -6,6 +6,7 @@ import { type OwnDatabase, openDatabase } from '../database.ts';
 import type { ErrorCode } from '../errors.ts';
 import type { RankLoss } from './messages.ts';
 import type { Recipe } from './recipe.ts';
+import type { Verdict } from './refresh-gate.ts';
 
 /** OpenAI's. `validating_files` and `running` are under a lease, the last three are for ever. */
 export type JobState =
@@ -25,6 +26,15 @@ export interface JobRequest {
   readonly recipe: Recipe;
   /** What the result will be called. */
   readonly adapter: string;
+  /** The result is to take the place of `startFrom`, if it is better. */
+  readonly refresh?: RefreshRequest;
+}
+
+export interface RefreshRequest {
+  /** What `startFrom` took the place of, while it is on probation. */
+  readonly earlier: Generation | null;
+  /** The last so many held-out lines came since the last refresh. */
+  readonly freshHeldOut: number;
 }
 
 export interface JobProgress {
@@ -37,10 +47,13 @@ export interface JobProgress {
 }
 
 export interface JobResult {
-  readonly generation: Generation;
+  /** null: a refresh that was discarded. */
+  readonly generation: Generation | null;
   readonly losses: readonly RankLoss[];
   readonly baseLoss: number | null;
   readonly aurac: number | null;
+  /** Of a refresh. */
+  readonly verdict?: Verdict;
 }
 
 export interface JobError {

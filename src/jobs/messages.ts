@@ -4,6 +4,7 @@
 
 import type { ErrorCode } from '../errors.ts';
 import type { Recipe } from './recipe.ts';
+import type { Comparison } from './refresh-gate.ts';
 
 /** The trainer's only argument, as JSON. */
 export interface TrainerSpec {
@@ -18,6 +19,9 @@ export interface TrainerSpec {
   readonly heldOutPath: string | null;
   /** Packed file of the generation that training goes on from; null: from the recipe's initialisation. */
   readonly startFrom: string | null;
+  /** A refresh: its result is compared with `startFrom`, and that with the generation before it, if `earlier` names its packed
+   *  file. null: none. */
+  readonly compare: { readonly earlier: string | null } | null;
   /** Checkpoint of an earlier claim that this one goes on from. */
   readonly resumeFrom: string | null;
   /** This claim's own, empty: checkpoints and the result go here. */
@@ -45,6 +49,7 @@ export interface TrainingResult {
   readonly losses: readonly RankLoss[];
   readonly baseLoss: number | null;
   readonly aurac: number | null;
+  readonly comparison: Comparison | null;
 }
 
 export type FromTrainer =

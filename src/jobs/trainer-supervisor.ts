@@ -7,10 +7,11 @@ import { join, relative } from 'node:path';
 import type { Generation } from '../adapters/adapter.ts';
 import { publish } from '../channels.ts';
 import { asGatewayError, type ErrorCode } from '../errors.ts';
-import type { Job, JobError, JobProgress } from './job.ts';
+import type { Job, JobError, JobProgress, JobResult } from './job.ts';
 import type { Claim, Claimed, JobStore } from './job-store.ts';
 import type { FromTrainer, TrainerSpec, TrainingResult } from './messages.ts';
 import { type EnginePressure, paceOf } from './pace.ts';
+import type { Verdict } from './refresh-gate.ts';
 import { TrainerChild, type TrainerChildOptions } from './trainer-child.ts';
 
 export interface TrainerSupervisorOptions extends TrainerChildOptions {
@@ -26,12 +27,14 @@ export interface TrainerSupervisorOptions extends TrainerChildOptions {
   ) => Pick<
     TrainerSpec,
     | ('modelPath' | 'modelHash' | 'threads' | 'cacheDirectory')
-    | ('trainingPath' | 'heldOutPath' | 'startFrom')
+    | ('trainingPath' | 'heldOutPath' | 'startFrom' | 'compare')
   >;
   /** Stores the packed adapter of a directory. */
   readonly importResult: (directory: string) => Promise<Generation>;
-  /** Points a job's name at it. Again is as once: the gateway may die before the job has succeeded. */
-  readonly promote: (name: string, generation: Generation) => void;
+  /** Whether a refresh may take effect; null: the job is none. */
+  readonly judge: (job: Job, result: TrainingResult) => Verdict | null;
+  /** Points a job's name at it, or says why not. Again is as once: the gateway may die before the job has succeeded. */
+  readonly promote: (job: Job, generation: Generation) => string | null;
   readonly pressure: () => EnginePressure;
   /** How long `close` waits for last checkpoints. */
   readonly stopMsMax: number;
@@ -230,15 +233,23 @@ export class TrainerSupervisor {
     });
   }
 
-  async #publish(run: Run, { directory, losses, baseLoss, aurac }: TrainingResult): Promise<void> {
-    const { store, importResult, promote } = this.#options;
+  async #publish(run: Run, result: TrainingResult): Promise<void> {
+    const { store, importResult, judge, promote } = this.#options;
     const { claim } = run;
+    const { job } = claim;
+    const { directory, losses, baseLoss, aurac } = result;
     try {
-      const generation = await importResult(directory);
-      // Cancelled meanwhile, it gets no name. Nothing comes between the three.
-      if (store.isHeld(claim)) {
-        promote(claim.job.request.adapter, generation);
-        store.succeed(claim, { generation, losses, baseLoss, aurac });
+      const verdict = store.isHeld(claim) ? judge(job, result) : null;
+      const about = { losses, baseLoss, aurac, ...(verdict === null ? {} : { verdict }) };
+      if (verdict !== null && !verdict.isPromoted) this.#discard(claim, about, verdict.reasons);
+      else {
+        const generation = await importResult(directory);
+        // Cancelled meanwhile, it gets no name. Nothing comes between the three.
+        if (store.isHeld(claim)) {
+          const why = promote(job, generation);
+          if (why === null) store.succeed(claim, { generation, ...about });
+          else this.#discard(claim, about, [why]);
+        }
       }
       this.#end(run, () => {});
     } catch (thrown) {
@@ -248,6 +259,12 @@ export class TrainerSupervisor {
         else this.#fail(claim, error, passing.includes(error.code));
       });
     }
+  }
+
+  #discard(claim: Claim, about: Omit<JobResult, 'generation'>, reasons: readonly string[]): void {
+    const { store } = this.#options;
+    store.tell(claim, `discarded: ${reasons.join('; ')}`, null);
+    store.succeed(claim, { generation: null, ...about });
   }
 
   #fail(claim: Claim, { code, message }: JobError, retry: boolean): void {

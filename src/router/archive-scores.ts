@@ -2,8 +2,15 @@
 // several are offered to it, never single ones. Bounded: the oldest are forgotten.
 
 import { LRUCache } from 'lru-cache';
+import type { Generation } from '../adapters/adapter.ts';
 import type { Elite } from './archive.ts';
 import type { Outcome } from './policy.ts';
+
+/** What answered without others beside it. */
+export interface OnlyAdapter {
+  readonly name: string;
+  readonly generation: Generation;
+}
 
 /** An answer that can still be scored: what made it, and how long it took. */
 export interface ScorableAnswer extends Omit<Elite, 'objective'> {
@@ -11,9 +18,10 @@ export interface ScorableAnswer extends Omit<Elite, 'objective'> {
   /** Of the archive, for which it counts; null: for none. */
   readonly row: string | null;
   readonly planned: Pick<Outcome, 'input' | 'plan'>;
+  readonly only: OnlyAdapter | null;
 }
 
-export interface Scored {
+export interface Scored extends Pick<ScorableAnswer, 'only'> {
   readonly planned: Pick<Outcome, 'input' | 'plan'>;
   /** For a row, when enough scores were gathered. */
   readonly candidate: { readonly row: string; readonly elite: Elite } | null;
@@ -47,8 +55,8 @@ export class ArchiveScores {
     const answer = this.#answers.get(id);
     if (answer === undefined || answer.tenant !== tenant) return null;
     this.#answers.delete(id);
-    const { tenant: _, row, planned, latencyMs, ...made } = answer;
-    if (row === null) return { planned, candidate: null };
+    const { tenant: _, row, planned, latencyMs, only, ...made } = answer;
+    if (row === null) return { planned, only, candidate: null };
     // Per cell, so that the mean latency of a candidate lies in the cell that its answers did.
     const key = JSON.stringify([row, made.adapter, made.generation, made.rank, cellOf(latencyMs)]);
     const sum = this.#sums.get(key) ?? { count: 0, score: 0, latencyMs: 0 };
@@ -57,10 +65,10 @@ export class ArchiveScores {
     sum.latencyMs += latencyMs;
     if (sum.count < scoresPerCandidate) {
       this.#sums.set(key, sum);
-      return { planned, candidate: null };
+      return { planned, only, candidate: null };
     }
     this.#sums.delete(key);
     const [objective, meanMs] = [sum.score / sum.count, sum.latencyMs / sum.count];
-    return { planned, candidate: { row, elite: { ...made, objective, latencyMs: meanMs } } };
+    return { planned, only, candidate: { row, elite: { ...made, objective, latencyMs: meanMs } } };
   }
 }

@@ -11,6 +11,8 @@ import type {
   Urgency,
 } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
+import type { CapturedPrompt } from '../jobs/refresh-data.ts';
+import type { OnlyAdapter } from '../router/archive-scores.ts';
 import { meets, remaining, statesTime } from '../router/budget.ts';
 import type { Budget, Plan, RouteInput } from '../router/policy.ts';
 import { madeBy, shownPlan } from './archive.ts';
@@ -46,6 +48,8 @@ export interface AnswerRequest {
   readonly stop: readonly string[];
   readonly topLogprobs: number | null;
   readonly budget: Budget;
+  /** What the answer may be learnt with; null: it is not captured. Then there is one sequence, of one adapter. */
+  readonly captured: CapturedPrompt | null;
 }
 
 /** As the router counts it, and its figures so far. */
@@ -70,6 +74,8 @@ export class Answer {
   readonly #outside: readonly AbortSignal[];
   #events: AsyncGenerator<Tagged<EngineEvent>, void, void> | null = null;
   #first: Promise<IteratorResult<Tagged<EngineEvent>>> | null = null;
+  /** Of a captured answer. */
+  #text = '';
   #ttftMs: number | null = null;
   #endedMs: number | null = null;
   #isComplete = false;
@@ -266,6 +272,7 @@ export class Answer {
       case 'piece':
         this.#ttftMs ??= this.#deps.clock.nowMs() - this.request.receivedMs;
         sequence.completionTokens += event.tokens.length;
+        if (this.request.captured !== null) this.#text += event.text;
         break;
       case 'end':
         sequence.end = event;
@@ -333,6 +340,19 @@ export class Answer {
     // Changed on the way, it is of no one rank: the policy hears of it, the archive does not.
     const row = part === undefined || this.#rankMean === rank ? this.request.row : null;
     const made = madeBy(target, rank);
-    this.#deps.archive.scores.remember(id, { ...made, tenant, row, latencyMs, planned });
+    const { name, generation } = part?.lease ?? {};
+    const isOnly = target.parts.length === 1 && rank > 0;
+    const only = isOnly ? { name: name!, generation: generation! } : null;
+    const answer = { ...made, tenant, row, latencyMs, planned, only };
+    this.#deps.archive.scores.remember(id, answer);
+    if (only !== null) this.#capture(only, rank);
+  }
+
+  /** What was cut off or is empty is nothing to learn. */
+  #capture({ name: adapter, generation }: OnlyAdapter, rank: number): void {
+    const { id, tenant, captured: prompt } = this.request;
+    if (prompt === null || this.#text === '' || this.#longest.end?.reason !== 'stop') return;
+    const made = { id, tenant, adapter, generation, rank, prompt, answer: this.#text };
+    this.#deps.training?.refresher.capture.offer(made);
   }
 }

@@ -9,6 +9,7 @@ import * as adapters from './adapters.ts';
 import { createAddAdapter } from './add-adapter.ts';
 import { offerToArchive, removeDomain, showArchive } from './archive.ts';
 import { authenticate } from './auth.ts';
+import * as refresh from './capture.ts';
 import { completeChat } from './chat.ts';
 import { completeText } from './completions.ts';
 import type { ServerDeps } from './deps.ts';
@@ -45,6 +46,7 @@ function routeTable(metricsPublic: boolean): readonly Route[] {
     inference('POST', '/v1/tiers/:tier/chat/completions', completeChat),
     inference('POST', '/v1/tiers/:tier/completions', completeText),
     inference('POST', '/v1/feedback', takeFeedback),
+    inference('PUT', '/v1/capture', refresh.refuseCapture),
     inference('GET', '/v1/models', listModels),
     inference('GET', '/v1/models/:id', showModel),
     admin('POST', '/v1/adapters', createAddAdapter()),
@@ -60,6 +62,9 @@ function routeTable(metricsPublic: boolean): readonly Route[] {
     admin('PUT', '/v1/adapters/:name/alias', adapters.aliasAdapter),
     admin('POST', '/v1/adapters/:name/pin', adapters.pinAdapter),
     admin('POST', '/v1/adapters/:name/unpin', adapters.unpinAdapter),
+    admin('GET', '/v1/adapters/:name/capture', refresh.showCapture),
+    admin('PUT', '/v1/adapters/:name/capture', refresh.switchCapture),
+    admin('POST', '/v1/adapters/:name/refresh', refresh.refreshAdapter),
     admin('GET', '/v1/adapters/:name/export', adapters.exportAdapter),
     admin('GET', '/v1/adapters/:name/aurac', showAurac),
     admin('POST', '/v1/adapters/:name/squeeze', squeezeAdapter),

@@ -65,6 +65,8 @@ export async function completeChat(c: Context<Env>, deps: ServerDeps): Promise<R
       const options = templateArguments === undefined ? {} : { templateArguments };
       return [(await text.encodeChat(messages, options)).tokens];
     },
+    // A template's arguments are no part of a training line.
+    captured: templateArguments === undefined ? { messages } : null,
   });
 }
 

@@ -60,6 +60,7 @@ export async function completeText(c: Context<Env>, deps: ServerDeps): Promise<R
       }
       return encoded;
     },
+    captured: typeof body.prompt === 'string' ? { prompt: body.prompt } : null,
   });
 }
 

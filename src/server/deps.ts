@@ -7,6 +7,7 @@ import type { EngineClock } from '../engine/clock.ts';
 import type { Engine } from '../engine/engine.ts';
 import type { TextService } from '../engine/text.ts';
 import type { JobStore } from '../jobs/job-store.ts';
+import type { Refresher } from '../jobs/refresher.ts';
 import type { TrainingFiles } from '../jobs/training-files.ts';
 import type { Router } from '../router/router.ts';
 import type { ArchiveDeps } from './archive.ts';
@@ -71,6 +72,7 @@ export interface Training {
   readonly files: TrainingFiles;
   /** Told when a job was created or cancelled. */
   readonly trainers: { wake(): void };
+  readonly refresher: Refresher;
 }
 
 export interface ServerDeps {

@@ -161,7 +161,7 @@ function jobOf(c: Context<Env>, deps: ServerDeps): Job {
   return job;
 }
 
-function describeJob(job: Job): Described {
+export function describeJob(job: Job): Described {
   const { id, owner, state, request, progress, result, error } = job;
   const { recipe, adapter } = request;
   const hyper = {
@@ -183,7 +183,7 @@ function describeJob(job: Job): Described {
     validation_file: job.validationFile,
     result_files: [],
     organization_id: owner === '' ? 'operator' : owner,
-    fine_tuned_model: hasSucceeded ? adapter : null,
+    fine_tuned_model: hasSucceeded && result?.generation !== null ? adapter : null,
     trained_tokens: hasSucceeded ? (progress?.tokens ?? null) : null,
     seed: recipe.seed,
     hyperparameters: hyper,
@@ -201,6 +201,7 @@ function describeJob(job: Job): Described {
       losses: result?.losses ?? null,
       base_loss: result?.baseLoss ?? null,
       aurac: result?.aurac ?? null,
+      verdict: result?.verdict ?? null,
     },
   };
 }

@@ -4,6 +4,7 @@
 import type { Context } from 'hono';
 import type { AdapterUse, Sampling } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
+import type { CapturedPrompt } from '../jobs/refresh-data.ts';
 import { parseBudget } from '../router/budget.ts';
 import { Answer } from './answer.ts';
 import { readCell, rowOf } from './archive.ts';
@@ -27,6 +28,8 @@ export interface Ask {
   readonly tokensDefault: number;
   readonly promptCount: number;
   readonly encode: () => Promise<readonly Int32Array[]>;
+  /** What the answer could be learnt with; null: not such a prompt. */
+  readonly captured: CapturedPrompt | null;
 }
 
 export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Promise<Response> {
@@ -77,6 +80,7 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
       stop: typeof body.stop === 'string' ? [body.stop] : (body.stop ?? []),
       topLogprobs: ask.topLogprobs,
       budget,
+      captured: capturedOf(ask, target, c.get('tenant'), deps),
     };
     const made = new Answer(deps, request, signal);
     answer = made;
@@ -89,6 +93,19 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
     target.release(); // idempotent: an answer that was made has released it
     throw error;
   }
+}
+
+/** Where its adapter's owner, the tenant and the request let it be. */
+function capturedOf(
+  { captured, body: { n, store } }: Ask,
+  { parts }: Target,
+  tenant: string,
+  { training }: ServerDeps,
+): CapturedPrompt | null {
+  const [part] = parts;
+  const isOne = parts.length === 1 && (n ?? 1) === 1;
+  if (training === null || part === undefined || !isOne || store === false) return null;
+  return training.refresher.capture.wants(part.lease.name, tenant) ? captured : null;
 }
 
 /** Said here and at once: the engine may be in the middle of a long step. */

@@ -44,6 +44,12 @@ export function createMetrics(source: MetricsSource): Metrics {
   page.gauge('rankgate_jobs', 'Fine-tuning jobs that are remembered, by state.', () =>
     [...(source.training?.jobs.counts() ?? [])].map(([state, count]) => [{ state }, count]),
   );
+  page.gauge(
+    'rankgate_capture_dropped_total',
+    'Answers that were not captured for want of room.',
+    () => (source.training === null ? [] : [[{}, source.training.refresher.capture.dropped]]),
+    'counter',
+  );
   page.gauge('rankgate_event_loop_delay_seconds', 'Delay of the event loop since the start.', () =>
     [0.5, 0.99, 1].map((quantile) => [
       { quantile: String(quantile) },
@@ -57,6 +63,8 @@ export function createMetrics(source: MetricsSource): Metrics {
   const restarts = page.counter('rankgate_engine_restarts_total', 'Deaths of the engine process.');
   const ends = page.counter('rankgate_job_ends_total', 'Ends of jobs that were worked on.');
   const stopJobs = onEvent('job-end', ({ state, code }) => ends({ state, code: code ?? '' }));
+  const refreshes = page.counter('rankgate_refreshes_total', 'Refreshes by what became of them.');
+  const stopRefreshes = onEvent('refresh-end', ({ outcome }) => refreshes({ outcome }));
   const stopRestarts = onEvent('engine-restart', ({ reason }) => restarts({ reason }));
   const stopErrors = addPredictionErrors(page, (name) => sees(name));
   return {
@@ -68,6 +76,7 @@ export function createMetrics(source: MetricsSource): Metrics {
       stopRequests();
       stopRestarts();
       stopJobs();
+      stopRefreshes();
       stopErrors();
       loopDelay.disable();
     },

@@ -86,6 +86,8 @@ const shared = z.strictObject({
     .pipe(z.record(z.string().regex(/^(?:0|[1-9]\d{0,9})$/), z.number().min(-100).max(100)))
     .exactOptional(),
   user: plainText.pipe(z.string().max(256)).exactOptional(),
+  /** false: not captured, whatever the adapter's owner wants. */
+  store: z.boolean().exactOptional(),
   service_tier: z
     .string()
     .regex(/^[a-z0-9_-]{1,64}$/)
@@ -136,6 +138,7 @@ export interface GenerationBody {
   repetition_penalty?: number;
   logit_bias?: Record<string, number>;
   user?: string;
+  store?: boolean;
   service_tier?: string;
   latency?: unknown;
   adapters?: Array<{ id: string; weight: number }>;

@@ -6,6 +6,7 @@ import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { generationOf, openPacked, type PackedAdapter } from '../adapters/pack.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
+import { guardExamples } from '../jobs/guard-texts.ts';
 import type { FromTrainer, TrainerSpec } from '../jobs/messages.ts';
 import { defaultLearningRate, parseRecipe, type Recipe } from '../jobs/recipe.ts';
 import type { Comparison } from '../jobs/refresh-gate.ts';
@@ -16,7 +17,7 @@ import { rememberedSha256 } from '../model/file-hash.ts';
 import { type GgufFile, openGguf } from '../model/gguf.ts';
 import { loadWeights } from '../model/weights.ts';
 import { readCheckpoint, writeCheckpoint } from './checkpoint.ts';
-import { compareAdapters, guardExamples } from './compare.ts';
+import { compareAdapters } from './compare.ts';
 import { gainAurac } from './evaluation.ts';
 import {
   createExampleEncoder,
@@ -159,7 +160,9 @@ interface Training {
   readonly recipe: Recipe;
   readonly session: TrainingSession;
   readonly hooks: TrainHooks;
-  readonly compared: Pick<SessionOptions, 'base' | 'heldOut' | 'start'> & { readonly file: GgufFile };
+  readonly compared: Pick<SessionOptions, 'base' | 'heldOut' | 'start'> & {
+    readonly file: GgufFile;
+  };
 }
 
 async function train(training: Training): Promise<void> {
@@ -216,7 +219,7 @@ async function compare(
     },
     {
       ...{ base, heldOut, breathe, ranks: recipe.ranks },
-      guard: guardExamples(createExampleEncoder(file.metadata, recipe.windowTokens)),
+      guard: guardExamples.map(createExampleEncoder(file.metadata, recipe.windowTokens)),
     },
   );
 }

@@ -394,7 +394,8 @@ describe('feedback', () => {
     [{ request_id: 'x', score: 1.1 }, 'score'],
     [{ request_id: 'x', score: -0.1 }, 'score'],
     [{ request_id: '', score: 1 }, 'request_id'],
-    [{ request_id: 'x', score: 1, comment: 'good' }, 'comment'],
+    [{ request_id: 'x', score: 1, comment: 'x'.repeat(2001) }, 'comment'],
+    [{ request_id: 'x', score: 1, correction: '' }, 'correction'],
   ])('%j is refused', async (body, param) => {
     const answer = await call('plain', 'POST', '/v1/feedback', { body });
     expect([answer.status, answer.body.error.param]).toEqual([400, param]);

@@ -96,10 +96,10 @@ export interface FetchOptions {
 /** The real app over fakes. The policy is a table: rank 4 with a total budget, every rank without, or the fixed one. */
 export function createHarness(
   config: Partial<ServerConfig> = {},
-  training: Training | null = null,
+  training: (Training & { readonly registry: FakeRegistry }) | null = null,
 ): Harness {
   const clock = createManualClock();
-  const registry = new FakeRegistry();
+  const registry = training?.registry ?? new FakeRegistry();
   registry.store(generationA, fakeManifest(16), 1234);
   registry.store(generationB, fakeManifest(8), 999);
   registry.create('support', generationA);

@@ -3,9 +3,13 @@ import { open, rename } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { OwnDatabase } from '../../src/database.ts';
+import { Capture, openCaptureDatabase } from '../../src/jobs/capture.ts';
 import { openJobsDatabase } from '../../src/jobs/job.ts';
 import { JobStore } from '../../src/jobs/job-store.ts';
+import { Refresher, type RefreshSettings } from '../../src/jobs/refresher.ts';
 import { TrainingFiles, type TrainingFilesOptions } from '../../src/jobs/training-files.ts';
+import { FakeRegistry } from './fake-registry.ts';
+import { createManualClock, type ManualClock } from './manual-clock.ts';
 
 /** A store and files as a gateway has them, and no trainers but the test. */
 export interface TestTraining extends Disposable {
@@ -13,6 +17,13 @@ export interface TestTraining extends Disposable {
   readonly jobs: JobStore;
   readonly files: TrainingFiles;
   readonly trainers: { wake(): void };
+  readonly capture: Capture;
+  readonly refresher: Refresher;
+  /** Of capture and refreshes. */
+  readonly clock: ManualClock;
+  readonly registry: FakeRegistry;
+  /** What refreshes and capture could not do. */
+  readonly failures: readonly unknown[];
   readonly wakes: () => number;
   /** Of the files. */
   readonly directory: string;
@@ -21,14 +32,34 @@ export interface TestTraining extends Disposable {
   reopenFiles(): TrainingFiles;
 }
 
-export function createTestTraining(over: Partial<TrainingFilesOptions> = {}): TestTraining {
+/** Small, and at once. */
+export const refreshSettings: RefreshSettings = {
+  everyS: 60,
+  freshMin: 4,
+  trainingMin: 4,
+  heldOutMin: 2,
+  heldOutShare: 0.5,
+  scoreMin: 0.75,
+  rankNatsMax: 0.02,
+  guardNatsMax: 0.1,
+  errorsMin: 2,
+  alpha: 0.01,
+  recipe: { stepsMax: 3 },
+};
+export const captureLimits = { examplesMax: 64, bytesMax: 100_000, ageS: 86_400 };
+
+export function createTestTraining(
+  over: Partial<TrainingFilesOptions> = {},
+  registry: FakeRegistry = new FakeRegistry(),
+): TestTraining {
   const root = mkdtempSync(join(tmpdir(), 'rankgate-training-'));
   const [directory, uploadRoot] = [join(root, 'files'), join(root, 'uploads')];
   for (const folder of [directory, uploadRoot]) mkdirSync(folder);
   const db = openJobsDatabase(':memory:');
   let [ids, wakes] = [0, 0];
   const newId = (): string => `id${++ids}`;
-  const unixS = (): number => 1_764_000_000;
+  const clock = createManualClock();
+  const unixS = (): number => Math.floor(clock.unixMs() / 1000);
   const options: TrainingFilesOptions = {
     db,
     directory,
@@ -39,20 +70,32 @@ export function createTestTraining(over: Partial<TrainingFilesOptions> = {}): Te
     files: { open, rename },
     ...over,
   };
+  const failures: unknown[] = [];
+  const [after, onFailure] = [clock.after, (error: unknown) => void failures.push(error)];
+  const capture = new Capture({
+    db: openCaptureDatabase(':memory:'),
+    ...{ limits: captureLimits, seed: 1n, unixS, after, onFailure },
+  });
+  const jobs = new JobStore({ db, nowMs: () => 0, unixS, newId, leaseMs: 1000 });
+  const files = new TrainingFiles(options);
+  const wake = (): void => {
+    wakes += 1;
+  };
+  const refresher = new Refresher({
+    ...{ capture, jobs, files, registry, settings: refreshSettings, unixS, after, wake, onFailure },
+    directory: join(root, 'refresh'),
+    onLeft: () => {},
+  });
   return {
-    db,
-    jobs: new JobStore({ db, nowMs: () => 0, unixS, newId, leaseMs: 1000 }),
-    files: new TrainingFiles(options),
-    trainers: {
-      wake() {
-        wakes += 1;
-      },
-    },
+    ...{ db, jobs, files, capture, refresher, clock, registry, failures },
+    trainers: { wake },
     wakes: () => wakes,
     directory,
     uploadRoot,
     reopenFiles: () => new TrainingFiles(options),
     [Symbol.dispose]() {
+      refresher.close();
+      capture.close();
       db.close();
       rmSync(root, { recursive: true });
     },

@@ -239,7 +239,15 @@ describe('the configuration', () => {
   });
 
   it('has a flag for every setting but secrets and those that only the file can set', () => {
-    const without = ['apiKeys', 'adminKeys', 'hubToken', 'tiers', 'latencyDefaults', 'rankPolicy'];
+    const without = [
+      'apiKeys',
+      'adminKeys',
+      'hubToken',
+      'tiers',
+      'latencyDefaults',
+      'rankPolicy',
+      'refresh',
+    ];
     expect(Object.keys(configFlags)).toHaveLength(settingNames.length - without.length + 1);
     expect(configFlags).not.toHaveProperty('api-keys');
     expect(configFlags).toHaveProperty('kv-cells', { type: 'string' });

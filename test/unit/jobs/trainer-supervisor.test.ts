@@ -74,6 +74,7 @@ function start(
       trainingPath: JSON.stringify({ scratchDir, ...orders }),
       heldOutPath: null,
       startFrom: null,
+      compare: null,
       threads: 1,
       cacheDirectory: '',
     }),
@@ -82,7 +83,11 @@ function start(
       imported.push(chain);
       return Promise.resolve<Generation>(`sha256:${chain}`);
     },
-    promote: (name, generation) => void promoted.set(name, generation),
+    judge: () => null,
+    promote({ request }, generation) {
+      promoted.set(request.adapter, generation);
+      return null;
+    },
     pressure: () => ({ running: 0, waiting: 0, threads: 1, threadsMax: 1 }),
     stopMsMax: 5000,
     onFailure: (error) => void failures.push(error),

@@ -15,6 +15,7 @@ const answer = (over: Partial<ScorableAnswer> = {}): ScorableAnswer => ({
   kind: 'lora',
   rank: 8,
   latencyMs: 100,
+  only: null,
   planned: {} as ScorableAnswer['planned'], // handed back unread
   ...over,
 });
@@ -40,10 +41,11 @@ describe('ArchiveScores', () => {
     const scores = new ArchiveScores();
     const each = times(scoresPerCandidate, (i) => [i % 2, answer({ latencyMs: 100 + i })] as const);
     expect(scoreAll(scores, each.slice(1))!.candidate).toBeNull();
-    const { tenant: _, row, planned, ...made } = answer();
+    const { tenant: _, row, planned, only, ...made } = answer();
     const latencyMs = 100 + (scoresPerCandidate - 1) / 2;
     expect(scoreAll(scores, each.slice(0, 1))).toEqual({
       planned,
+      only,
       candidate: { row, elite: { ...made, objective: 0.5, latencyMs } },
     });
     // The next candidate starts from nothing.
@@ -74,7 +76,7 @@ describe('ArchiveScores', () => {
     const planned = { plan: { rank: 3 } } as ScorableAnswer['planned'];
     for (let i = 0; i <= scoresPerCandidate; i++) {
       const scored = scoreAll(scores, [[1, answer({ row: null, planned })]]);
-      expect(scored).toEqual({ planned, candidate: null });
+      expect(scored).toEqual({ planned, only: null, candidate: null });
     }
   });
 

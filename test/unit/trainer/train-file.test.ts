@@ -39,7 +39,8 @@ function specOf(more: Partial<TrainerSpec> = {}): TrainerSpec {
   mkdirSync(folder);
   return {
     ...{ modelPath: tinyPath, modelHash, jobId: 'job', fence: folders, trainingPath, folder },
-    ...{ heldOutPath: null, startFrom: null, resumeFrom: null, threads: 1, cacheDirectory: root },
+    ...{ heldOutPath: null, startFrom: null, compare: null, resumeFrom: null, threads: 1 },
+    cacheDirectory: root,
     recipe: tinyRecipe({ stepsMax: 12, checkpointEvery: 5, evaluateEvery: 8, learningRate: 1e-2 }),
     ...more,
   };

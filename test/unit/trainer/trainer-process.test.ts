@@ -49,6 +49,7 @@ function start(text: string, over: Partial<TrainerSpec> = {}): void {
     trainingPath,
     heldOutPath: null,
     startFrom: null,
+    compare: null,
     resumeFrom: null,
     folder: join(root, 'job'),
     threads: 1,
