@@ -50,7 +50,12 @@ export interface Verdict {
 /** The error of an error from so many is a fiftieth. */
 const resamples = 1000;
 
-export function judge({ ranks, before, after }: Comparison, settings: GateSettings): Verdict {
+/** The first `known` held-out examples judged a refresh before: what is new must not cost what they show. */
+export function judge(
+  { ranks, before, after }: Comparison,
+  settings: GateSettings,
+  known: number,
+): Verdict {
   const heldOut = before.byRank[0]?.length ?? 0;
   const all = [before, after].flatMap(({ byRank, guard }) => [...byRank.flat(), ...guard]);
   const isWhole =
@@ -64,15 +69,21 @@ export function judge({ ranks, before, after }: Comparison, settings: GateSettin
   if (heldOut < settings.heldOutMin) {
     return refused(heldOut, `${heldOut} held-out examples: at least ${settings.heldOutMin} wanted`);
   }
-  const changes = ranks.map((rank, i) => ({
-    rank,
-    before: mean(before.byRank[i]!),
-    after: mean(after.byRank[i]!),
-  }));
+  const changes = changesOf(ranks, before.byRank, after.byRank);
   const gain = gainOf(ranks, before.byRank, after.byRank);
   const hasGuard = before.guard.length > 0;
   const guard = hasGuard ? { before: mean(before.guard), after: mean(after.guard) } : null;
-  const reasons = reasonsAgainst({ ranks: changes, gain, guard }, settings);
+  const reasons = [
+    ...changesAgainst(changes, settings.rankNatsMax, ''),
+    ...(known === 0
+      ? []
+      : changesAgainst(
+          changesOf(ranks, knownOf(before, known), knownOf(after, known)),
+          settings.rankNatsMax,
+          ' on what was known before',
+        )),
+    ...reasonsAgainst({ gain, guard }, settings),
+  ];
   return { isPromoted: reasons.length === 0, reasons, heldOut, ranks: changes, gain, guard };
 }
 
@@ -80,24 +91,35 @@ function refused(heldOut: number, reason: string): Verdict {
   return { isPromoted: false, reasons: [reason], heldOut, ranks: [], gain: null, guard: null };
 }
 
-function reasonsAgainst(
-  {
-    ranks,
-    gain,
-    guard,
-  }: {
-    readonly ranks: readonly RankChange[];
-    readonly gain: Aurac & { readonly error: number };
-    readonly guard: Verdict['guard'];
-  },
-  { rankNatsMax, guardNatsMax, errorsMin }: GateSettings,
-): string[] {
-  const reasons = ranks
-    .filter(({ before, after }) => after - before > rankNatsMax)
+function changesOf(
+  ranks: readonly number[],
+  before: Losses['byRank'],
+  after: Losses['byRank'],
+): RankChange[] {
+  return ranks.map((rank, i) => ({ rank, before: mean(before[i]!), after: mean(after[i]!) }));
+}
+
+function knownOf({ byRank }: Losses, known: number): Losses['byRank'] {
+  return byRank.map((losses) => losses.slice(0, known));
+}
+
+function changesAgainst(changes: readonly RankChange[], natsMax: number, where: string): string[] {
+  return changes
+    .filter(({ before, after }) => after - before > natsMax)
     .map(({ rank, before, after }) => {
       const lost = `${before.toFixed(4)} before, ${after.toFixed(4)} after`;
-      return `rank ${rank} is worse by more than ${rankNatsMax}: ${lost}`;
+      return `rank ${rank} is worse${where} by more than ${natsMax}: ${lost}`;
     });
+}
+
+function reasonsAgainst(
+  {
+    gain,
+    guard,
+  }: { readonly gain: Aurac & { readonly error: number }; readonly guard: Verdict['guard'] },
+  { guardNatsMax, errorsMin }: GateSettings,
+): string[] {
+  const reasons: string[] = [];
   if (!(gain.v1 > errorsMin * gain.error)) {
     const got = `${gain.v1.toFixed(4)} with a standard error of ${gain.error.toFixed(4)}`;
     reasons.push(`the AURAC must rise by ${errorsMin} standard errors: it rose by ${got}`);

@@ -203,7 +203,9 @@ export class Refresher {
     const { refresh, adapter } = request;
     if (refresh === undefined) return null;
     if (comparison === null) throw new GatewayError('INTERNAL', 'a refresh without a comparison');
-    const verdict = judge(comparison, this.#options.settings);
+    const heldOut = comparison.before.byRank[0]?.length ?? 0;
+    const known = Math.max(0, heldOut - refresh.freshHeldOut);
+    const verdict = judge(comparison, this.#options.settings, known);
     const isBack = this.#watchLosses(id, request, comparison);
     const reasons = isBack
       ? [...verdict.reasons, 'it was trained from a generation that has been rolled back']

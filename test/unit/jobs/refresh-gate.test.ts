@@ -4,8 +4,9 @@ import {
   bootstrapError,
   type Comparison,
   type GateSettings,
-  judge,
+  judge as judgeAll,
   type Losses,
+  type Verdict,
 } from '../../../src/jobs/refresh-gate.ts';
 
 const settings: GateSettings = {
@@ -14,6 +15,8 @@ const settings: GateSettings = {
   guardNatsMax: 0.05,
   errorsMin: 2,
 };
+const judge = (comparison: Comparison, by: GateSettings, known = 0): Verdict =>
+  judgeAll(comparison, by, known);
 const ranks = [1, 2, 4];
 const examples = 12;
 
@@ -55,6 +58,18 @@ describe('the gate', () => {
     expect(reasons).toEqual([expect.stringMatching(/^rank 2 is worse by more than 0\.02: /)]);
     const within = losses((rank, i) => before.byRank[0]![i]! - (rank === 2 ? 0.09 : 1));
     expect(judge(compared(within), settings).isPromoted).toBe(true);
+  });
+
+  it('refuses a gain on new questions that known ones pay for', () => {
+    // Contradictory or random answers, many enough to outweigh the rest: the mean is better at every rank.
+    const after = losses((rank, i) => before.byRank[0]![i]! - rank / 10 + (i < 4 ? 0.2 : -1.5));
+    expect(judge(compared(after), settings).isPromoted).toBe(true);
+    const { isPromoted, reasons } = judge(compared(after), settings, 4);
+    expect(isPromoted).toBe(false);
+    expect(reasons).toHaveLength(3);
+    expect(reasons[0]).toMatch(/^rank 1 is worse on what was known before by more than 0\.02: /);
+    const harmless = losses((rank, i) => 2 + i / 10 - rank / 10 - (i < 4 ? 0 : 1));
+    expect(judge(compared(harmless), settings, 4).isPromoted).toBe(true);
   });
 
   it('refuses what forgets other text', () => {
