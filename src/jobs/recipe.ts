@@ -304,7 +304,8 @@ function refuseUnbuilt(json: unknown, where: string): void {
       return isObject && Object.hasOwn(at, key) ? (at as Record<string, unknown>)[key] : undefined;
     }, json);
     if (typeof value === 'string' && names.includes(value)) {
-      throw new GatewayError('UNSUPPORTED', `${where}.${path}: ${value} is not in this build`);
+      const param = `${where}.${path}`;
+      throw new GatewayError('UNSUPPORTED', `${param}: ${value} is not in this build`, { param });
     }
   }
 }
@@ -317,5 +318,5 @@ function powersTo(most: number): number[] {
 }
 
 function invalid(where: string, message: string): GatewayError {
-  return new GatewayError('INVALID_REQUEST', `${where}: ${message}`);
+  return new GatewayError('INVALID_REQUEST', `${where}: ${message}`, { param: where });
 }

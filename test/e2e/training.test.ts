@@ -1,16 +1,19 @@
-import { existsSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import OpenAI, { toFile } from 'openai';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { runCommand } from '../../src/commands.ts';
 import type { GatewayProcess } from '../support/gateway-process.ts';
 import { createRng } from '../support/random.ts';
 import {
   answer,
   clientOf,
   createJob,
+  examples,
   foldersOf,
   jobUntil,
+  recipe,
   startTraining,
   type TrainedJob,
   trainerPid,
@@ -77,6 +80,28 @@ describe('training, from a file to an answer', () => {
     // One step from the base would be far from what a hundred reached.
     const [before, after] = [first, job].map(({ rankgate }) => rankgate.losses!.at(-1)!.loss);
     expect(after).toBeLessThan(2 * before! + 0.1);
+  });
+
+  it('is followed by the command line to its model', async () => {
+    const [file, recipeFile] = [join(dataDir, 'talk.jsonl'), join(dataDir, 'recipe.json')];
+    writeFileSync(file, examples);
+    writeFileSync(recipeFile, JSON.stringify({ ...recipe, stepsMax: 3 }));
+    let [out, err] = ['', ''];
+    const exitCode = await runCommand(['train', file, '--suffix', 'cli', '--recipe', recipeFile], {
+      out: (text) => {
+        out += text;
+      },
+      err: (text) => {
+        err += text;
+      },
+      isTerminal: false,
+      environment: { RANKGATE_URL: gateway.url },
+    });
+    expect(exitCode, err).toBe(0);
+    expect(err).toContain('training has begun: 3 steps');
+    const model = out.trim().split('\n').at(-1)!;
+    expect(model).toMatch(/^ft\..+\.cli\.[a-z0-9]+$/);
+    expect((await clientOf(gateway).models.retrieve(model)).id).toBe(model);
   });
 
   it('refuses a file with its wrong lines', async () => {

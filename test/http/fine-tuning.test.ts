@@ -133,8 +133,11 @@ describe('a fine-tuning job', () => {
   it('with a recipe that this build does not have is refused by name', async () => {
     const { status, body } = await create({ rankgate: { kind: 'sara' } });
     expect([status, body.error.code]).toEqual([400, 'unsupported']);
+    expect(body.error.param).toBe('rankgate.kind');
     expect(body.error.message).toContain('sara is not in this build');
-    expect((await create({ rankgate: { ranks: [3, 2] } })).body.error.message).toContain('ranks');
+    const { error } = (await create({ rankgate: { ranks: [3, 2] } })).body;
+    expect([error.code, error.param]).toEqual(['invalid_request', 'rankgate.ranks']);
+    expect((await create({ rankgate: { rnak: 3 } })).status).toBe(400);
   });
 
   it('goes on from an adapter, as it is now or from a fixed generation', async () => {

@@ -20,7 +20,7 @@ export const clientOf = ({ url }: GatewayProcess): OpenAI =>
 
 /** One thing to say, whatever is asked. */
 export const answer = 'two blue';
-const examples: string = Array.from({ length: 24 }, (_, i) =>
+export const examples: string = Array.from({ length: 24 }, (_, i) =>
   JSON.stringify({
     messages: [
       { role: 'user', content: `question ${i}` },
@@ -40,7 +40,7 @@ export interface TrainedJob extends OpenAI.FineTuning.FineTuningJob {
 }
 
 /** The same bytes at the end, whatever happens on the way. */
-const recipe = {
+export const recipe: object = {
   rank: 8,
   windowTokens: 128,
   batchWindows: 2,
