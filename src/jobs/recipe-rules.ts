@@ -21,6 +21,7 @@ export function conflict(recipe: Recipe): readonly [path: string, message: strin
     [isRising, 'ranks', `must rise to rank, ${most}: ranks above them would never train`],
     [new Set(targets).size === targets.length, 'targets', 'names a projection twice'],
     ...kindRules(recipe),
+    ...eggrollRules(recipe),
     [
       !(order === 'as-trained' && trainsSum),
       'order',
@@ -92,5 +93,24 @@ function kindRules(recipe: Recipe): readonly Rule[] {
       'order',
       `${kind} is published in the order of its SVD, not ${order}`,
     ],
+  ];
+}
+
+/** What members of a generation are: rows of the serving decoder, with pages of 8 ranks of their own and of noise. */
+function eggrollRules({ method, ...recipe }: Recipe): readonly Rule[] {
+  if (method === 'gradient') return [];
+  const { population, groupSize } = method;
+  const { kind, init, modules, regularizer, batchSchedule, scaling } = recipe;
+  const isLora = kind === 'lora' && init.kind === 'kaiming' && modules === 'all';
+  const isPlain = regularizer === null && batchSchedule === null && scaling === 'none';
+  return [
+    [
+      groupSize % 2 === 0 && population % groupSize === 0,
+      'method.groupSize',
+      `${population} members are no groups of ${groupSize}, each of whole pairs`,
+    ],
+    [isLora, 'method.kind', 'eggroll trains kind lora, init kaiming, modules all'],
+    [isPlain, 'method.kind', 'eggroll has no regularizer, no batchSchedule, and scaling none'],
+    [recipe.rank <= rankMaxLimit - 8, 'rank', 'a row of eggroll has 8 ranks of noise beside it'],
   ];
 }

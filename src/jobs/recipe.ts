@@ -67,7 +67,29 @@ export interface TrpRecipe {
   readonly energy: number;
 }
 
+/** Scores of answers, 0 … 1: whether it ends with a full stop; whether it is the example's own; how near it is to so many
+ *  tokens. */
+export type RewardRecipe =
+  | { readonly kind: 'full-stop' }
+  | { readonly kind: 'expected' }
+  | { readonly kind: 'length'; readonly tokens: number };
+
+/** EGGROLL: a step is a generation of `population` members, every `groupSize` of which answer the same prompt. */
+export interface EggrollRecipe {
+  readonly kind: 'eggroll';
+  readonly population: number;
+  readonly groupSize: number;
+  /** How far the numbers of B are moved, and the rank of what moves them. */
+  readonly sigma: number;
+  readonly noiseRank: 1 | 2 | 4 | 8;
+  /** Tokens after which an answer is cut. */
+  readonly answerTokens: number;
+  readonly reward: RewardRecipe;
+}
+
 export interface Recipe {
+  /** `gradient`: of the loss of what is to be learnt. */
+  readonly method: 'gradient' | EggrollRecipe;
   readonly kind: (typeof trainedKinds)[number];
   /** R. */
   readonly rank: number;
@@ -178,7 +200,28 @@ const optimizer = z.discriminatedUnion('name', [
 // Between 1e-3 and 3e-3 the objectives' order on the default base was the same (section 1).
 export const defaultLearningRate: number = 1e-3;
 
+const reward = z.discriminatedUnion('kind', [
+  z.strictObject({ kind: z.literal('full-stop') }),
+  z.strictObject({ kind: z.literal('expected') }),
+  z.strictObject({ kind: z.literal('length'), tokens: z.int().min(1).max(4096) }),
+]);
+const eggroll = z.strictObject({
+  kind: z.literal('eggroll'),
+  population: z.int().min(2).max(1024).default(64),
+  groupSize: z.int().min(2).max(1024).default(8), // the publication's
+  sigma: z.number().positive().max(10).default(0.02),
+  noiseRank: z.union([z.literal(1), z.literal(2), z.literal(4), z.literal(8)]).default(1),
+  answerTokens: z.int().min(1).max(1024).default(32),
+  reward,
+});
+/** Where a recipe of that method says nothing else. */
+const eggrollDefaults = {
+  ...{ kind: 'lora', rank: 8, optimizer: { name: 'sgd' }, learningRate: 0.01 },
+  ...{ schedule: 'constant', warmupShare: 0, clipNorm: null, epochs: 100, stepsMax: 50 },
+};
+
 const schema = z.strictObject({
+  method: z.union([z.literal('gradient'), eggroll]).default('gradient'),
   kind: z.enum(trainedKinds).default('matryoshka'),
   rank: rank.default(16), // the publication's
   ranks: z.array(rank).min(1).max(rankMaxLimit).nullable().default(null),
@@ -264,7 +307,6 @@ const schema = z.strictObject({
 /** Known to algorithms.md, not to this build: by path. */
 const unbuilt: Readonly<Record<string, readonly string[]>> = {
   kind: ['queryable', 'flexmore', 'sara'],
-  'optimizer.name': ['eggroll'],
   'init.kind': ['meta'],
   'rankSelection.kind': ['codyra'],
   'continual.kind': ['coso'],
@@ -273,7 +315,7 @@ const unbuilt: Readonly<Record<string, readonly string[]>> = {
 /** `where` begins each message. Throws INVALID_REQUEST, or UNSUPPORTED for what is not built. */
 export function parseRecipe(json: unknown, where: string): Recipe {
   refuseUnbuilt(json, where);
-  const parsed = schema.safeParse(json);
+  const parsed = schema.safeParse(isEggroll(json) ? { ...eggrollDefaults, ...json } : json);
   if (!parsed.success) {
     const { path, message } = parsed.error.issues[0]!;
     throw invalid(path.length === 0 ? where : `${where}.${path.join('.')}`, message);
@@ -295,6 +337,11 @@ export function parseRecipe(json: unknown, where: string): Recipe {
   const wrong = conflict(recipe);
   if (wrong !== null) throw invalid(`${where}.${wrong[0]}`, wrong[1]);
   return recipe;
+}
+
+function isEggroll(json: unknown): json is object {
+  const method = (json as { readonly method?: { readonly kind?: unknown } | null } | null)?.method;
+  return method?.kind === 'eggroll';
 }
 
 function refuseUnbuilt(json: unknown, where: string): void {

@@ -42,7 +42,7 @@ export function packWindows(
 }
 
 /** Fisher and Yates, in place. */
-function shuffle(items: number[], random: Random): void {
+export function shuffle(items: number[], random: Random): void {
   for (let i = items.length - 1; i > 0; i--) {
     const j = random.below(i + 1);
     [items[i], items[j]] = [items[j]!, items[i]!];

@@ -289,7 +289,7 @@ export class TrainingSession implements Disposable {
   }
 }
 
-function checkSizes({ base, recipe, training, start }: SessionOptions): void {
+export function checkSizes({ base, recipe, training, start }: SessionOptions): void {
   const { contextLength } = base.config;
   if (recipe.windowTokens > contextLength) {
     const message = `windows of ${recipe.windowTokens} tokens, the base has ${contextLength}`;
@@ -310,12 +310,12 @@ function heldOutBatches(examples: readonly Example[], recipe: Recipe): Layout[] 
   );
 }
 
-function dataOf({ base, training, heldOut, start }: SessionOptions): string {
+export function dataOf({ base, training, heldOut, start }: SessionOptions): string {
   const hashes = [hashExamples(training), hashExamples(heldOut)];
   return JSON.stringify([base.hash, ...hashes, start?.generation ?? null]);
 }
 
-function optimizerOf(recipe: Recipe, parameters: readonly Parameter[]): Optimizer {
+export function optimizerOf(recipe: Recipe, parameters: readonly Parameter[]): Optimizer {
   const { optimizer, weightDecay, seed, scaling, rank } = recipe;
   const scale = scaleOf(scaling, rank);
   const options = { ...optimizer, weightDecay, seed, scale };

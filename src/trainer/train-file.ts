@@ -18,6 +18,7 @@ import { type GgufFile, openGguf } from '../model/gguf.ts';
 import { loadWeights } from '../model/weights.ts';
 import { readCheckpoint, writeCheckpoint } from './checkpoint.ts';
 import { compareAdapters } from './compare.ts';
+import { EggrollSession } from './eggroll-session.ts';
 import { gainAurac } from './evaluation.ts';
 import {
   createExampleEncoder,
@@ -36,6 +37,7 @@ import {
   TrainingSession,
 } from './session.ts';
 import { chooseRate, firstRoundSteps, sweepRates } from './sweep.ts';
+import { answerText } from './tasks.ts';
 
 export interface TrainHooks {
   readonly tell: (message: FromTrainer) => void;
@@ -87,7 +89,11 @@ async function trainModules(
   const base = await openBase({ spec, file: prepared.file });
   using _ = base.kernels;
   const learningRate = rateOf(recipe, sweepRates[0]!);
-  using session = new TrainingSession({ ...prepared, base, recipe: { ...recipe, learningRate } });
+  const options = { ...prepared, base, recipe: { ...recipe, learningRate } };
+  using session =
+    recipe.method === 'gradient'
+      ? new TrainingSession(options)
+      : new EggrollSession({ ...options, text: answerText(prepared.file.metadata) });
   const compared = { ...prepared, base };
   const training: Training = { spec, recipe, session, hooks, compared };
   hooks.tell({ kind: 'started', steps: session.steps, memory: session.memory });
@@ -158,7 +164,7 @@ async function readStart(path: string): Promise<PackedAdapter> {
 interface Training {
   readonly spec: TrainerSpec;
   readonly recipe: Recipe;
-  readonly session: TrainingSession;
+  readonly session: TrainingSession | EggrollSession;
   readonly hooks: TrainHooks;
   readonly compared: Pick<SessionOptions, 'base' | 'heldOut' | 'start'> & {
     readonly file: GgufFile;
@@ -240,7 +246,7 @@ async function sweep({ session, recipe }: Training, breathe: Breathe): Promise<v
 }
 
 /** On held-out examples at the largest rank; without any, the mean of the last quarter of the steps. */
-async function trialLoss(session: TrainingSession, breathe: Breathe): Promise<number> {
+async function trialLoss(session: Training['session'], breathe: Breathe): Promise<number> {
   const losses: number[] = [];
   try {
     while (session.step < session.steps) losses.push((await session.takeStep(breathe)).loss);

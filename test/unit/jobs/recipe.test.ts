@@ -12,6 +12,10 @@ function refusal(json: unknown): Pick<GatewayError, 'code' | 'message'> {
   throw new Error(`accepted: ${JSON.stringify(json)}`);
 }
 
+function eggroll(more: object): object {
+  return { method: { kind: 'eggroll', reward: { kind: 'full-stop' }, ...more } };
+}
+
 describe('a recipe', () => {
   it('has a default for everything, and is its own default once it is whole', () => {
     const recipe = parseRecipe({}, 'recipe');
@@ -45,7 +49,6 @@ describe('a recipe', () => {
 
   it.each([
     [{ kind: 'sara' }, 'recipe.kind: sara'],
-    [{ optimizer: { name: 'eggroll' } }, 'recipe.optimizer.name: eggroll'],
     [{ init: { kind: 'meta', anything: 1 } }, 'recipe.init.kind: meta'],
   ])('refuses what is not built by its name: %j', (json, start) => {
     const { code, message } = refusal(json);
@@ -91,6 +94,17 @@ describe('a recipe', () => {
     [{ optimizer: { name: 'lora-pro' } }, 'recipe.optimizer.name: '],
     [{ batchWindows: 256, windowTokens: 512 }, 'recipe.batchWindows: '],
     [{ heldOutShare: 0.6 }, 'recipe.heldOutShare: '],
+    [{ method: 'eggroll' }, 'recipe.method: '],
+    [eggroll({ reward: { kind: 'applause' } }), 'recipe.method'],
+    [eggroll({ noiseRank: 3 }), 'recipe.method'],
+    [eggroll({ population: 30, groupSize: 3 }), 'recipe.method.groupSize: '],
+    [eggroll({ population: 30, groupSize: 8 }), 'recipe.method.groupSize: '],
+    [{ ...eggroll({}), kind: 'fly' }, 'recipe.method.kind: '],
+    [{ ...eggroll({}), init: { kind: 'eva' } }, 'recipe.method.kind: '],
+    [{ ...eggroll({}), modules: { kind: 'diffora' } }, 'recipe.method.kind: '],
+    [{ ...eggroll({}), regularizer: { kind: 'trp' } }, 'recipe.method.kind: '],
+    [{ ...eggroll({}), scaling: 'sqrt' }, 'recipe.method.kind: '],
+    [{ ...eggroll({}), rank: 249 }, 'recipe.rank: '],
     [{ seed: -1 }, 'recipe.seed: '],
     [null, 'recipe: '],
     [[], 'recipe: '],
@@ -98,6 +112,17 @@ describe('a recipe', () => {
     const { code, message } = refusal(json);
     expect(code).toBe('INVALID_REQUEST');
     expect(message.startsWith(start), message).toBe(true);
+  });
+
+  it('has defaults of its own for a run by scores', () => {
+    const recipe = parseRecipe(eggroll({}), 'recipe');
+    expect(recipe).toMatchObject({ kind: 'lora', objective: 'plain', clipNorm: null });
+    expect(recipe).toMatchObject({ stepsMax: 50, optimizer: { name: 'sgd' } });
+    expect(recipe.method).toMatchObject({ population: 64, groupSize: 8, noiseRank: 1 });
+    expect(parseRecipe(JSON.parse(JSON.stringify(recipe)), 'recipe')).toEqual(recipe);
+    expect(parseRecipe({ ...eggroll({}), stepsMax: 7, rank: 4 }, 'recipe')).toMatchObject({
+      ...{ stepsMax: 7, ranks: [1, 2, 4] },
+    });
   });
 
   it('takes lora-pro where all ranks have one scale', () => {

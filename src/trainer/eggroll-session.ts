@@ -1,0 +1,378 @@
+// A training run without gradients: each generation's members answer prompts with the serving decoder, and what their answers
+// are worth moves the adapter (eggroll.ts). What is trained is B of each module; A stays as it began, so a member's E on B,
+// left·rightᵀ, is ranks of its own with a = leftᵀ·A and b = right: no member's weights are ever made. Both members of a pair
+// read the same ranks, through gates of ±σ. A step's loss is what its answers lack of the full score.
+
+import { createHash } from 'node:crypto';
+import { createRandom } from '../adapters/families/seeded-random.ts';
+import { generationOf, openPacked } from '../adapters/pack.ts';
+import type { Packed } from '../adapters/pack-pairs.ts';
+import type { RankLoss } from '../jobs/messages.ts';
+import type { EggrollRecipe } from '../jobs/recipe.ts';
+import { f32ToF16Bits } from '../kernels/half.ts';
+import { ranksPerPage } from '../kernels/kernels.ts';
+import { Decoder } from '../model/decoder.ts';
+import { moduleIndex, projections } from '../model/decoder-config.ts';
+import { scrapCells } from '../model/step-inputs.ts';
+import { type AdapterRows, uniformRows } from '../model/stepper.ts';
+import { tensorName } from '../model/trained-delta.ts';
+import { type Checkpoint, refused } from './checkpoint.ts';
+import { addNoise, type PairNoise, pairNoise, pairWeights, shapeFitness } from './eggroll.ts';
+import { FamilyTraining, type TrainedModule } from './family-training.ts';
+import { clipGradients } from './gradient-norm.ts';
+import { learningRateAt } from './learning-rate.ts';
+import { bytesOfWeights } from './memory-estimate.ts';
+import { streams } from './objective.ts';
+import type { Optimizer, Parameter } from './optimizers/optimizer.ts';
+import { shuffle } from './packing.ts';
+import { choiceOf, publishModules, servedFactors } from './publish.ts';
+import { type Reward, rewardOf } from './rewards.ts';
+import { answersOf } from './rollout.ts';
+import {
+  type Breathe,
+  checkSizes,
+  dataOf,
+  optimizerOf,
+  type RunRecipe,
+  type SessionOptions,
+  type StepReport,
+} from './session.ts';
+import { startModules } from './start.ts';
+import { type AnswerText, type Task, taskOf } from './tasks.ts';
+
+export interface EggrollOptions extends SessionOptions {
+  readonly text: AnswerText;
+  /** The recipe's by default. */
+  readonly reward?: Reward;
+}
+
+/** Rows of a step: prompts are computed in pieces of so many tokens. */
+const rowsPerStep = 512;
+
+interface TrainedPair {
+  readonly site: TrainedModule['site'];
+  readonly module: number;
+  readonly a: Float32Array; // [R, in]
+  readonly b: Parameter; // [R, out]
+}
+
+export class EggrollSession implements Disposable {
+  readonly #options: EggrollOptions;
+  readonly #method: EggrollRecipe;
+  readonly #reward: Reward;
+  readonly #training: FamilyTraining;
+  readonly #pairs: readonly TrainedPair[];
+  readonly #trained: readonly Parameter[];
+  readonly #tasks: readonly Task[];
+  readonly #heldOut: readonly Task[];
+  readonly #cellsPerRow: number;
+  readonly #decoder: Decoder;
+  readonly #ownPages: readonly number[];
+  readonly #members: readonly AdapterRows[];
+  #recipe: RunRecipe;
+  #optimizer: Optimizer;
+  #step = 0;
+
+  constructor(options: EggrollOptions) {
+    const { base, recipe, text } = options;
+    const method = recipe.method as EggrollRecipe;
+    checkSizes(options);
+    this.#options = options;
+    this.#recipe = recipe;
+    this.#method = method;
+    this.#reward = options.reward ?? rewardOf(method.reward);
+    this.#tasks = options.training.map((example) => taskOf(example, text));
+    this.#heldOut = options.heldOut.map((example) => taskOf(example, text));
+    this.#training = new FamilyTraining(choiceOf(recipe), startModules(options));
+    this.#pairs = pairsOf(this.#training);
+    this.#trained = this.#pairs.map(({ b }) => b);
+    this.#optimizer = optimizerOf(recipe, this.#trained);
+
+    const own = Math.ceil(recipe.rank / ranksPerPage);
+    const noise = Math.ceil((method.population / 2) * (method.noiseRank / ranksPerPage));
+    this.#ownPages = Array.from({ length: own }, (_, i) => 1 + i);
+    this.#members = membersOf(recipe.rank, method, base.config.blocks * projections.length);
+    const longest = [...this.#tasks, ...this.#heldOut].reduce(
+      (most, { prompt }) => Math.max(most, prompt.length),
+      0,
+    );
+    this.#cellsPerRow = longest + method.answerTokens;
+    this.#decoder = new Decoder({
+      ...{ config: base.config, weights: base.weights, kernels: base.kernels },
+      cells: scrapCells + method.population * this.#cellsPerRow,
+      cellType: 'f16',
+      pages: 1 + own + noise,
+      pageType: 'f16',
+      tokensMax: Math.max(rowsPerStep, method.population),
+      segmentsMax: method.population,
+    });
+  }
+
+  /** Begins anew, with this learning rate and number of generations. */
+  restart(learningRate: number, stepsMax: number | null): void {
+    this.#recipe = { ...this.#recipe, learningRate, stepsMax };
+    this.#optimizer = optimizerOf(this.#recipe, this.#trained);
+    this.#training.restart();
+    this.#step = 0;
+  }
+
+  get #groups(): number {
+    return this.#method.population / this.#method.groupSize;
+  }
+
+  get steps(): number {
+    const { epochs, stepsMax } = this.#recipe;
+    return Math.min(Math.ceil((epochs * this.#tasks.length) / this.#groups), stepsMax ?? Infinity);
+  }
+
+  /** Generations so far. */
+  get step(): number {
+    return this.#step;
+  }
+
+  /** What is trained: [R, out] of each module. */
+  get parameters(): readonly (Parameter & { readonly module: number })[] {
+    return this.#pairs.map(({ module, b }) => ({ ...b, module }));
+  }
+
+  /** Names all that the result depends on. */
+  get run(): string {
+    return createHash('sha256')
+      .update(JSON.stringify([this.#recipe, dataOf(this.#options)]))
+      .digest('hex');
+  }
+
+  get memory(): Readonly<Record<string, number>> {
+    const { config, weights } = this.#options.base;
+    const { pages, pageBytes, cells } = this.#decoder;
+    return {
+      weights: bytesOfWeights(weights),
+      factors: 4 * 4 * this.#training.numbers.trained,
+      optimizer: this.#optimizer.stateBytes,
+      pages: pages * pageBytes,
+      cells: 2 * 2 * cells * config.blocks * config.kvHeads * config.headSize,
+    };
+  }
+
+  /** One generation. An interrupted one leaves no trace. */
+  async takeStep(
+    breathe: Breathe,
+  ): Promise<Pick<StepReport, 'step' | 'loss' | 'learningRate' | 'tokens'>> {
+    const { groupSize, noiseRank } = this.#method;
+    this.#writeOwn((pair) => ({ a: pair.a, b: pair.b.values }));
+    this.#writeNoise();
+    const tasks = this.#tasksOfStep();
+    const asked = this.#members.map((adapter, i) => {
+      return { task: tasks[Math.floor(i / groupSize)]!, adapter };
+    });
+    const { scores, tokens } = await this.#ask(asked, breathe);
+    const weights = pairWeights(shapeFitness(scores, groupSize));
+    for (const pair of this.#pairs) {
+      pair.b.gradient.fill(0);
+      weights.forEach((weight, i) => {
+        if (weight !== 0) addNoise(pair.b.gradient, this.#noise(pair, i), -weight, noiseRank);
+      });
+    }
+    clipGradients(this.#trained, this.#recipe.clipNorm ?? Infinity);
+    const learningRate = learningRateAt(this.#step, this.steps, this.#recipe);
+    this.#optimizer.step(this.#trained, learningRate);
+    this.#step += 1;
+    return { step: this.#step, loss: 1 - meanOf(scores), learningRate, tokens };
+  }
+
+  /** One task a group: all of them once an epoch, in an order of its own. */
+  #tasksOfStep(): Task[] {
+    const count = this.#tasks.length;
+    const first = this.#step * this.#groups;
+    const orders = new Map<number, readonly number[]>(); // by epoch
+    return Array.from({ length: this.#groups }, (_, i) => {
+      const epoch = Math.floor((first + i) / count);
+      const order = orders.get(epoch) ?? this.#orderOf(epoch);
+      orders.set(epoch, order);
+      return this.#tasks[order[(first + i) % count]!]!;
+    });
+  }
+
+  #orderOf(epoch: number): readonly number[] {
+    const order = this.#tasks.map((_, i) => i);
+    shuffle(order, createRandom(BigInt(this.#recipe.seed), [streams.order, epoch]));
+    return order;
+  }
+
+  async #ask(
+    asked: readonly { readonly task: Task; readonly adapter: AdapterRows | null }[],
+    breathe: Breathe,
+  ): Promise<{ readonly scores: number[]; readonly tokens: number }> {
+    const { text } = this.#options;
+    const limits = {
+      cellsPerRow: this.#cellsPerRow,
+      answerTokens: this.#method.answerTokens,
+      ends: text.ends,
+    };
+    const rows = asked.map(({ task, adapter }) => ({ prompt: task.prompt, adapter }));
+    const { answers, tokens } = await answersOf(this.#decoder, rows, limits, breathe);
+    const scores = answers.map((answer, i) => {
+      const { expected } = asked[i]!.task;
+      return this.#reward({ expected, answer: text.textOf(answer), length: answer.length });
+    });
+    return { scores, tokens };
+  }
+
+  #noise({ module, b }: TrainedPair, pair: number): PairNoise {
+    const key = { seed: this.#recipe.seed, generation: this.#step, pair, module };
+    return pairNoise(key, b, this.#method.noiseRank);
+  }
+
+  #writeOwn(
+    factors: (pair: TrainedPair) => { readonly a: Float32Array; readonly b: Float32Array },
+  ): void {
+    for (const pair of this.#pairs) {
+      const { a, b } = factors(pair);
+      for (const [i, page] of this.#ownPages.entries()) this.#writePage(pair, page, { a, b, i });
+    }
+  }
+
+  /** Rounded to f16, which the update is not: 2^-11 of it. */
+  #writeNoise(): void {
+    const { population, noiseRank } = this.#method;
+    const first = 1 + this.#ownPages.length;
+    const pairsPerPage = ranksPerPage / noiseRank;
+    for (const pair of this.#pairs) {
+      const { a: own, b, site } = pair;
+      for (let from = 0; from < population / 2; from += pairsPerPage) {
+        const a = new Float32Array(ranksPerPage * site.in);
+        const right = new Float32Array(ranksPerPage * site.out);
+        for (let i = 0; i < Math.min(pairsPerPage, population / 2 - from); i++) {
+          const noise = this.#noise(pair, from + i);
+          right.set(noise.right, i * noiseRank * site.out);
+          for (let r = 0; r < noiseRank; r++) {
+            const row = a.subarray((i * noiseRank + r) * site.in);
+            addProduct(row, noise.left.subarray(r * b.rows, (r + 1) * b.rows), own);
+          }
+        }
+        this.#writePage(pair, first + from / pairsPerPage, { a, b: right, i: 0 });
+      }
+    }
+  }
+
+  /** Ranks 8·i and on of a and b, zeroes behind their last. */
+  #writePage(
+    { site }: TrainedPair,
+    page: number,
+    { a, b, i }: { readonly a: Float32Array; readonly b: Float32Array; readonly i: number },
+  ): void {
+    const bits = (values: Float32Array, width: number): Uint16Array => {
+      const halves = new Uint16Array(ranksPerPage * width);
+      f32ToF16Bits(values.subarray(i * halves.length, (i + 1) * halves.length), halves);
+      return halves;
+    };
+    this.#decoder.writePage(page, site, { a: bits(a, site.in), b: bits(b, site.out) });
+  }
+
+  /** The adapter as it is now. */
+  publish(): Packed {
+    const { base, recipe, start } = this.#options;
+    const from = start === null ? [] : [start.generation];
+    const about = { baseHash: base.hash, step: this.#step, from };
+    return publishModules(recipe, this.#training.modules(), about);
+  }
+
+  /** What answers of the base to held-out prompts lack; null without any. */
+  async baseLoss(breathe: Breathe): Promise<number | null> {
+    return this.#heldOut.length === 0 ? null : await this.#heldOutLoss(null, breathe);
+  }
+
+  /** Of what was published, at the recipe's ranks. */
+  async evaluate({ bytes }: Packed, breathe: Breathe): Promise<RankLoss[]> {
+    if (this.#heldOut.length === 0) return [];
+    const packed = openPacked(bytes, generationOf(bytes));
+    const { ranks, rank: all } = this.#recipe;
+    const losses: RankLoss[] = [];
+    for (const rank of ranks) {
+      this.#writeOwn(({ site }) => servedFactors(packed, site, { level: rank, ranks: all }));
+      const loss = await this.#heldOutLoss(uniformRows(this.#ownPages, all), breathe);
+      losses.push({ rank, loss });
+    }
+    return losses;
+  }
+
+  async #heldOutLoss(adapter: AdapterRows | null, breathe: Breathe): Promise<number> {
+    const asked = this.#heldOut.map((task) => ({ task, adapter }));
+    return 1 - meanOf((await this.#ask(asked, breathe)).scores);
+  }
+
+  checkpoint(): Checkpoint {
+    const size = this.#trained.reduce((sum, { values }) => sum + values.length, 0);
+    const parameters = new Float32Array(size);
+    let at = 0;
+    for (const { values } of this.#trained) {
+      parameters.set(values, at);
+      at += values.length;
+    }
+    const { learningRate } = this.#recipe;
+    const progress = { step: this.#step, skipped: false, taken: 0, accumulation: 1, learningRate };
+    return { ...progress, run: this.run, parameters, optimizer: this.#optimizer.save() };
+  }
+
+  /** Of a checkpoint of the same run. */
+  restore({ step, run, parameters, optimizer }: Checkpoint): void {
+    if (run !== this.run) throw refused('it is of another recipe, base or file');
+    this.#optimizer.restore(optimizer);
+    let at = 0;
+    for (const { values } of this.#trained) {
+      values.set(parameters.subarray(at, at + values.length));
+      at += values.length;
+    }
+    this.#step = step;
+  }
+
+  /** Cells and pages go with the base's kernels, which are the caller's. */
+  [Symbol.dispose](): void {}
+}
+
+function pairsOf(training: FamilyTraining): TrainedPair[] {
+  const named = new Map(training.parameters.map((parameter) => [parameter.name, parameter]));
+  return training.modules().map(({ site }) => ({
+    site,
+    module: moduleIndex(site.block, site.projection),
+    a: named.get(tensorName(site, 'a'))!.values,
+    b: named.get(tensorName(site, 'b'))!,
+  }));
+}
+
+/** Each reads the adapter's ranks and its pair's of one page of noise. The same objects for the whole run: their gates cross
+ *  to the kernels once. */
+function membersOf(
+  rank: number,
+  { population, noiseRank, sigma }: EggrollRecipe,
+  modules: number,
+): AdapterRows[] {
+  const own = Math.ceil(rank / ranksPerPage);
+  const pairsPerPage = ranksPerPage / noiseRank;
+  return Array.from({ length: population }, (_, member) => {
+    const pair = member >> 1;
+    const pages = Array.from({ length: own }, (_, i) => 1 + i);
+    pages.push(1 + own + Math.floor(pair / pairsPerPage));
+    const width = ranksPerPage * pages.length;
+    const at = own * ranksPerPage + (pair % pairsPerPage) * noiseRank;
+    const gate = ((member % 2 === 0 ? 1 : -1) * sigma) / Math.sqrt(noiseRank);
+    const gates = new Float32Array(modules * width);
+    for (let row = 0; row < gates.length; row += width) {
+      gates.fill(1, row, row + rank);
+      gates.fill(gate, row + at, row + at + noiseRank);
+    }
+    return { pages, rank: rank + noiseRank, scale: 1, gates, routing: null, atoms: null };
+  });
+}
+
+/** to [in] += factors [R] · a [R, in]. */
+function addProduct(to: Float32Array, factors: Float32Array, a: Float32Array): void {
+  const width = a.length / factors.length;
+  factors.forEach((factor, k) => {
+    for (let i = 0; i < width; i++) to[i]! += factor * a[k * width + i]!;
+  });
+}
+
+function meanOf(values: readonly number[]): number {
+  return values.reduce((sum, value) => sum + value, 0) / values.length;
+}

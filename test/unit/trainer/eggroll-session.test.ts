@@ -1,0 +1,220 @@
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, describe, expect, it } from 'vitest';
+import { importPacked } from '../../../src/adapters/packed-import.ts';
+import type { FromTrainer } from '../../../src/jobs/messages.ts';
+import type { Kernels, Ops } from '../../../src/kernels/kernels.ts';
+import { openGguf } from '../../../src/model/gguf.ts';
+import { addNoise, pairNoise } from '../../../src/trainer/eggroll.ts';
+import { type EggrollOptions, EggrollSession } from '../../../src/trainer/eggroll-session.ts';
+import type { Judged } from '../../../src/trainer/rewards.ts';
+import { TrainingSession } from '../../../src/trainer/session.ts';
+import { answerText } from '../../../src/trainer/tasks.ts';
+import { trainFile } from '../../../src/trainer/train-file.ts';
+import { tinyPath } from '../../support/open-test-decoder.ts';
+import { openTinyBase, tinyExamples, tinyRecipe } from '../../support/training-base.ts';
+
+const base = await openTinyBase();
+afterAll(() => base.kernels[Symbol.dispose]());
+
+using file = openGguf(tinyPath);
+const text = answerText(file.metadata);
+const examples = tinyExamples(40, 48);
+const [training, heldOut] = [examples.slice(0, 32), examples.slice(32)];
+const breathe = async (): Promise<void> => {};
+
+/** Share of letters: of all that is printed, what random weights can be moved to. */
+function letters({ answer }: Judged): number {
+  return (answer.match(/[a-z]/g)?.length ?? 0) / Math.max(1, answer.length);
+}
+
+function recipeOf(method: object = {}, more: object = {}) {
+  const reward = { kind: 'full-stop' };
+  return tinyRecipe({
+    method: { kind: 'eggroll', population: 16, sigma: 0.2, answerTokens: 12, reward, ...method },
+    ...{ learningRate: 0.1, stepsMax: 30, ...more },
+  });
+}
+
+function open(more: Partial<EggrollOptions> = {}): EggrollSession {
+  const recipe = recipeOf();
+  return new EggrollSession({
+    ...{ base, recipe, training, heldOut, start: null, text, reward: letters, ...more },
+  });
+}
+
+/** The same kernels, which count how often training's operations are asked for. */
+function counting(kernels: Kernels): { readonly kernels: Kernels; count: number } {
+  const counted = { kernels, count: 0 };
+  const watched = (ops: Ops): Ops =>
+    new Proxy(ops, {
+      get(target, name) {
+        if (name === 'training') counted.count += 1;
+        const value = Reflect.get(target, name) as unknown;
+        return typeof value === 'function' ? value.bind(target) : value;
+      },
+    });
+  counted.kernels = new Proxy(kernels, {
+    get(target, name) {
+      if (name === 'compile') {
+        return (...[build, shape]: Parameters<Kernels['compile']>) =>
+          target.compile((ops) => build(watched(ops)), shape);
+      }
+      const value = Reflect.get(target, name) as unknown;
+      return typeof value === 'function' ? value.bind(target) : value;
+    },
+  });
+  return counted;
+}
+
+describe('a training run by scores', () => {
+  it('raises them for prompts it has not seen, and computes no gradient', async () => {
+    const watched = counting(base.kernels);
+    const over = { ...base, kernels: watched.kernels };
+    const session = open({ base: over, recipe: recipeOf({ population: 32 }) });
+    const before = await session.baseLoss(breathe);
+    while (session.step < session.steps) await session.takeStep(breathe);
+    const after = await session.evaluate(session.publish(), breathe);
+    expect(after.map(({ rank }) => rank)).toEqual([1, 2, 4]);
+    expect(after.at(-1)!.loss).toBeLessThan(before! - 0.1);
+    expect(watched.count).toBe(0);
+    // The other way of training does, by the same count.
+    const options = { base: over, recipe: tinyRecipe(), training, heldOut, start: null };
+    using other = new TrainingSession(options);
+    expect(other.steps).toBeGreaterThan(0);
+    expect(watched.count).toBeGreaterThan(10);
+  }, 60_000);
+
+  it('has members whose answers are those of the adapter they stand for', async () => {
+    const answers: string[] = [];
+    const reward = (judged: Judged): number => {
+      answers.push(judged.answer);
+      return 0;
+    };
+    const method = { population: 20, groupSize: 20, noiseRank: 2 };
+    const recipe = recipeOf(method, { rank: 12, order: 'as-trained', ranks: [12] });
+    const [task] = training;
+    const options = { recipe, reward, training: [task!], heldOut: [task!] };
+    const session = open(options);
+    await session.takeStep(breathe);
+    const members = answers.splice(0);
+    expect(members).toHaveLength(20);
+    expect(new Set(members).size).toBeGreaterThan(10);
+    const moved = open(options);
+    for (const [member, answer] of members.entries()) {
+      const checkpoint = moved.checkpoint();
+      let at = 0;
+      checkpoint.parameters.fill(0);
+      for (const { module, rows, columns } of moved.parameters) {
+        const size = rows * columns;
+        const noise = pairNoise(
+          { seed: recipe.seed, generation: 0, pair: member >> 1, module },
+          { rows, columns },
+          2,
+        );
+        const by = member % 2 === 0 ? 0.2 : -0.2;
+        addNoise(checkpoint.parameters.subarray(at, at + size), noise, by, 2);
+        at += size;
+      }
+      moved.restore(checkpoint);
+      answers.length = 0;
+      await moved.evaluate(moved.publish(), breathe);
+      expect(answers, `member ${member}`).toEqual([answer]);
+    }
+  });
+
+  it('goes on from a checkpoint with the bytes it would have had', async () => {
+    const recipe = recipeOf({}, { optimizer: { name: 'adamw' }, stepsMax: 6 });
+    const straight = open({ recipe });
+    while (straight.step < 6) await straight.takeStep(breathe);
+    const first = open({ recipe });
+    while (first.step < 3) await first.takeStep(breathe);
+    const checkpoint = first.checkpoint();
+    const second = open({ recipe });
+    second.restore(checkpoint);
+    while (second.step < 6) await second.takeStep(breathe);
+    expect(second.checkpoint()).toEqual(straight.checkpoint());
+    expect(second.publish().bytes).toEqual(straight.publish().bytes);
+    expect(second.checkpoint().parameters).not.toEqual(checkpoint.parameters);
+    first.restart(recipe.learningRate, 6);
+    while (first.step < 6) await first.takeStep(breathe);
+    expect(first.publish().bytes).toEqual(straight.publish().bytes);
+    expect(() => open().restore(checkpoint)).toThrow('another recipe');
+  });
+
+  it('leaves no trace of a generation that is interrupted', async () => {
+    const session = open();
+    await session.takeStep(breathe);
+    const before = session.checkpoint();
+    let left = 5;
+    const interrupt = async (): Promise<void> => {
+      left -= 1;
+      if (left < 0) throw new Error('enough');
+    };
+    await expect(session.takeStep(interrupt)).rejects.toThrow('enough');
+    expect(session.checkpoint()).toEqual(before);
+  });
+
+  it('asks every prompt once an epoch, each of one group', async () => {
+    const asked: string[] = [];
+    const reward = ({ expected }: Judged): number => {
+      asked.push(expected);
+      return 0;
+    };
+    const recipe = recipeOf({ groupSize: 4 }, { epochs: 2, stepsMax: null });
+    const own = tinyExamples(10, 48);
+    const session = open({ recipe, reward, training: own });
+    expect(session.steps).toBe(5); // 2 epochs of 10, 4 at a time
+    while (session.step < session.steps) await session.takeStep(breathe);
+    const groups = asked.filter((_, i) => i % 4 === 0);
+    expect(asked).toEqual(groups.flatMap((each) => [each, each, each, each]));
+    const [one, other] = [new Set(groups.slice(0, 10)), new Set(groups.slice(10))];
+    expect(one.size).toBe(10);
+    expect(other).toEqual(one);
+    expect(groups.slice(10)).not.toEqual(groups.slice(0, 10));
+    // Nobody fared better than anybody else.
+    expect(session.checkpoint().parameters.every((value) => value === 0)).toBe(true);
+  });
+});
+
+it('a file of examples and such a recipe become an adapter', async () => {
+  const folder = mkdtempSync(join(tmpdir(), 'eggroll-'));
+  const trainingPath = join(folder, 'training.jsonl');
+  const lines = Array.from({ length: 12 }, (_, i) => {
+    return JSON.stringify({ prompt: `after ${i} comes `, completion: `${i + 1}` });
+  });
+  writeFileSync(trainingPath, `${lines.join('\n')}\n`);
+  const told: FromTrainer[] = [];
+  let now = 0;
+  const spec = {
+    ...{ modelPath: tinyPath, modelHash: base.hash, jobId: 'job', fence: 1, trainingPath },
+    ...{ heldOutPath: trainingPath, startFrom: null, compare: null, resumeFrom: null, threads: 1 },
+  };
+  const claim = join(folder, 'claim');
+  mkdirSync(claim);
+  const recipe = recipeOf({ reward: { kind: 'length', tokens: 3 } }, { stepsMax: 3 });
+  await trainFile(
+    { ...spec, folder: claim, cacheDirectory: folder, recipe },
+    {
+      tell: (message) => void told.push(message),
+      breathe: async () => 'go',
+      nowMs: () => {
+        now += 1;
+        return now;
+      },
+    },
+  );
+  expect(told.map(({ kind }) => kind)).toEqual([
+    ...['started', 'progress', 'progress', 'progress', 'checkpoint', 'evaluation', 'result'],
+  ]);
+  const result = told.at(-1) as FromTrainer & { kind: 'result' };
+  expect(result.losses.map(({ rank }) => rank)).toEqual([1, 2, 4]);
+  const bytes = new Uint8Array(readFileSync(join(result.directory, 'adapter_model.safetensors')));
+  const config = readFileSync(join(result.directory, 'rankgate.json'), 'utf8');
+  const { manifest } = importPacked(config, bytes, {
+    ...{ config: base.config, hash: base.hash, names: [] },
+  });
+  expect(manifest.kind).toBe('lora');
+  rmSync(folder, { recursive: true });
+});
