@@ -3,7 +3,7 @@
 // would be generated. An example of more than one window is cut at its end; one whose answers lie behind the cut is refused.
 
 import { createHash } from 'node:crypto';
-import { asGatewayError, GatewayError, type LineError } from '../errors.ts';
+import { GatewayError, type LineError } from '../errors.ts';
 import {
   type ExampleMessage,
   type ExampleShape,
@@ -175,7 +175,8 @@ export async function readExamples(
       examples.push(example);
       tokens += example.tokens.length;
     } catch (error) {
-      refuse(entry.line, asGatewayError(error).message);
+      if (!(error instanceof GatewayError)) throw error;
+      refuse(entry.line, error.message);
     }
     if (tokens > tokensMax) {
       throw new GatewayError('PAYLOAD_TOO_LARGE', `more than ${tokensMax} tokens`);
