@@ -13,7 +13,10 @@ import {
 
 export interface MemorySizes {
   readonly config: DecoderConfig;
-  readonly recipe: Pick<Recipe, 'rank' | 'targets' | 'batchWindows' | 'windowTokens' | 'recompute'>;
+  readonly recipe: Pick<
+    Recipe,
+    'kind' | 'rank' | 'targets' | 'batchWindows' | 'windowTokens' | 'recompute'
+  >;
   /** Most learnt tokens of one micro-batch: only they have logits. */
   readonly answersMax: number;
   readonly weightBytes: number;
@@ -62,9 +65,11 @@ function factorCount(
 /** The most numbers that are there at once, at any of the stages where they are many. */
 function scratchNumbers({ config, recipe, answersMax }: MemorySizes, factors: number): number {
   const { blocks, width, heads, kvHeads, headSize, ffnWidth, vocabSize } = config;
-  const { rank, targets, batchWindows, windowTokens, recompute } = recipe;
+  const { kind, rank, targets, batchWindows, windowTokens, recompute } = recipe;
+  // A has no gradient, which would want its input; within one block that frees nothing at the peak.
+  const isFrozen = !recompute && (kind === 'fly' || kind === 'svfit');
   const has = (...names: readonly Projection[]): number =>
-    Number(targets.some((name) => names.includes(name)));
+    Number(!isFrozen && targets.some((name) => names.includes(name)));
   const rows = batchWindows * windowTokens;
   const state = rows * width;
   const queries = rows * heads * headSize;
@@ -76,15 +81,18 @@ function scratchNumbers({ config, recipe, answersMax }: MemorySizes, factors: nu
     queries * has('attn_output') +
     state * (1 + has('ffn_gate', 'ffn_up')) +
     inner * (2 + has('ffn_down'));
-  const kept = attention + mlp + rows * rank * targets.length;
+  const own = targets.map((name) => keptBy(kind, projectionShape(config, name), rank));
+  const kept = attention + mlp + rows * own.reduce((sum, numbers) => sum + numbers, 0);
+  const isSeen = kind === 'fly' || kind === 'mora';
+  const seen = isSeen ? blocks * rows * rank * targets.length : 0;
   // The way back through attention; 2.5 and 4 are fitted to what ggml 0.23.0's allocator takes.
   const scores = 2.5 * batchWindows * heads * windowTokens ** 2 + 4 * state;
   const logits = 2 * answersMax * vocabSize;
   if (recompute) {
-    const inputs = blocks * state;
+    const inputs = blocks * state + 2 * seen; // 2 is fitted: they lie between what is freed
     return Math.max(
       inputs + 2 * state + logits,
-      inputs + factors + kept + 3 * inner - 2 * state,
+      inputs + factors + kept + (kind === 'hydra' ? 6 : 3) * inner - 2 * state,
       inputs + factors + kept - mlp + scores,
     );
   }
@@ -93,6 +101,24 @@ function scratchNumbers({ config, recipe, answersMax }: MemorySizes, factors: nu
     state + blocks * kept - mlp + scores,
     state + kept + factors,
   );
+}
+
+/** Of a row in a projection, for the way back: h, what else has its width, and what the family multiplies besides the input. */
+function keptBy(
+  kind: Recipe['kind'],
+  { in: width, out }: { readonly in: number; readonly out: number },
+  rank: number,
+): number {
+  switch (kind) {
+    case 'hydra':
+      return 2 * rank + out;
+    case 'mora':
+      return 4 * rank + width;
+    case 'fly':
+      return 2 * rank;
+    default:
+      return rank;
+  }
 }
 
 export function bytesOfWeights({

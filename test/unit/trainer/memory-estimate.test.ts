@@ -1,4 +1,5 @@
 import { describe, expect, it } from 'vitest';
+import { parseRecipe, type Recipe } from '../../../src/jobs/recipe.ts';
 import { GgmlKernels } from '../../../src/kernels/ggml/ggml-kernels.ts';
 import type { StoredTensor } from '../../../src/kernels/kernels.ts';
 import type { BlockWeights } from '../../../src/model/decoder.ts';
@@ -8,11 +9,13 @@ import {
   projectionShape,
   projections,
 } from '../../../src/model/decoder-config.ts';
-import { lowRankDelta } from '../../../src/model/trained-delta.ts';
 import { TrainingDecoder } from '../../../src/model/training-decoder.ts';
+import { FamilyTraining } from '../../../src/trainer/family-training.ts';
 import { bytesOfWeights, estimateMemory } from '../../../src/trainer/memory-estimate.ts';
+import { choiceOf, initialTensors } from '../../../src/trainer/publish.ts';
 
 interface Case {
+  readonly kind: Recipe['kind'];
   readonly blocks: number;
   readonly width: number;
   readonly heads: number;
@@ -28,7 +31,14 @@ interface Case {
 
 const middle: Case = {
   ...{ blocks: 6, width: 192, heads: 6, kvHeads: 2, ffnWidth: 512, vocabSize: 4096 },
-  ...{ rank: 16, batchWindows: 2, windowTokens: 128, answersMax: 256, targets: projections },
+  ...{
+    kind: 'lora',
+    rank: 16,
+    batchWindows: 2,
+    windowTokens: 128,
+    answersMax: 256,
+    targets: projections,
+  },
 };
 const cases: Readonly<Record<string, Partial<Case>>> = {
   'a middling model': {},
@@ -39,10 +49,14 @@ const cases: Readonly<Record<string, Partial<Case>>> = {
   'one block': { blocks: 1, ffnWidth: 256 },
   'few targets': { targets: ['attn_q', 'attn_v'], answersMax: 32 },
   'many blocks': { blocks: 16, kvHeads: 6, answersMax: 100 },
+  hydra: { kind: 'hydra' },
+  triangular: { kind: 'triangular' },
+  fly: { kind: 'fly', rank: 32 },
+  mora: { kind: 'mora' },
 };
 
 function measure(sizes: Case, recompute: boolean): { estimate: number; measured: number } {
-  const { rank, batchWindows, windowTokens, answersMax, targets, ...model } = sizes;
+  const { kind, rank, batchWindows, windowTokens, answersMax, targets, ...model } = sizes;
   const headSize = sizes.width / sizes.heads;
   const config: DecoderConfig = {
     ...{ ...model, headSize, family: 'llama', name: 'sizes', contextLength: 4096 },
@@ -62,10 +76,11 @@ function measure(sizes: Case, recompute: boolean): { estimate: number; measured:
   const tokenEmbedding = store(config.vocabSize, config.width);
   const outputNorm = store(config.width);
   const weights = { tokenEmbedding, output: tokenEmbedding, outputNorm, blocks };
-  const recipe = { rank, targets, batchWindows, windowTokens, recompute };
+  const recipe = { kind, rank, targets, batchWindows, windowTokens, recompute };
+  const { delta, numbers } = trained(config, recipe);
   using _ = new TrainingDecoder({
     ...{ config, weights, kernels, answersMax, recompute },
-    delta: lowRankDelta(config, ({ projection }) => (targets.includes(projection) ? rank : 0)),
+    delta,
     ...{ windows: batchWindows, windowRows: windowTokens },
   });
   const weightBytes = bytesOfWeights(weights);
@@ -75,8 +90,27 @@ function measure(sizes: Case, recompute: boolean): { estimate: number; measured:
     answersMax,
     weightBytes,
     optimizerBytes: 0,
+    numbers,
   });
   return { estimate: scratch, measured: kernels.scratchBytes };
+}
+
+/** As the recipe's session makes it. */
+function trained(
+  config: DecoderConfig,
+  { kind, rank, targets }: Pick<Case, 'kind' | 'rank' | 'targets'>,
+): FamilyTraining {
+  const recipe = parseRecipe({ kind, rank, topK: Math.ceil(rank / 4) }, 'recipe');
+  const weight = (): never => {
+    throw new Error('no weight is wanted');
+  };
+  const modules = Array.from({ length: config.blocks }, (_, block) =>
+    targets.map((projection) => {
+      const site = { block, projection, ...projectionShape(config, projection), weight };
+      return { site, tensors: initialTensors(recipe, site) };
+    }),
+  ).flat();
+  return new FamilyTraining(choiceOf(recipe), modules);
 }
 
 describe('the memory of training, before it is taken', () => {
