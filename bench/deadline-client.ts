@@ -159,13 +159,16 @@ const ownTokens = 4;
 /** English that no other request's prompt begins like: nothing of it is in the prefix cache. */
 function promptOf(index: number, length: number, vocabSize: number): number[] {
   const random = createRandom(promptsMade++);
-  const own = Array.from({ length: Math.min(ownTokens, length) }, () => random() % vocabSize);
-  return [...own, ...takeTokens(length - own.length, 7 * index)];
+  const own = Array.from({ length: Math.min(ownTokens, length) }, () => random());
+  const english = takeTokens(length - own.length, 7 * index);
+  return [...own, ...english].map((token) => token % vocabSize);
 }
 
 let promptsMade = 1;
 const wantedToken = 260;
 const penalty = 2;
+/** By so many times the model wants that token more than the end anyway (seen: 4 to 6). */
+const wantedMore = 5;
 
 /** An answer of about so many tokens whatever the model would say: one token is wanted above all others, and less each time
  *  it has been said, until the end is wanted more. */
@@ -173,6 +176,9 @@ function endsAfter(tokens: number, endToken: number): object {
   const said = 100;
   return {
     frequency_penalty: penalty,
-    logit_bias: { [wantedToken]: said, [endToken]: Math.max(-said, said - penalty * tokens) },
+    logit_bias: {
+      [wantedToken]: said,
+      [endToken]: said - penalty * Math.max(0, tokens - wantedMore),
+    },
   };
 }

@@ -47,11 +47,11 @@ export interface DeadlineSizes {
 const fullDeadline: DeadlineSizes = {
   ranks: [64, 16, 64, 16],
   loads: [0.5, 0.8, 0.95, 1.2],
-  seconds: 36,
+  seconds: 34,
   fixedLoad: 0.95,
-  fixedSeconds: 24,
-  capacitySeconds: 16,
-  callers: 24,
+  fixedSeconds: 20,
+  capacitySeconds: 12,
+  callers: 16,
   probes: 5,
   neighbourSeconds: 20,
   hindsightRounds: 20,
@@ -163,17 +163,17 @@ class Bench {
 
   /** Time of a token alone at rank 1, as a multiple of what the simulator's machine takes. */
   async #scale(): Promise<number> {
-    const size = { promptTokens: 16, tokensMax: 32, answerTokens: 32 };
-    const [first] = this.#traffic({ seed: 1, seconds: 60, perSecond: 10, tiers: smallTiers });
-    const alone = { ...first!, ...size };
-    const heard = await sendClosed(
-      this.#caller,
-      new Array<Arrival>(this.#sizes.probes).fill(alone),
-      this.#wish(1, false),
-      { callers: 1, untilMs: Number.POSITIVE_INFINITY },
-    );
+    const heard = await this.#alone(this.#sizes.probes);
     const paces = heard.map(({ totalMs, ttftMs, tokens }) => (totalMs - ttftMs) / (tokens - 1));
-    return median(paces) / timesAlone(smallMachine, size, 1).perTokenMs;
+    return median(paces) / timesAlone(smallMachine, probeSize, 1).perTokenMs;
+  }
+
+  /** So many answers at rank 1, one after another. */
+  async #alone(count: number): Promise<Heard[]> {
+    const [first] = this.#traffic({ seed: 1, seconds: 60, perSecond: 10, tiers: smallTiers });
+    const arrivals = new Array<Arrival>(count).fill({ ...first!, ...probeSize });
+    const span = { callers: 1, untilMs: Number.POSITIVE_INFINITY };
+    return await sendClosed(this.#caller, arrivals, this.#wish(1, false), span);
   }
 
   /** The same requests of three tenants, beside a fourth that asks as often as one of them, and 50 times as often. */
@@ -198,6 +198,7 @@ class Bench {
       const heard = await sendOpen(this.#caller, quiet, wish);
       stop.abort();
       await noisy;
+      await this.#alone(1); // nothing of the flood is left
       return heard;
     };
     return { arrivals: quiet, alone: await run(1), beside: await run(noisyTimes) };
@@ -208,6 +209,7 @@ class Bench {
  *  more about the lengths than about the predictions. */
 const endsEarly = 0.05;
 const waitMsMax = 180_000;
+const probeSize = { promptTokens: 16, tokensMax: 32, answerTokens: 32 };
 
 function scaled(tier: TrafficTier, by: number): TrafficTier {
   const times = (span: readonly [number, number]): readonly [number, number] => [
