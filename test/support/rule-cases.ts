@@ -283,5 +283,5 @@ function lowRank(rng: Rng): Differentiable[] {
 }
 
 export function ruleCases(rng: Rng): Differentiable[] {
-  return [elementwise, products, choices, lookups, attention, lowRank].flatMap((make) => make(rng));
+  return [elementwise, products, lookups, attention, lowRank, choices].flatMap((make) => make(rng));
 }
