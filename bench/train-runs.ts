@@ -84,14 +84,25 @@ export interface RunAll {
   readonly tell: (text: string) => void;
 }
 
-/** By name. After a failure no other run begins. */
+/** Passes through the model that a step takes. */
+export function passesPerStep({ objective, ranks }: Recipe): number {
+  if (objective === 'multi') return ranks.length;
+  return objective === 'sandwich' ? 2 : 1;
+}
+
+/** The longest first: then processes end at about the same time. */
+function byCost(requests: readonly RunRequest[]): RunRequest[] {
+  return requests.toSorted((a, b) => passesPerStep(b.recipe) - passesPerStep(a.recipe));
+}
+
+/** By name, in the order of the requests. After a failure no other run begins. */
 export async function runAll(
   place: RunPlace,
   requests: readonly RunRequest[],
   { atOnce, tell }: RunAll,
 ): Promise<Map<string, RunResult>> {
   const results = new Map<string, RunResult>();
-  const queue = requests.values();
+  const queue = byCost(requests).values();
   const work = async (): Promise<void> => {
     for (const request of queue) {
       const startMs = performance.now();
@@ -107,5 +118,5 @@ export async function runAll(
   };
   const ends = await Promise.allSettled(Array.from({ length: atOnce }, work));
   for (const end of ends) if (end.status === 'rejected') throw end.reason;
-  return results;
+  return new Map(requests.map(({ name }) => [name, results.get(name)!]));
 }

@@ -187,6 +187,7 @@ export function summariseServing(rounds: readonly ServingRound[]): {
     beside: median(rounds.map(({ trainedBeside }) => trainedBeside)),
     idle: median(rounds.map(({ trainedIdle }) => trainedIdle)),
   };
+  if (trained.idle === 0) throw new Error('the job learnt nothing while it was alone');
   return {
     figures: {
       serving_p99_ratio: ratio(p99),

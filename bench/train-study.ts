@@ -6,11 +6,9 @@ import { join } from 'node:path';
 import { median, round, seriesOf } from './measure.ts';
 import {
   auracsOf,
-  byCost,
   common,
   isMonotone,
   type LossesByRank,
-  passesPerStep,
   placeOf,
   type RecipePart,
   recipeOf,
@@ -18,7 +16,7 @@ import {
   type TrainReport,
   variants,
 } from './train.ts';
-import { type RunRequest, type RunResult, runAll } from './train-runs.ts';
+import { passesPerStep, type RunRequest, type RunResult, runAll } from './train-runs.ts';
 import { asLines, readTask, type Task, tasks, textSource } from './train-text.ts';
 
 export interface StudySizes {
@@ -91,20 +89,14 @@ export async function benchTrainStudy(
   const [first] = sizes.seeds;
   const tried = await runAll(
     place,
-    byCost(
-      cells.flatMap((cell) =>
-        sizes.rates.map((rate) => requestOf(cell, rate, first!, 'validation')),
-      ),
-    ),
+    cells.flatMap((cell) => sizes.rates.map((rate) => requestOf(cell, rate, first!, 'validation'))),
     { atOnce: threads, tell },
   );
   const chosen = cells.map((cell) => ({ cell, ...chooseRate(cell, first!, sizes.rates, tried) }));
   const final = await runAll(
     place,
-    byCost(
-      chosen.flatMap(({ cell, rate }) =>
-        sizes.seeds.map((seed) => requestOf(cell, rate, seed, 'test')),
-      ),
+    chosen.flatMap(({ cell, rate }) =>
+      sizes.seeds.map((seed) => requestOf(cell, rate, seed, 'test')),
     ),
     { atOnce: threads, tell },
   );

@@ -11,6 +11,7 @@ import { sha256OfFile } from '../src/model/file-hash.ts';
 import type { WeightMode } from './job.ts';
 import { type Report, round, type Series, seriesOf } from './measure.ts';
 import {
+  passesPerStep,
   type RunPlace,
   type RunRequest,
   type RunResult,
@@ -56,7 +57,7 @@ const fullTrain: TrainBenchSizes = {
   texts: { training: 300, heldOut: 12 },
   recipe: { ...common, stepsMax: 30 },
   serving: {
-    ...{ streams: 4, promptTokens: 32, newTokens: 64, seconds: 8, idleSeconds: 5 },
+    ...{ streams: 4, promptTokens: 32, newTokens: 64, seconds: 6, idleSeconds: 4 },
     recipe: { ...common, windowTokens: 64, stepsMax: 100_000, epochs: 100, heldOutShare: 0.02 },
   },
   product: {
@@ -92,7 +93,7 @@ export async function benchTrain(
     ([name, part]): RunRequest => ({ ...files, name, recipe: recipeOf(sizes.recipe, part) }),
   );
   const place = await placeOf(settings);
-  const runs = await runAll(place, byCost(requests), { atOnce: threads, tell });
+  const runs = await runAll(place, requests, { atOnce: threads, tell });
   const step = await benchTrainstep(settings, rounds);
   tell(`ratio to PEFT: ${step.figures.ratio_to_peft}`);
   const product = await measureProduct(place, threads, sizes.product);
@@ -150,17 +151,6 @@ function writeTexts(
     return path;
   };
   return { trainingPath: write('training'), heldOutPath: write('heldOut') };
-}
-
-/** Passes through the model that a step takes. */
-export function passesPerStep({ objective, ranks }: Recipe): number {
-  if (objective === 'multi') return ranks.length;
-  return objective === 'sandwich' ? 2 : 1;
-}
-
-/** The longest first: then processes end at about the same time. */
-export function byCost(requests: readonly RunRequest[]): RunRequest[] {
-  return requests.toSorted((a, b) => passesPerStep(b.recipe) - passesPerStep(a.recipe));
 }
 
 /** Steps of the product's own trainer, all threads, of the shape that trainstep gives both sides; the first is dropped. */
