@@ -96,7 +96,8 @@ function nameOf(base: string, suffix: string | null, id: string): string {
 function recipeOf(body: Body): Recipe {
   const { method, rankgate = {}, seed } = body;
   if (method !== undefined && method.type !== 'supervised') {
-    const message = `method.type: ${method.type.slice(0, 32)}: only supervised is supported`;
+    const name = method.type.slice(0, 32);
+    const message = `method.type: ${name}: want supervised; for scores, rankgate.method`;
     throw new GatewayError('UNSUPPORTED', message, { param: 'method.type' });
   }
   const own = method?.supervised?.hyperparameters;
@@ -170,6 +171,7 @@ export function describeJob(job: Job): Described {
     learning_rate_multiplier:
       recipe.learningRate === 'sweep' ? 'auto' : recipe.learningRate / defaultLearningRate,
   };
+  const type = recipe.method === 'gradient' ? 'supervised' : 'reinforcement';
   const hasSucceeded = state === 'succeeded';
   return {
     id,
@@ -187,7 +189,7 @@ export function describeJob(job: Job): Described {
     trained_tokens: hasSucceeded ? (progress?.tokens ?? null) : null,
     seed: recipe.seed,
     hyperparameters: hyper,
-    method: { type: 'supervised', supervised: { hyperparameters: hyper } },
+    method: { type, [type]: { hyperparameters: hyper } },
     error:
       error === null
         ? null

@@ -109,6 +109,16 @@ describe('a fine-tuning job', () => {
     const rankgate = { kind: 'lora', rank: 4, objective: 'plain', optimizer: { name: 'sgd' } };
     const { body } = await create({ rankgate });
     expect(body.rankgate.recipe).toEqual(parseRecipe(rankgate, 'recipe'));
+    expect(body.method.type).toBe('supervised');
+  });
+
+  it('by scores instead of examples is what OpenAI calls reinforcement', async () => {
+    const method = { kind: 'eggroll', reward: { kind: 'expected' } };
+    const { body } = await create({ rankgate: { method }, hyperparameters: { n_epochs: 7 } });
+    expect(body.rankgate.recipe).toEqual(parseRecipe({ method, epochs: 7 }, 'recipe'));
+    expect(body.method).toMatchObject({
+      ...{ type: 'reinforcement', reinforcement: { hyperparameters: { n_epochs: 7 } } },
+    });
   });
 
   it.each([

@@ -118,10 +118,10 @@ describe('a recipe', () => {
     const recipe = parseRecipe(eggroll({}), 'recipe');
     expect(recipe).toMatchObject({ kind: 'lora', objective: 'plain', clipNorm: null });
     expect(recipe).toMatchObject({ stepsMax: 50, optimizer: { name: 'sgd' } });
-    expect(recipe.method).toMatchObject({ population: 64, groupSize: 8, noiseRank: 1 });
+    expect(recipe.method).toMatchObject({ population: 16, groupSize: 4, noiseRank: 1 });
     expect(parseRecipe(JSON.parse(JSON.stringify(recipe)), 'recipe')).toEqual(recipe);
-    expect(parseRecipe({ ...eggroll({}), stepsMax: 7, rank: 4 }, 'recipe')).toMatchObject({
-      ...{ stepsMax: 7, ranks: [1, 2, 4] },
+    expect(parseRecipe({ ...eggroll({}), stepsMax: 7, rank: 8 }, 'recipe')).toMatchObject({
+      ...{ stepsMax: 7, ranks: [1, 2, 4, 8] },
     });
   });
 

@@ -4,7 +4,6 @@ import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import { importPacked } from '../../../src/adapters/packed-import.ts';
 import type { FromTrainer } from '../../../src/jobs/messages.ts';
-import type { Kernels, Ops } from '../../../src/kernels/kernels.ts';
 import { openGguf } from '../../../src/model/gguf.ts';
 import { addNoise, pairNoise } from '../../../src/trainer/eggroll.ts';
 import { type EggrollOptions, EggrollSession } from '../../../src/trainer/eggroll-session.ts';
@@ -12,6 +11,7 @@ import type { Judged } from '../../../src/trainer/rewards.ts';
 import { TrainingSession } from '../../../src/trainer/session.ts';
 import { answerText } from '../../../src/trainer/tasks.ts';
 import { trainFile } from '../../../src/trainer/train-file.ts';
+import { countTraining } from '../../support/counting-kernels.ts';
 import { tinyPath } from '../../support/open-test-decoder.ts';
 import { openTinyBase, tinyExamples, tinyRecipe } from '../../support/training-base.ts';
 
@@ -32,7 +32,15 @@ function letters({ answer }: Judged): number {
 function recipeOf(method: object = {}, more: object = {}) {
   const reward = { kind: 'full-stop' };
   return tinyRecipe({
-    method: { kind: 'eggroll', population: 16, sigma: 0.2, answerTokens: 12, reward, ...method },
+    method: {
+      kind: 'eggroll',
+      population: 16,
+      groupSize: 8,
+      sigma: 0.2,
+      answerTokens: 12,
+      reward,
+      ...method,
+    },
     ...{ learningRate: 0.1, stepsMax: 30, ...more },
   });
 }
@@ -44,33 +52,9 @@ function open(more: Partial<EggrollOptions> = {}): EggrollSession {
   });
 }
 
-/** The same kernels, which count how often training's operations are asked for. */
-function counting(kernels: Kernels): { readonly kernels: Kernels; count: number } {
-  const counted = { kernels, count: 0 };
-  const watched = (ops: Ops): Ops =>
-    new Proxy(ops, {
-      get(target, name) {
-        if (name === 'training') counted.count += 1;
-        const value = Reflect.get(target, name) as unknown;
-        return typeof value === 'function' ? value.bind(target) : value;
-      },
-    });
-  counted.kernels = new Proxy(kernels, {
-    get(target, name) {
-      if (name === 'compile') {
-        return (...[build, shape]: Parameters<Kernels['compile']>) =>
-          target.compile((ops) => build(watched(ops)), shape);
-      }
-      const value = Reflect.get(target, name) as unknown;
-      return typeof value === 'function' ? value.bind(target) : value;
-    },
-  });
-  return counted;
-}
-
 describe('a training run by scores', () => {
   it('raises them for prompts it has not seen, and computes no gradient', async () => {
-    const watched = counting(base.kernels);
+    const watched = countTraining(base.kernels);
     const over = { ...base, kernels: watched.kernels };
     const session = open({ base: over, recipe: recipeOf({ population: 32 }) });
     const before = await session.baseLoss(breathe);
