@@ -22,6 +22,8 @@ export interface CapturedAnswer {
   readonly rank: number;
   readonly prompt: CapturedPrompt;
   readonly answer: string;
+  /** Not cut off: it may be learnt as it is. */
+  readonly isWhole: boolean;
 }
 
 export interface Feedback {
@@ -73,6 +75,7 @@ const tables = `
     is_scored INTEGER NOT NULL DEFAULT 0,
     prompt TEXT NOT NULL, -- JSON
     answer TEXT NOT NULL,
+    is_whole INTEGER NOT NULL,
     score REAL,
     comment TEXT,
     correction TEXT,
@@ -268,6 +271,7 @@ export class Capture {
     return (this.#db.sql(sql).all(adapter) as ExampleRow[]).map((row) => ({
       prompt: JSON.parse(row.prompt) as CapturedPrompt,
       answer: row.answer,
+      isWhole: row.is_whole === 1,
       score: row.score!,
       correction: row.correction,
       scoredS: row.scored_s!,
@@ -309,7 +313,7 @@ export class Capture {
       .update(JSON.stringify([prompt, answer]))
       .digest('hex');
     const values = [adapter, hash, id, tenant, generation, rank, this.#options.unixS()];
-    this.#db.sql(insertExample).run(...values, bytes, prompt, answer);
+    this.#db.sql(insertExample).run(...values, bytes, prompt, answer, one.isWhole ? 1 : 0);
   }
 
   /** What is too old, waits behind too many, or is too much. */
@@ -347,16 +351,18 @@ interface ExampleRow {
   readonly is_scored: 0 | 1;
   readonly prompt: string;
   readonly answer: string;
+  readonly is_whole: 0 | 1;
   readonly score: number | null;
   readonly correction: string | null;
   readonly scored_s: number | null;
 }
 
 const insertExample = `
-  INSERT INTO examples (adapter, hash, id, tenant, generation, rank, created_s, bytes, prompt, answer)
-  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+  INSERT INTO examples (adapter, hash, id, tenant, generation, rank, created_s, bytes, prompt,
+    answer, is_whole)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
   ON CONFLICT DO UPDATE SET id = excluded.id, tenant = excluded.tenant, rank = excluded.rank,
-    generation = excluded.generation, created_s = excluded.created_s`;
+    is_whole = excluded.is_whole, generation = excluded.generation, created_s = excluded.created_s`;
 
 const setScore = `
   UPDATE examples SET is_scored = 1, score = ?, comment = ?, correction = ?, scored_s = ?,

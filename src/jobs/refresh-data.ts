@@ -1,5 +1,5 @@
-// Scored answers → lines to train on and lines to judge by. Pure. What is accepted: an answer with score enough, or what it
-// was corrected to. Of one question, whatever its spelling, one answer at most; a question whose best answers contradict
+// Scored answers → lines to train on and lines to judge by. Pure. What is accepted: a whole answer with score enough, or what
+// it was corrected to. Of one question, whatever its spelling, one answer at most; a question whose best answers contradict
 // each other teaches nothing. A question is held out by its hash, so for ever, however it is answered.
 
 import { createHash } from 'node:crypto';
@@ -17,6 +17,8 @@ export type CapturedPrompt =
 export interface ScoredAnswer {
   readonly prompt: CapturedPrompt;
   readonly answer: string;
+  /** Not cut off. */
+  readonly isWhole: boolean;
   /** 0…1. */
   readonly score: number;
   /** What the answer should have been; null: nobody said. */
@@ -83,10 +85,10 @@ export function selectExamples(
 }
 
 function candidateOf(
-  { prompt, answer, score, correction, scoredS }: ScoredAnswer,
+  { prompt, answer, isWhole, score, correction, scoredS }: ScoredAnswer,
   scoreMin: number,
 ): Candidate {
-  const accepted = score >= scoreMin ? score : Number.NEGATIVE_INFINITY;
+  const accepted = isWhole && score >= scoreMin ? score : Number.NEGATIVE_INFINITY;
   const worth = correction === null ? accepted : Infinity;
   return { prompt, answer: correction ?? answer, worth, scoredS };
 }

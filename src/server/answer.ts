@@ -348,11 +348,13 @@ export class Answer {
     if (only !== null) this.#capture(only, rank);
   }
 
-  /** What was cut off or is empty is nothing to learn. */
+  /** What was cut off is learnt only as somebody corrects it. */
   #capture({ name: adapter, generation }: OnlyAdapter, rank: number): void {
     const { id, tenant, captured: prompt } = this.request;
-    if (prompt === null || this.#text === '' || this.#longest.end?.reason !== 'stop') return;
-    const made = { id, tenant, adapter, generation, rank, prompt, answer: this.#text };
+    const { end } = this.#longest;
+    if (prompt === null || end === null) return;
+    const said = { prompt, answer: this.#text, isWhole: end.reason === 'stop' };
+    const made = { id, tenant, adapter, generation, rank, ...said };
     this.#deps.training?.refresher.capture.offer(made);
   }
 }
