@@ -191,8 +191,8 @@ describe('bench train --study', () => {
     expect(squeezed['2']).toBeCloseTo(truncated['2']!, 2);
     expect(squeezed['1']).not.toBe(truncated['1']);
     expect(readdirSync(folder).filter((name) => name.startsWith('run-'))).toEqual([]);
-    const place = { modelPath: join(folder, 'none'), modelHash: '', folder };
+    const place = { modelPath: tinyPath, modelHash: 'another', folder };
     const request = { name: 'broken', recipe: recipeOf({}), trainingPath: '', heldOutPath: null };
-    await expect(runTrainer(place, request, 1)).rejects.toThrow('broken: ');
+    await expect(runTrainer(place, request, 1)).rejects.toThrow('BASE_MISMATCH');
   }, 120_000);
 });
