@@ -10,7 +10,7 @@ import { simulate } from '../test/support/simulator/simulation.ts';
 import { type Summary, summarise } from '../test/support/simulator/summary.ts';
 import type { Arrival } from '../test/support/simulator/traffic.ts';
 import type { Heard } from './deadline-client.ts';
-import { quantile, type Report, round, type Series, seriesOf } from './measure.ts';
+import { median, quantile, type Report, round, type Series, seriesOf } from './measure.ts';
 
 export interface Run {
   /** Who chose ranks: `guarded`, `rank R`, `rank 1`. */
@@ -84,6 +84,11 @@ export async function summariseDeadline(
     add(series, `${percent} simulated guarded`, one.simulated);
     add(series, `${percent} hindsight`, one.hindsight);
     addOwn(series, `${percent} guarded`, one.run);
+    const { errorMedian, errorP90 } = one.simulated;
+    if (errorMedian !== null && errorP90 !== null) {
+      series[`${percent} simulated guarded: error_median`] = seriesOf('1', [errorMedian]);
+      series[`${percent} simulated guarded: error_p90`] = seriesOf('1', [errorP90]);
+    }
   }
   for (const run of runs.filter(({ name }) => name !== 'guarded')) {
     const label = `${Math.round(100 * run.load)} ${run.name}`;
@@ -225,6 +230,10 @@ function addOwn(series: Record<string, Series>, label: string, run: Run): void {
     answered.filter(is).length / answered.length;
   series[`${label}: error_median`] = seriesOf('1', [quantile(errors, 0.5)]);
   series[`${label}: error_p90`] = seriesOf('1', [quantile(errors, 0.9)]);
+  const ratios = answered.flatMap(({ predictedMs, totalMs }) =>
+    predictedMs === null ? [] : [predictedMs / totalMs],
+  );
+  series[`${label}: predicted_to_total`] = seriesOf('1', [median(ratios)]);
   series[`${label}: rank_changed_share`] = seriesOf('1', [
     share(({ rank, rankMean }) => rank !== rankMean),
   ]);
