@@ -1,7 +1,6 @@
 // A training run without gradients: each generation's members answer prompts with the serving decoder, and what their answers
-// are worth moves the adapter (eggroll.ts). What is trained is B of each module; A stays as it began, so a member's E on B,
-// left·rightᵀ, is ranks of its own with a = leftᵀ·A and b = right: no member's weights are ever made. Both members of a pair
-// read the same ranks, through gates of ±σ. A step's loss is what its answers lack of the full score.
+// are worth moves the adapter (eggroll.ts). What is trained is B of each module; A stays as it began, so that no member's
+// weights are ever made (member-pages.ts). A step's loss is what its answers lack of the full score.
 
 import { createHash } from 'node:crypto';
 import { createRandom } from '../adapters/families/seeded-random.ts';
@@ -9,18 +8,24 @@ import { generationOf, openPacked } from '../adapters/pack.ts';
 import type { Packed } from '../adapters/pack-pairs.ts';
 import type { RankLoss } from '../jobs/messages.ts';
 import type { EggrollRecipe } from '../jobs/recipe.ts';
-import { f32ToF16Bits } from '../kernels/half.ts';
-import { ranksPerPage } from '../kernels/kernels.ts';
 import { Decoder } from '../model/decoder.ts';
-import { moduleIndex, projections } from '../model/decoder-config.ts';
+import { moduleIndex } from '../model/decoder-config.ts';
 import { scrapCells } from '../model/step-inputs.ts';
 import { type AdapterRows, uniformRows } from '../model/stepper.ts';
 import { tensorName } from '../model/trained-delta.ts';
 import { type Checkpoint, refused } from './checkpoint.ts';
 import { addNoise, type PairNoise, pairNoise, pairWeights, shapeFitness } from './eggroll.ts';
-import { FamilyTraining, type TrainedModule } from './family-training.ts';
+import { FamilyTraining } from './family-training.ts';
 import { clipGradients } from './gradient-norm.ts';
 import { learningRateAt } from './learning-rate.ts';
+import {
+  memberRows,
+  type PageLayout,
+  pageLayout,
+  type TrainedPair,
+  writeNoise,
+  writeRanks,
+} from './member-pages.ts';
 import { bytesOfWeights } from './memory-estimate.ts';
 import { streams } from './objective.ts';
 import type { Optimizer, Parameter } from './optimizers/optimizer.ts';
@@ -49,13 +54,6 @@ export interface EggrollOptions extends SessionOptions {
 /** Rows of a step: prompts are computed in pieces of so many tokens. */
 const rowsPerStep = 512;
 
-interface TrainedPair {
-  readonly site: TrainedModule['site'];
-  readonly module: number;
-  readonly a: Float32Array; // [R, in]
-  readonly b: Parameter; // [R, out]
-}
-
 export class EggrollSession implements Disposable {
   readonly #options: EggrollOptions;
   readonly #method: EggrollRecipe;
@@ -67,7 +65,7 @@ export class EggrollSession implements Disposable {
   readonly #heldOut: readonly Task[];
   readonly #cellsPerRow: number;
   readonly #decoder: Decoder;
-  readonly #ownPages: readonly number[];
+  readonly #pages: PageLayout;
   readonly #members: readonly AdapterRows[];
   #recipe: RunRecipe;
   #optimizer: Optimizer;
@@ -88,10 +86,8 @@ export class EggrollSession implements Disposable {
     this.#trained = this.#pairs.map(({ b }) => b);
     this.#optimizer = optimizerOf(recipe, this.#trained);
 
-    const own = Math.ceil(recipe.rank / ranksPerPage);
-    const noise = Math.ceil((method.population / 2) * (method.noiseRank / ranksPerPage));
-    this.#ownPages = Array.from({ length: own }, (_, i) => 1 + i);
-    this.#members = membersOf(recipe.rank, method, base.config.blocks * projections.length);
+    this.#pages = pageLayout(recipe.rank, method);
+    this.#members = memberRows(recipe.rank, method, base.config);
     const longest = [...this.#tasks, ...this.#heldOut].reduce(
       (most, { prompt }) => Math.max(most, prompt.length),
       0,
@@ -101,7 +97,7 @@ export class EggrollSession implements Disposable {
       ...{ config: base.config, weights: base.weights, kernels: base.kernels },
       cells: scrapCells + method.population * this.#cellsPerRow,
       cellType: 'f16',
-      pages: 1 + own + noise,
+      pages: this.#pages.pages,
       pageType: 'f16',
       tokensMax: Math.max(rowsPerStep, method.population),
       segmentsMax: method.population,
@@ -158,9 +154,13 @@ export class EggrollSession implements Disposable {
   async takeStep(
     breathe: Breathe,
   ): Promise<Pick<StepReport, 'step' | 'loss' | 'learningRate' | 'tokens'>> {
-    const { groupSize, noiseRank } = this.#method;
-    this.#writeOwn((pair) => ({ a: pair.a, b: pair.b.values }));
-    this.#writeNoise();
+    const { population, groupSize, noiseRank } = this.#method;
+    for (const pair of this.#pairs) {
+      const noises = Array.from({ length: population / 2 }, (_, i) => this.#noise(pair, i));
+      writeNoise(this.#decoder, pair, noises, this.#pages.noise);
+      const { site, a, b } = pair;
+      writeRanks(this.#decoder, site, { a, b: b.values }, this.#pages.own);
+    }
     const tasks = this.#tasksOfStep();
     const asked = this.#members.map((adapter, i) => {
       return { task: tasks[Math.floor(i / groupSize)]!, adapter };
@@ -223,52 +223,6 @@ export class EggrollSession implements Disposable {
     return pairNoise(key, b, this.#method.noiseRank);
   }
 
-  #writeOwn(
-    factors: (pair: TrainedPair) => { readonly a: Float32Array; readonly b: Float32Array },
-  ): void {
-    for (const pair of this.#pairs) {
-      const { a, b } = factors(pair);
-      for (const [i, page] of this.#ownPages.entries()) this.#writePage(pair, page, { a, b, i });
-    }
-  }
-
-  /** Rounded to f16, which the update is not: 2^-11 of it. */
-  #writeNoise(): void {
-    const { population, noiseRank } = this.#method;
-    const first = 1 + this.#ownPages.length;
-    const pairsPerPage = ranksPerPage / noiseRank;
-    for (const pair of this.#pairs) {
-      const { a: own, b, site } = pair;
-      for (let from = 0; from < population / 2; from += pairsPerPage) {
-        const a = new Float32Array(ranksPerPage * site.in);
-        const right = new Float32Array(ranksPerPage * site.out);
-        for (let i = 0; i < Math.min(pairsPerPage, population / 2 - from); i++) {
-          const noise = this.#noise(pair, from + i);
-          right.set(noise.right, i * noiseRank * site.out);
-          for (let r = 0; r < noiseRank; r++) {
-            const row = a.subarray((i * noiseRank + r) * site.in);
-            addProduct(row, noise.left.subarray(r * b.rows, (r + 1) * b.rows), own);
-          }
-        }
-        this.#writePage(pair, first + from / pairsPerPage, { a, b: right, i: 0 });
-      }
-    }
-  }
-
-  /** Ranks 8·i and on of a and b, zeroes behind their last. */
-  #writePage(
-    { site }: TrainedPair,
-    page: number,
-    { a, b, i }: { readonly a: Float32Array; readonly b: Float32Array; readonly i: number },
-  ): void {
-    const bits = (values: Float32Array, width: number): Uint16Array => {
-      const halves = new Uint16Array(ranksPerPage * width);
-      f32ToF16Bits(values.subarray(i * halves.length, (i + 1) * halves.length), halves);
-      return halves;
-    };
-    this.#decoder.writePage(page, site, { a: bits(a, site.in), b: bits(b, site.out) });
-  }
-
   /** The adapter as it is now. */
   publish(): Packed {
     const { base, recipe, start } = this.#options;
@@ -289,8 +243,11 @@ export class EggrollSession implements Disposable {
     const { ranks, rank: all } = this.#recipe;
     const losses: RankLoss[] = [];
     for (const rank of ranks) {
-      this.#writeOwn(({ site }) => servedFactors(packed, site, { level: rank, ranks: all }));
-      const loss = await this.#heldOutLoss(uniformRows(this.#ownPages, all), breathe);
+      for (const { site } of this.#pairs) {
+        const factors = servedFactors(packed, site, { level: rank, ranks: all });
+        writeRanks(this.#decoder, site, factors, this.#pages.own);
+      }
+      const loss = await this.#heldOutLoss(uniformRows(this.#pages.own, all), breathe);
       losses.push({ rank, loss });
     }
     return losses;
@@ -338,39 +295,6 @@ function pairsOf(training: FamilyTraining): TrainedPair[] {
     a: named.get(tensorName(site, 'a'))!.values,
     b: named.get(tensorName(site, 'b'))!,
   }));
-}
-
-/** Each reads the adapter's ranks and its pair's of one page of noise. The same objects for the whole run: their gates cross
- *  to the kernels once. */
-function membersOf(
-  rank: number,
-  { population, noiseRank, sigma }: EggrollRecipe,
-  modules: number,
-): AdapterRows[] {
-  const own = Math.ceil(rank / ranksPerPage);
-  const pairsPerPage = ranksPerPage / noiseRank;
-  return Array.from({ length: population }, (_, member) => {
-    const pair = member >> 1;
-    const pages = Array.from({ length: own }, (_, i) => 1 + i);
-    pages.push(1 + own + Math.floor(pair / pairsPerPage));
-    const width = ranksPerPage * pages.length;
-    const at = own * ranksPerPage + (pair % pairsPerPage) * noiseRank;
-    const gate = ((member % 2 === 0 ? 1 : -1) * sigma) / Math.sqrt(noiseRank);
-    const gates = new Float32Array(modules * width);
-    for (let row = 0; row < gates.length; row += width) {
-      gates.fill(1, row, row + rank);
-      gates.fill(gate, row + at, row + at + noiseRank);
-    }
-    return { pages, rank: rank + noiseRank, scale: 1, gates, routing: null, atoms: null };
-  });
-}
-
-/** to [in] += factors [R] · a [R, in]. */
-function addProduct(to: Float32Array, factors: Float32Array, a: Float32Array): void {
-  const width = a.length / factors.length;
-  factors.forEach((factor, k) => {
-    for (let i = 0; i < width; i++) to[i]! += factor * a[k * width + i]!;
-  });
 }
 
 function meanOf(values: readonly number[]): number {
