@@ -6,6 +6,7 @@ import { join } from 'node:path';
 import { median, round, seriesOf } from './measure.ts';
 import {
   auracsOf,
+  byRank,
   common,
   isMonotone,
   type LossesByRank,
@@ -32,7 +33,7 @@ export interface StudySizes {
 }
 
 /** What is served as the publication's repository serves it, too. */
-export const studied: Readonly<Record<string, RecipePart>> = {
+const studied: Readonly<Record<string, RecipePart>> = {
   ...variants,
   diag_as_published: { objective: 'diag', scaling: 'none', order: 'as-published' },
 };
@@ -166,7 +167,7 @@ export function rowOf(
     runs: ended.map(({ seed, result }) => ({
       seed,
       aurac: auracsOf(result).v1,
-      losses: Object.fromEntries(result.losses.map(({ rank, loss }) => [rank, loss])),
+      losses: byRank(result.losses),
     })),
     mean: each((losses) => losses.reduce((sum, loss) => sum + loss, 0) / losses.length),
     spread: each((losses) => Math.max(...losses) - Math.min(...losses)),
@@ -174,7 +175,7 @@ export function rowOf(
   };
 }
 
-export function summariseStudy(rows: readonly StudyRow[]): Omit<StudyReport, 'sides'> {
+function summariseStudy(rows: readonly StudyRow[]): Omit<StudyReport, 'sides'> {
   const of = (row: StudyRow): string => `${row.task}_${row.variant}`;
   const areas = (row: StudyRow): number[] => row.runs.map(({ aurac }) => aurac);
   const perStep = Object.entries(studied).map(
