@@ -6,6 +6,7 @@ import { createHash } from 'node:crypto';
 import { createRandom } from '../adapters/families/seeded-random.ts';
 import { generationOf, openPacked } from '../adapters/pack.ts';
 import type { Packed } from '../adapters/pack-pairs.ts';
+import { GatewayError } from '../errors.ts';
 import type { RankLoss } from '../jobs/messages.ts';
 import type { EggrollRecipe } from '../jobs/recipe.ts';
 import { Decoder } from '../model/decoder.ts';
@@ -93,6 +94,12 @@ export class EggrollSession implements Disposable {
       0,
     );
     this.#cellsPerRow = longest + method.answerTokens;
+    const { contextLength } = base.config;
+    if (this.#cellsPerRow > contextLength) {
+      const asked = `prompts of ${longest} tokens and answers of ${method.answerTokens}`;
+      const message = `${asked}, the base has ${contextLength}`;
+      throw new GatewayError('INVALID_REQUEST', message, { param: 'method.answerTokens' });
+    }
     this.#decoder = new Decoder({
       ...{ config: base.config, weights: base.weights, kernels: base.kernels },
       cells: scrapCells + method.population * this.#cellsPerRow,

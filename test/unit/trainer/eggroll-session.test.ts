@@ -127,6 +127,19 @@ describe('a training run by scores', () => {
     expect(() => open().restore(checkpoint)).toThrow('another recipe');
   });
 
+  it('refuses answers that would leave the context', () => {
+    const learnt = Uint8Array.from({ length: 1026 }, (_, i) => (i < 1025 ? 0 : 1));
+    const example = { tokens: new Int32Array(1026).fill(5), learnt };
+    const recipe = recipeOf({ answerTokens: 1024 });
+    const more = 'prompts of 1025 tokens and answers of 1024, the base has 2048';
+    expect(() => open({ recipe, training: [example] })).toThrow(more);
+    const one = { tokens: example.tokens.slice(1), learnt: learnt.slice(1) };
+    open({
+      recipe: recipeOf({ answerTokens: 1024, population: 2, groupSize: 2 }),
+      training: [one],
+    });
+  });
+
   it('leaves no trace of a generation that is interrupted', async () => {
     const session = open();
     await session.takeStep(breathe);
