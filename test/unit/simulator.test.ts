@@ -6,9 +6,9 @@ import { Router } from '../../src/router/router.ts';
 import { createRng } from '../support/random.ts';
 import { fixedRank, givenRanks, routed } from '../support/simulator/contestants.ts';
 import {
+  dearMachine,
   type Machine,
   noiseAt,
-  smallMachine,
   stepMs,
   timesAlone,
 } from '../support/simulator/machine.ts';
@@ -31,7 +31,7 @@ const traffic: Traffic = {
   ...{ tiers: smallTiers, promptTokens: [4, 60], tokensMax: [4, 16], endsEarly: 0.5 },
 };
 const guarded = routed({ kind: 'guarded' });
-const exact: Machine = { ...smallMachine, noise: 0 };
+const exact: Machine = { ...dearMachine, noise: 0 };
 
 function arrivalOf(over: Partial<Arrival>): Arrival {
   return {
@@ -83,7 +83,7 @@ describe('a simulation', () => {
 
   it('is the same, byte for byte, for the same seed, and another for another', async () => {
     const run = async (seed: number): Promise<string> => {
-      const scenario = { seed, machine: smallMachine, arrivals: createTraffic(traffic) };
+      const scenario = { seed, machine: dearMachine, arrivals: createTraffic(traffic) };
       const result = await simulate(scenario, guarded);
       return JSON.stringify([result, summarise(scenario, result)]);
     };
@@ -173,7 +173,7 @@ describe('a simulation', () => {
 
   it('answers faster at smaller ranks, and a full rank has full fidelity', async () => {
     const arrivals = createTraffic({ ...traffic, perSecond: 4 });
-    const scenario: Scenario = { seed: 1, machine: smallMachine, arrivals };
+    const scenario: Scenario = { seed: 1, machine: dearMachine, arrivals };
     const [low, high] = await Promise.all(
       [1, 64].map(async (rank) => summarise(scenario, await simulate(scenario, fixedRank(rank)))),
     );
@@ -309,7 +309,7 @@ describe('traffic', () => {
 
 describe('the machine and its clock', () => {
   it('scatters around the mean, the same at the same time', () => {
-    const machine = { ...smallMachine, noise: 0.2 };
+    const machine = { ...dearMachine, noise: 0.2 };
     const draws = Array.from({ length: 20_000 }, (_, i) => noiseAt(machine, 1, 5 * i + 1));
     const mean = draws.reduce((a, b) => a + b, 0) / draws.length;
     expect(mean).toBeCloseTo(1, 2);
