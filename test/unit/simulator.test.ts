@@ -123,7 +123,8 @@ describe('a simulation', () => {
 
   it('takes as long as the machine says: alone, and in every step of many', async () => {
     const name = 'a1';
-    const size = { promptTokens: 300, tokensMax: 9, answerTokens: 5 };
+    // A prompt that the scheduler holds to be short enough for one step (scheduler.ts, prefillMsMax), as timesAlone does.
+    const size = { promptTokens: 30, tokensMax: 9, answerTokens: 5 };
     const adapter = createAdapters()(name);
     // The first brings the adapter in.
     const arrivals = [0, 10_000, 20_000].map((atMs, i) =>
