@@ -4,11 +4,13 @@ import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import { importPacked } from '../../../src/adapters/packed-import.ts';
 import type { FromTrainer } from '../../../src/jobs/messages.ts';
+import { parseRecipe } from '../../../src/jobs/recipe.ts';
 import { openGguf } from '../../../src/model/gguf.ts';
 import { addNoise, pairNoise } from '../../../src/trainer/eggroll.ts';
 import { type EggrollOptions, EggrollSession } from '../../../src/trainer/eggroll-session.ts';
 import type { Judged } from '../../../src/trainer/rewards.ts';
 import { TrainingSession } from '../../../src/trainer/session.ts';
+import { sweepRates } from '../../../src/trainer/sweep.ts';
 import { answerText } from '../../../src/trainer/tasks.ts';
 import { trainFile } from '../../../src/trainer/train-file.ts';
 import { countTraining } from '../../support/counting-kernels.ts';
@@ -175,43 +177,57 @@ describe('a training run by scores', () => {
   });
 });
 
-it('a file of examples and such a recipe become an adapter', async () => {
-  const folder = mkdtempSync(join(tmpdir(), 'eggroll-'));
-  const trainingPath = join(folder, 'training.jsonl');
-  const lines = Array.from({ length: 12 }, (_, i) => {
-    return JSON.stringify({ prompt: `after ${i} comes `, completion: `${i + 1}` });
-  });
-  writeFileSync(trainingPath, `${lines.join('\n')}\n`);
-  const told: FromTrainer[] = [];
-  let now = 0;
-  const spec = {
-    ...{ modelPath: tinyPath, modelHash: base.hash, jobId: 'job', fence: 1, trainingPath },
-    ...{ heldOutPath: trainingPath, startFrom: null, compare: null, resumeFrom: null, threads: 1 },
-  };
-  const claim = join(folder, 'claim');
-  mkdirSync(claim);
-  const recipe = recipeOf({ reward: { kind: 'length', tokens: 3 } }, { stepsMax: 3 });
-  await trainFile(
-    { ...spec, folder: claim, cacheDirectory: folder, recipe },
-    {
-      tell: (message) => void told.push(message),
-      breathe: async () => 'go',
-      nowMs: () => {
-        now += 1;
-        return now;
+it.each([0.1, 'sweep'])(
+  'a file of examples becomes an adapter, at rate %s',
+  async (learningRate) => {
+    const folder = mkdtempSync(join(tmpdir(), 'eggroll-'));
+    const trainingPath = join(folder, 'training.jsonl');
+    const lines = Array.from({ length: 12 }, (_, i) => {
+      return JSON.stringify({ prompt: `after ${i} comes `, completion: `${i + 1}` });
+    });
+    writeFileSync(trainingPath, `${lines.join('\n')}\n`);
+    const told: FromTrainer[] = [];
+    let now = 0;
+    const spec = {
+      ...{ modelPath: tinyPath, modelHash: base.hash, jobId: 'job', fence: 1, trainingPath },
+      ...{
+        heldOutPath: trainingPath,
+        startFrom: null,
+        compare: null,
+        resumeFrom: null,
+        threads: 1,
       },
-    },
-  );
-  expect(told.map(({ kind }) => kind)).toEqual([
-    ...['started', 'progress', 'progress', 'progress', 'checkpoint', 'evaluation', 'result'],
-  ]);
-  const result = told.at(-1) as FromTrainer & { kind: 'result' };
-  expect(result.losses.map(({ rank }) => rank)).toEqual([1, 2, 4]);
-  const bytes = new Uint8Array(readFileSync(join(result.directory, 'adapter_model.safetensors')));
-  const config = readFileSync(join(result.directory, 'rankgate.json'), 'utf8');
-  const { manifest } = importPacked(config, bytes, {
-    ...{ config: base.config, hash: base.hash, names: [] },
-  });
-  expect(manifest.kind).toBe('lora');
-  rmSync(folder, { recursive: true });
-});
+    };
+    const claim = join(folder, 'claim');
+    mkdirSync(claim);
+    const sizes = { population: 4, groupSize: 4, answerTokens: 4, sigma: 0.2 };
+    const method = { kind: 'eggroll', ...sizes, reward: { kind: 'length', tokens: 3 } };
+    const recipe = parseRecipe({ method, learningRate, stepsMax: 3, windowTokens: 48 }, 'recipe');
+    await trainFile(
+      { ...spec, folder: claim, cacheDirectory: folder, recipe },
+      {
+        tell: (message) => void told.push(message),
+        breathe: async () => 'go',
+        nowMs: () => {
+          now += 1;
+          return now;
+        },
+      },
+    );
+    expect(told.map(({ kind }) => kind)).toEqual([
+      ...['started', 'progress', 'progress', 'progress', 'checkpoint', 'evaluation', 'result'],
+    ]);
+    const progress = told.find((message) => message.kind === 'progress')!;
+    if (learningRate === 'sweep') expect(sweepRates).toContain(progress.learningRate);
+    else expect(progress.learningRate).toBe(learningRate);
+    const result = told.at(-1) as FromTrainer & { kind: 'result' };
+    expect(result.losses.map(({ rank }) => rank)).toEqual([1, 2, 4]);
+    const bytes = new Uint8Array(readFileSync(join(result.directory, 'adapter_model.safetensors')));
+    const config = readFileSync(join(result.directory, 'rankgate.json'), 'utf8');
+    const { manifest } = importPacked(config, bytes, {
+      ...{ config: base.config, hash: base.hash, names: [] },
+    });
+    expect(manifest.kind).toBe('lora');
+    rmSync(folder, { recursive: true });
+  },
+);
