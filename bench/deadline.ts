@@ -47,7 +47,7 @@ export interface DeadlineSizes {
 const fullDeadline: DeadlineSizes = {
   ranks: [64, 16, 64, 16],
   loads: [0.5, 0.8, 0.95, 1.2],
-  seconds: 34,
+  seconds: 32,
   fixedLoad: 0.95,
   fixedSeconds: 20,
   capacitySeconds: 12,
