@@ -58,6 +58,11 @@ export class AdapterLoader {
     return this.#load === null ? null : this.#progress;
   }
 
+  /** A set that is in, and held until one who awaits it is admitted. */
+  get loaded(): readonly Want[] | null {
+    return this.#load === null && this.#set.length > 0 ? this.#set : null;
+  }
+
   /** Starts on a set unless one is under way. Admission asks again each tick, most urgent first. */
   want(set: readonly Want[]): void {
     const isOther = set.every(({ key }) => key !== this.#set[0]?.key);
@@ -179,11 +184,9 @@ export class AdapterLoader {
   }
 }
 
-/** Of two sets in the order of Sequence.wants. */
-export function isSame(a: readonly Want[], b: readonly Want[]): boolean {
-  return (
-    a.length === b.length && a.every(({ key, rank }, i) => key === b[i]!.key && rank === b[i]!.rank)
-  );
+/** Equal for equal sets, in the order of Sequence.wants. */
+export function keyOf(set: readonly Want[]): string {
+  return set.map(({ key, rank }) => `${key}@${rank}`).join(' ');
 }
 
 /** Whether who wants `all` wants no less than `some`. */

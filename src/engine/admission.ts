@@ -7,7 +7,7 @@ import type { Residency, ResidentUse } from '../adapters/residency.ts';
 import { composeRows, hasPrefixes, type RowsPart } from '../adapters/rows.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
 import type { AdapterRows, Stepper } from '../model/stepper.ts';
-import type { AdapterLoader, Want } from './adapter-loading.ts';
+import { type AdapterLoader, keyOf, type Want } from './adapter-loading.ts';
 import type { RankOption } from './batch-ranks.ts';
 import { atomLogits } from './instruction-prior.ts';
 import { blockCells, blocksFor, reservedBlocks } from './kv-pool.ts';
@@ -85,9 +85,11 @@ export class Admission {
     if (loader.progress !== 'no-room') this.#passesOfLoad = 0;
     const passed: Sequence[] = [];
     let mayPreempt = true;
-    for (const sequence of queue.first(looksMax)) {
+    for (const sequence of this.#inLine(queue)) {
       if (this.#passesOfLoad >= passesMax || passed.length >= missesMax) break;
-      if (sequence.isOverdue(nowMs)) this.changeRank(sequence, sequence.rankLeast);
+      if (sequence.isOverdue(nowMs)) {
+        queue.regroup(sequence, () => this.changeRank(sequence, sequence.rankLeast));
+      }
       let outcome = this.#tryOne(sequence, running);
       if (outcome === 'no-room' && mayPreempt) {
         mayPreempt = false;
@@ -105,6 +107,14 @@ export class Admission {
         if (loader.progress === 'no-room') this.#passesOfLoad += 1;
       }
     }
+  }
+
+  /** Nothing else is loaded before one has what was loaded for it: however far behind it has fallen, it comes first. */
+  #inLine(queue: WaitingQueue<Sequence>): readonly Sequence[] {
+    const first = queue.first(looksMax);
+    const { loaded } = this.#options.loader;
+    const one = loaded === null ? undefined : queue.wanting(keyOf(loaded));
+    return one === undefined ? first : [one, ...first.filter((other) => other !== one)];
   }
 
   /** What it holds is as ever; the tokens from its position on have another rank. */

@@ -3,7 +3,7 @@
 // of faults.md section 2) until it ends or, preempted, waits again.
 
 import { asGatewayError, GatewayError } from '../errors.ts';
-import { AdapterLoader, isSame, isWithin, type Want } from './adapter-loading.ts';
+import { AdapterLoader, isWithin, keyOf, type Want } from './adapter-loading.ts';
 import { Admission, type AdmissionOptions } from './admission.ts';
 import type { EngineClock } from './clock.ts';
 import type { GenerateRequest, HotAdapter, RankChange } from './messages.ts';
@@ -40,7 +40,7 @@ export class Roster {
     this.#options = options;
     this.#loader = new AdapterLoader(options.residency, {
       wake: options.wake,
-      isAwaited: (set) => this.#isAwaited(set),
+      isAwaited: (set) => this.#queue.wanting(keyOf(set)) !== undefined,
       onFailed: (set, error) => this.#failWaiting(set, error),
     });
     this.#admission = new Admission({ ...options, loader: this.#loader });
@@ -151,11 +151,6 @@ export class Roster {
   #refuse(sequence: Sequence, error: GatewayError): void {
     this.#queue.delete(sequence.id);
     this.#options.outbox.failed(sequence.id, error);
-  }
-
-  #isAwaited(set: readonly Want[]): boolean {
-    for (const { wants } of this.#queue.values()) if (isSame(wants, set)) return true;
-    return false;
   }
 
   /** Before anything is spent on them. */

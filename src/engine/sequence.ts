@@ -5,7 +5,7 @@
 
 import type { ResidentKey, ResidentUse } from '../adapters/residency.ts';
 import type { AdapterRows } from '../model/stepper.ts';
-import type { Want } from './adapter-loading.ts';
+import { keyOf, type Want } from './adapter-loading.ts';
 import type { RankOption } from './batch-ranks.ts';
 import { createDetokenizer, type Detokenizer } from './detokenizer.ts';
 import { activeUse, type Loadable, loadables } from './loadable.ts';
@@ -82,6 +82,7 @@ export class Sequence {
   readonly loadable: readonly Loadable[];
   /** Each resident once, in an order that does not depend on the request's. */
   wants: readonly Want[];
+  wantsKey: string;
   /** Computed from its prior when it is first tried. */
   atomBias: readonly number[] | null = null;
   /** Sequences behind it that were admitted while it found no cells. */
@@ -127,6 +128,7 @@ export class Sequence {
       this.#changeRank(afterTokens === 0 ? 0 : request.tokens.length + afterTokens - 1, rank);
     }
     this.wants = this.#wantsNow();
+    this.wantsKey = keyOf(this.wants);
     this.tokens = new Int32Array(request.tokens.length + request.tokensMax);
     this.tokens.set(request.tokens);
     this.drafter = new Drafter(this.tokens);
@@ -244,6 +246,7 @@ export class Sequence {
   changeRank(rank: number): void {
     this.#changeRank(this.position, rank);
     this.wants = this.#wantsNow();
+    this.wantsKey = keyOf(this.wants);
   }
 
   #changeRank(from: number, rank: number): void {

@@ -19,6 +19,8 @@ export interface Waiting {
   /** From when on it is not worth an admission; Infinity: never. */
   readonly expiresMs: number;
   readonly promptTokens: number;
+  /** Who has the same waits for the same adapters at the same ranks; the one thing that may change (`regroup`). */
+  readonly wantsKey: string;
 }
 
 /** Guess. */
@@ -47,6 +49,7 @@ function compareUrgency(a: Waiting, b: Waiting): number {
 
 export class WaitingQueue<T extends Waiting> {
   readonly #byId: Map<string, T> = new Map();
+  readonly #byWants: Map<string, Set<T>> = new Map();
   readonly #byArrival: SortedList<T> = new SortedList((a, b) => a.arrival - b.arrival);
   /** Of tenants that wait or run. */
   readonly #lines: Map<string, Line<T>> = new Map();
@@ -76,6 +79,31 @@ export class WaitingQueue<T extends Waiting> {
     return this.#byId.values();
   }
 
+  /** The first that came of those with this key. */
+  wanting(key: string): T | undefined {
+    const [one] = this.#byWants.get(key) ?? [];
+    return one;
+  }
+
+  /** `change` changes the key of one that waits. */
+  regroup(one: T, change: () => void): void {
+    this.#leaveGroup(one);
+    change();
+    this.#joinGroup(one);
+  }
+
+  #joinGroup(one: T): void {
+    const group = this.#byWants.get(one.wantsKey);
+    if (group === undefined) this.#byWants.set(one.wantsKey, new Set([one]));
+    else group.add(one);
+  }
+
+  #leaveGroup(one: T): void {
+    const group = this.#byWants.get(one.wantsKey);
+    group?.delete(one);
+    if (group?.size === 0) this.#byWants.delete(one.wantsKey);
+  }
+
   /** Sequences of a tenant that run. */
   held(tenant: string): number {
     return this.#lines.get(tenant)?.held ?? 0;
@@ -83,6 +111,7 @@ export class WaitingQueue<T extends Waiting> {
 
   add(one: T): void {
     this.#byId.set(one.id, one);
+    this.#joinGroup(one);
     this.#byArrival.add(one);
     this.#promptTokens += one.promptTokens;
     this.#expiryMs = Math.min(this.#expiryMs, one.expiresMs);
@@ -94,6 +123,7 @@ export class WaitingQueue<T extends Waiting> {
     const one = this.#byId.get(id);
     if (one === undefined) return undefined;
     this.#byId.delete(id);
+    this.#leaveGroup(one);
     this.#byArrival.delete(one);
     this.#promptTokens -= one.promptTokens;
     this.#change(one.tenant, ({ waiting }) => waiting.delete(one));

@@ -12,6 +12,7 @@ function one(over: Partial<Waiting> & { arrival: number }): Waiting {
     dueMs: never,
     expiresMs: never,
     promptTokens: 1,
+    wantsKey: `${over.arrival % 3}`,
     ...over,
   };
 }
@@ -122,6 +123,11 @@ describe('WaitingQueue', () => {
           const want = turn === undefined ? order : [turn, ...order.filter((it) => it !== turn)];
           expect(ids(queue.first(count))).toEqual(ids(want.slice(0, count)));
           expect(queue.size).toBe(waiting.length);
+          for (const key of ['0', '1', '2']) {
+            const wanting = waiting.filter(({ wantsKey }) => wantsKey === key);
+            const found = queue.wanting(key);
+            expect(wanting.some((it) => it === found)).toBe(wanting.length > 0);
+          }
           expect(queue.promptTokens).toBe(waiting.reduce((sum, it) => sum + it.promptTokens, 0));
           for (const tenant of ['a', 'b', 'c', 'd']) {
             expect(queue.held(tenant)).toBe(held.get(tenant) ?? 0);

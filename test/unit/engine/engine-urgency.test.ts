@@ -6,7 +6,7 @@ import {
   type Urgency,
 } from '../../../src/engine/messages.ts';
 import { useOf } from '../../support/adapter-use.ts';
-import { fakeGeneration } from '../../support/fake-stepper.ts';
+import { fakeGeneration, fakePacked } from '../../support/fake-stepper.ts';
 import { idleAnswer } from '../../support/idle-answer.ts';
 import {
   changesOf,
@@ -180,6 +180,42 @@ describe('a request that waits', () => {
     ]);
     await harness.drain();
     expect(calm.events.at(-1)?.kind).toBe('end');
+  });
+});
+
+describe('a request that waits for its adapter', () => {
+  const short = { tokens: Int32Array.of(1, 2), tokensMax: 2 };
+  const asked = (id: string, n: number, priority: number) =>
+    makeRequest({
+      ...short,
+      id,
+      adapter: useOf(fakeGeneration(n), 1),
+      urgency: urgent({ priority }),
+    });
+  /** Files that are read when the test says so. */
+  function slowFiles() {
+    const reads: (() => void)[] = [];
+    const open: HarnessOptions['open'] = (key) =>
+      new Promise((resolve) => reads.push(() => resolve(fakePacked(key, fakeRankOf(key)))));
+    const readAll = (): void => {
+      for (const read of reads.splice(0)) read();
+    };
+    return { open, readAll };
+  }
+
+  it('has what was loaded for it although thousands of more urgent ones came meanwhile', async () => {
+    const { open, readAll } = slowFiles();
+    const harness = timed({ open, limits: { waitingMax: 5000 } });
+    harness.submit(asked('patient', 1, 0));
+    await harness.ticks(2); // its file is asked for
+    for (let i = 0; i < 2500; i++) harness.submit(asked(`urgent ${i}`, 2 + (i % 3), 9));
+    const reading = setInterval(readAll, 0);
+    try {
+      await harness.drain();
+    } finally {
+      clearInterval(reading);
+    }
+    expect([...harness.heard.values()].filter(({ failure }) => failure !== null)).toEqual([]);
   });
 });
 
