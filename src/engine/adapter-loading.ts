@@ -134,13 +134,6 @@ export class AdapterLoader {
     return true;
   }
 
-  /** Frees a set that is whole although somebody waits for it, too far back in line to be looked at. False: there is none. */
-  drop(): boolean {
-    if (this.#set.length === 0 || this.#load !== null) return false;
-    this.#release();
-    return true;
-  }
-
   /** No sequence runs, so nobody will make room. What is resident may have more ranks than the set wants, and keeps them
    *  while it is held: it is forgotten and loaded again, once. */
   refuse(): void {

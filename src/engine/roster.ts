@@ -111,7 +111,6 @@ export class Roster {
       this.#loader.refuse();
       return;
     }
-    if (this.#loader.drop()) return; // whoever is first in line gets its own
     const [first] = this.#queue.values();
     if (first === undefined) return;
     this.#refuse(first, new GatewayError('INTERNAL', 'no room in an idle engine'));
