@@ -23,7 +23,7 @@ const keepScore = 0.999; // guess: half after 693 more
 const scoreVarianceMax = 0.25; // of anything in [0, 1]
 const adaptersMax = 1024;
 const priceGain = 0.02; // guess: of the last 50 outcomes
-/** Those whom a delay reaches, for each that is there: more come while the machine is busy. By simulation: 3 and 6 did alike. */
+/** Those whom a delay reaches, for each that is there: more come while the machine is busy. Guess, by simulation. */
 const delayedUsual = 6;
 
 const loadBins = 7; // 0, 1–2, 3–6, … 63 and more sequences besides
