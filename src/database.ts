@@ -58,7 +58,11 @@ export class OwnDatabase {
     return this.#db.open;
   }
 
+  /** Throws NO_CAPACITY once it is closed: libsql would end the process. */
   sql(text: string): Database.Statement {
+    if (!this.#db.open) {
+      throw new GatewayError('NO_CAPACITY', `the ${this.#opened.what} is closed`);
+    }
     const known = this.#statements.get(text);
     if (known !== undefined) return known;
     const statement = this.#db.prepare(text);

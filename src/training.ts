@@ -77,8 +77,7 @@ export function openTraining(parts: TrainingParts): OpenedTraining {
   return {
     training: { jobs, files, trainers, refresher },
     close() {
-      refresher.close();
-      closing ??= trainers.close().finally(() => {
+      closing ??= Promise.allSettled([refresher.close(), trainers.close()]).then(() => {
         capture.close();
         db.close();
       });

@@ -186,7 +186,7 @@ export class Capture {
 
   /** Never throws and never waits. */
   offer(answer: CapturedAnswer): void {
-    if (!this.wants(answer.adapter, answer.tenant)) return;
+    if (!this.wants(answer.adapter, answer.tenant) || !this.#db.isOpen) return;
     if (this.#queue.length >= queueMax) {
       this.#dropped += 1;
       return;

@@ -1,37 +1,38 @@
 // Whether a generation is worse than the one before it, told while observations come in: an e-process, so it may be looked at
-// after each of them, and a generation that is no worse is ever accused with probability at most alpha (Ville's inequality).
-// Pure.
+// after each of them, and a generation that is no worse is ever accused with at most the rate that it is given. Pure.
 //
-// A pair (before, now) of numbers in [0, 1] is a bet: capital × (1 − λ·(now − before)), which is expected to shrink as long as
-// E[now] ≥ E[before], whatever their spread, for every λ in [0, 1). Several λ at once, a mixture, win little less than the
-// best of them. Pairs must not be chosen by their values.
+// An observation is a gain g ≤ 1 whose mean is at least 0 while the generation is no worse. It is a bet: capital × (1 − λ·g)
+// is then expected not to grow, for every λ in [0, 1), whatever the spread, and it ever gets to 1/rate with probability at
+// most the rate (Ville's inequality). Several λ at once, a mixture, win little less than the best of them.
 
-/** Logarithm of what each λ's capital has become, 0 at the start. */
+/** Logarithm of what each λ's capital has become. */
 export type Capitals = readonly number[];
 
 const bets = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 15 / 16];
 export const noCapitals: Capitals = bets.map(() => 0);
 
-export interface Pair {
-  /** 0…1, more is better. */
-  readonly before: number;
-  readonly now: number;
+export function afterGain(capitals: Capitals, gain: number): Capitals {
+  return capitals.map((log, i) => log + Math.log1p(-bets[i]! * gain));
 }
 
-export function afterPair(capitals: Capitals, { before, now }: Pair): Capitals {
-  return capitals.map((log, i) => log + Math.log1p(-bets[i]! * (now - before)));
-}
-
-/** Against "it is no worse": their mean. */
+/** Their mean: evidence against "it is no worse". */
 export function evidence(capitals: Capitals): number {
   return capitals.reduce((sum, log) => sum + Math.exp(log), 0) / capitals.length;
 }
 
-export const isWorse = (capitals: Capitals, alpha: number): boolean =>
-  evidence(capitals) >= 1 / alpha;
+export const isWorse = (capitals: Capitals, rate: number): boolean =>
+  evidence(capitals) >= 1 / rate;
 
-/** Losses as such numbers: which is larger by so many nats counts, up to one. */
-export function lossPair(before: number, now: number): Pair {
-  const worse = Math.min(1, Math.max(-1, now - before));
-  return { before: (1 + worse) / 2, now: (1 - worse) / 2 };
+/** Under the mean of scores in [0, 1], of which these are a sample, but for the rate (Hoeffding's inequality); 0 or less: they
+ *  say nothing. */
+export function lowerBound(scores: readonly number[], rate: number): number {
+  const mean = scores.reduce((sum, score) => sum + score, 0) / Math.max(1, scores.length);
+  return mean - Math.sqrt(Math.log(1 / rate) / (2 * Math.max(1, scores.length)));
 }
+
+/** Of a score in [0, 1], over a bound below 1. */
+export const scoreGain = (score: number, bound: number): number => (score - bound) / (1 - bound);
+
+/** Of the same example's losses: nats, one being the most that counts. */
+export const lossGain = (before: number, now: number): number =>
+  Math.min(1, Math.max(-1, before - now));

@@ -18,7 +18,15 @@ import { parseRecipe } from './recipe.ts';
 import { type RefreshData, selectExamples } from './refresh-data.ts';
 import { type Comparison, type GateSettings, judge, type Verdict } from './refresh-gate.ts';
 import { type ScheduleSettings, whyNot } from './refresh-schedule.ts';
-import { afterPair, type Capitals, isWorse, lossPair, noCapitals } from './refresh-watch.ts';
+import {
+  afterGain,
+  type Capitals,
+  isWorse,
+  lossGain,
+  lowerBound,
+  noCapitals,
+  scoreGain,
+} from './refresh-watch.ts';
 import type { TrainingFiles } from './training-files.ts';
 
 export interface RefreshSettings extends ScheduleSettings, GateSettings {
@@ -53,9 +61,10 @@ export interface RefresherOptions {
 interface Watch {
   readonly generation: Generation;
   readonly earlier: Generation;
-  readonly capitals: Capitals;
-  /** Scores of the earlier one that no score of this one was set against yet. */
-  readonly before: readonly number[];
+  readonly scores: Capitals;
+  readonly losses: Capitals;
+  /** Under the earlier one's mean score; 0 or less: too few are known. */
+  readonly bound: number;
   /** The last job whose losses counted. */
   readonly job: string | null;
 }
@@ -88,6 +97,7 @@ export class Refresher {
   readonly #starting: Set<string> = new Set();
   #cancelTick: () => void = () => {};
   #isClosed = false;
+  #looking: Promise<void> = Promise.resolve();
 
   constructor(options: RefresherOptions) {
     this.#options = options;
@@ -224,8 +234,10 @@ export class Refresher {
       this.#end(adapter, { outcome: 'discarded', job: id, reasons: [reason] });
       return reason;
     }
-    const before = this.capture.scoresOf(adapter, earlier);
-    const watch = { generation, earlier, capitals: noCapitals, before, job: null };
+    const scores = this.capture.scoresOf(adapter, earlier);
+    const bound = lowerBound(scores, this.#options.settings.alpha / 4);
+    const none = { scores: noCapitals, losses: noCapitals };
+    const watch = { generation, earlier, ...none, bound, job: null };
     if (this.notes(adapter).watch?.generation !== generation) this.#note(adapter, { watch });
     this.#end(adapter, { outcome: 'promoted', job: id, generation, reasons: [] });
     return null;
@@ -237,11 +249,10 @@ export class Refresher {
     this.#due.add(adapter);
     this.capture.noteScore(adapter, generation, score);
     const { watch } = this.notes(adapter);
-    const [before, ...rest] = watch?.before ?? [];
-    if (watch?.generation !== generation || before === undefined) return;
-    const capitals = afterPair(watch.capitals, { before, now: score });
-    this.#note(adapter, { watch: { ...watch, capitals, before: rest } });
-    this.#weigh(adapter, 'scores');
+    if (watch?.generation !== generation || watch.bound <= 0) return;
+    const scores = afterGain(watch.scores, scoreGain(score, watch.bound));
+    this.#note(adapter, { watch: { ...watch, scores } });
+    this.#weigh(adapter);
   }
 
   /** Held-out questions that came since the last refresh judge the generation that learnt before it. True: it is put back. */
@@ -254,19 +265,20 @@ export class Refresher {
     const fresh = (losses: readonly number[]): readonly number[] =>
       refresh.freshHeldOut === 0 ? [] : losses.slice(-refresh.freshHeldOut);
     const [old, now] = [fresh(earlier.byRank[last]!), fresh(before.byRank[last]!)];
-    const capitals = old.reduce(
-      (all, loss, i) => afterPair(all, lossPair(loss, now[i]!)),
-      watch.capitals,
-    );
-    this.#note(adapter, { watch: { ...watch, capitals, job } });
-    return this.#weigh(adapter, 'held-out losses');
+    const gains = old.map((loss, i) => lossGain(loss, now[i]!));
+    const losses = gains.reduce(afterGain, watch.losses);
+    this.#note(adapter, { watch: { ...watch, losses, job } });
+    return this.#weigh(adapter);
   }
 
-  /** True: the generation on probation is put back. */
-  #weigh(adapter: string, by: string): boolean {
+  /** True: the generation on probation is put back. Of alpha, losses have a half; scores a quarter, and their bound another. */
+  #weigh(adapter: string): boolean {
     const { alpha } = this.#options.settings;
     const { watch } = this.notes(adapter);
-    if (watch === null || !isWorse(watch.capitals, alpha)) return false;
+    if (watch === null) return false;
+    const byScores = isWorse(watch.scores, alpha / 4);
+    if (!byScores && !isWorse(watch.losses, alpha / 2)) return false;
+    const by = byScores ? 'scores' : 'held-out losses';
     const { generation, earlier } = watch;
     const isBack = this.#swap(adapter, { from: generation, to: earlier });
     this.#note(adapter, { watch: null });
@@ -334,14 +346,16 @@ export class Refresher {
 
   #tick(): void {
     this.#cancelTick = this.#options.after(tickMs, () => {
-      void this.look().finally(() => {
+      this.#looking = this.look().finally(() => {
         if (!this.#isClosed) this.#tick();
       });
     });
   }
 
-  close(): void {
+  /** Resolves when it is at rest. */
+  async close(): Promise<void> {
     this.#isClosed = true;
     this.#cancelTick();
+    await this.#looking;
   }
 }

@@ -94,7 +94,7 @@ export function createTestTraining(
     uploadRoot,
     reopenFiles: () => new TrainingFiles(options),
     [Symbol.dispose]() {
-      refresher.close();
+      void refresher.close();
       capture.close();
       db.close();
       rmSync(root, { recursive: true });
