@@ -6,7 +6,7 @@ import { type GatewayProcess, startGatewayProcess } from './gateway-process.ts';
 // A real gateway over the tiny model, a file of examples and a job that takes some seconds: what the e2e and the nightly tests
 // of training share.
 
-const modelPath = join(import.meta.dirname, '../golden/tiny/tiny-f32.gguf');
+export const modelPath: string = join(import.meta.dirname, '../golden/tiny/tiny-f32.gguf');
 
 export const startTraining = (dataDir: string): Promise<GatewayProcess> =>
   startGatewayProcess({
