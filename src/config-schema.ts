@@ -138,6 +138,13 @@ const refresh = z
     rankNatsMax: z.number().min(0).max(10).default(0.02),
     guardNatsMax: z.number().min(0).max(100).default(0.1),
     errorsMin: z.number().min(1).max(100).default(2),
+    tournament: z
+      .strictObject({
+        massMin: share.default(0.5),
+        delta: z.number().gt(0).max(0.5).default(0.05),
+      })
+      .nullable()
+      .default(null),
     alpha: z.number().gt(0).max(0.5).default(0.01),
     recipe: z.record(z.string().max(64), z.unknown()).default({}),
     examplesMax: count(1, 1_000_000).default(4096),

@@ -3,6 +3,7 @@
 
 import { type Aurac, aurac } from '../adapters/aurac.ts';
 import { createRandom } from '../adapters/families/seeded-random.ts';
+import { alphaRank, runTournament, winRates } from './tournament.ts';
 
 /** Mean losses per example, in nats a token. */
 export interface Losses {
@@ -28,6 +29,9 @@ export interface GateSettings {
   readonly guardNatsMax: number;
   /** By how many of its standard errors the AURAC must have risen. */
   readonly errorsMin: number;
+  /** A tournament besides, of all generations that were compared: every winner known, and this share of alpha-Rank's mass at
+   *  least. null: none is held. */
+  readonly tournament: { readonly massMin: number; readonly delta: number } | null;
 }
 
 export interface RankChange {
@@ -52,7 +56,7 @@ const resamples = 1000;
 
 /** The first `known` held-out examples judged a refresh before: what is new must not cost what they show. */
 export function judge(
-  { ranks, before, after }: Comparison,
+  { ranks, before, after, earlier }: Comparison,
   settings: GateSettings,
   known: number,
 ): Verdict {
@@ -83,6 +87,7 @@ export function judge(
           ' on what was known before',
         )),
     ...reasonsAgainst({ gain, guard }, settings),
+    ...defeats([after, before, ...(earlier === null ? [] : [earlier])], settings.tournament),
   ];
   return { isPromoted: reasons.length === 0, reasons, heldOut, ranks: changes, gain, guard };
 }
@@ -129,6 +134,26 @@ function reasonsAgainst(
     reasons.push(`other text is forgotten, by more than ${guardNatsMax}: ${lost}`);
   }
   return reasons;
+}
+
+/** A game is a held-out example, the smaller loss at the largest rank wins it. The first of the generations is judged. */
+function defeats(all: readonly Losses[], settings: GateSettings['tournament']): string[] {
+  if (settings === null) return [];
+  const losses = all.map(({ byRank }) => byRank.at(-1)!);
+  const met = new Map<number, number>();
+  const play = (i: number, j: number): boolean => {
+    const game = met.get(i * all.length + j) ?? 0;
+    met.set(i * all.length + j, game + 1);
+    return losses[i]![game]! < losses[j]![game]!;
+  };
+  const { massMin, delta } = settings;
+  const rules = { bound: 'clopper-pearson', delta, gamesMax: losses[0]!.length } as const;
+  const { games, isResolved } = runTournament(all.length, play, rules);
+  if (!isResolved) return [`the tournament has no winner at a confidence of ${1 - delta}`];
+  const [mass] = alphaRank(winRates(all.length, games), { alpha: 1, size: 50 });
+  return mass! >= massMin
+    ? []
+    : [`alpha-Rank gives it ${mass!.toFixed(4)}: at least ${massMin} wanted`];
 }
 
 /** AURAC is linear: its gain is the mean of each example's, whose spread bootstraps its error. */

@@ -43,6 +43,7 @@ export const refreshSettings: RefreshSettings = {
   rankNatsMax: 0.02,
   guardNatsMax: 0.1,
   errorsMin: 2,
+  tournament: null,
   alpha: 0.01,
   recipe: { stepsMax: 3 },
 };

@@ -14,6 +14,7 @@ const settings: GateSettings = {
   rankNatsMax: 0.02,
   guardNatsMax: 0.05,
   errorsMin: 2,
+  tournament: null,
 };
 const judge = (comparison: Comparison, by: GateSettings, known = 0): Verdict =>
   judgeAll(comparison, by, known);
@@ -70,6 +71,20 @@ describe('the gate', () => {
     expect(reasons[0]).toMatch(/^rank 1 is worse on what was known before by more than 0\.02: /);
     const harmless = losses((rank, i) => 2 + i / 10 - rank / 10 - (i < 4 ? 0 : 1));
     expect(judge(compared(harmless), settings, 4).isPromoted).toBe(true);
+  });
+
+  it('holds a tournament where one is wanted', () => {
+    const held = { ...settings, tournament: { massMin: 0.5, delta: 0.05 } };
+    expect(judge(compared(better(0.3)), held).isPromoted).toBe(true);
+    // Better by the mean, in 8 of 12 games: no winner is known.
+    const close = losses((rank, i) => 2 + i / 10 - rank / 10 - (i % 3 === 0 ? -0.01 : 0.5));
+    expect(judge(compared(close), settings).isPromoted).toBe(true);
+    expect(judge(compared(close), held).reasons).toEqual([
+      'the tournament has no winner at a confidence of 0.95',
+    ]);
+    // Better than the live one, and worse than the one before that.
+    const { reasons } = judge(compared(better(0.3), { earlier: better(0.6) }), held);
+    expect(reasons).toEqual([expect.stringMatching(/^alpha-Rank gives it 0\.0000/)]);
   });
 
   it('refuses what forgets other text', () => {
