@@ -152,9 +152,10 @@ export class Roster {
     this.#options.outbox.failed(sequence.id, error);
   }
 
-  /** Before anything is spent on them. */
+  /** Who is late, and who is refused for it: before anything is spent on them. */
   #expire(): void {
     const nowMs = this.#options.clock.nowMs();
+    this.#queue.passTime(nowMs);
     for (const one of this.#queue.expired(nowMs)) {
       const waited = `it had no room for ${Math.round(nowMs - one.submittedMs)} ms`;
       const isDue = one.request.urgency.strict && one.dueMs <= nowMs;

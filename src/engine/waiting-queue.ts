@@ -1,6 +1,8 @@
 // Sequences that wait for room, in the order in which it is offered. A tenant's k-th waiting sequence ranks as if k were
 // running besides those that are: whoever holds least goes first, so a tenant that floods the queue only waits behind
-// itself. Among those that hold as little, and within a tenant: the higher priority, the earlier deadline, who came first.
+// itself. Among those that hold as little, and within a tenant: who may still be in time before who is late, the higher
+// priority, the earlier deadline, who came first. (The earliest deadline alone would go to who is latest: under overload
+// everybody is late then.)
 // Whatever comes after it, a sequence waits for a bounded number of others: every `turnEvery`-th admission is offered to the
 // oldest of all, so one that finds n in the queue sees at most turnEvery · (n + 1) admissions before its own turn.
 // All of it is kept in order as it changes: a tick looks at as many sequences as it asks for, not at all that wait.
@@ -41,21 +43,32 @@ interface Offer<T> {
   readonly one: T;
 }
 
-function compareUrgency(a: Waiting, b: Waiting): number {
-  if (a.priority !== b.priority) return b.priority - a.priority;
-  if (a.dueMs !== b.dueMs) return a.dueMs - b.dueMs; // not their difference: of two Infinities it is NaN
-  return a.arrival - b.arrival;
+type Compare = (a: Waiting, b: Waiting) => number;
+
+function byUrgency(late: ReadonlySet<Waiting>): Compare {
+  return (a, b) => {
+    if (late.has(a) !== late.has(b)) return late.has(a) ? 1 : -1;
+    if (a.priority !== b.priority) return b.priority - a.priority;
+    if (a.dueMs !== b.dueMs) return a.dueMs - b.dueMs; // not their difference: of two Infinities it is NaN
+    return a.arrival - b.arrival;
+  };
 }
 
 export class WaitingQueue<T extends Waiting> {
   readonly #byId: Map<string, T> = new Map();
   readonly #byWants: Map<string, Set<T>> = new Map();
+  readonly #late: Set<T> = new Set();
+  readonly #compare: Compare = byUrgency(this.#late);
+  /** Who has a time to be late for, and is not. */
+  readonly #byDue: SortedList<T> = new SortedList(
+    (a, b) => a.dueMs - b.dueMs || a.arrival - b.arrival,
+  );
   readonly #byArrival: SortedList<T> = new SortedList((a, b) => a.arrival - b.arrival);
   /** Of tenants that wait or run. */
   readonly #lines: Map<string, Line<T>> = new Map();
   /** Of tenants that wait. */
   readonly #inOrder: SortedList<Line<T>> = new SortedList(
-    (a, b) => a.held - b.held || compareUrgency(a.waiting.at(0)!, b.waiting.at(0)!),
+    (a, b) => a.held - b.held || this.#compare(a.waiting.at(0)!, b.waiting.at(0)!),
   );
   #promptTokens = 0;
   #admissionsSinceTurn = 0;
@@ -113,6 +126,7 @@ export class WaitingQueue<T extends Waiting> {
     this.#byId.set(one.id, one);
     this.#joinGroup(one);
     this.#byArrival.add(one);
+    if (one.dueMs < Number.POSITIVE_INFINITY) this.#byDue.add(one);
     this.#promptTokens += one.promptTokens;
     this.#expiryMs = Math.min(this.#expiryMs, one.expiresMs);
     this.#change(one.tenant, ({ waiting }) => waiting.add(one));
@@ -125,8 +139,10 @@ export class WaitingQueue<T extends Waiting> {
     this.#byId.delete(id);
     this.#leaveGroup(one);
     this.#byArrival.delete(one);
+    this.#byDue.delete(one);
     this.#promptTokens -= one.promptTokens;
     this.#change(one.tenant, ({ waiting }) => waiting.delete(one));
+    this.#late.delete(one); // after it has left where it was late
     return one;
   }
 
@@ -156,7 +172,7 @@ export class WaitingQueue<T extends Waiting> {
     const { turn } = this;
     const order: T[] = turn === undefined ? [] : [turn];
     const offers = new SortedList<Offer<T>>(
-      (a, b) => a.share - b.share || compareUrgency(a.one, b.one),
+      (a, b) => a.share - b.share || this.#compare(a.one, b.one),
     );
     // A line enters when its first is due: what is before it in `#inOrder` has been looked at.
     let lines = 0;
@@ -193,6 +209,20 @@ export class WaitingQueue<T extends Waiting> {
     return last.expiresMs === Number.POSITIVE_INFINITY ? undefined : last;
   }
 
+  /** Whose time has passed goes behind all that may be in time. */
+  passTime(nowMs: number): void {
+    for (let one = this.#byDue.at(0); one !== undefined; one = this.#byDue.at(0)) {
+      if (one.dueMs > nowMs) return;
+      const late = one;
+      this.#byDue.delete(late);
+      this.#change(late.tenant, ({ waiting }) => {
+        waiting.delete(late);
+        this.#late.add(late);
+        waiting.add(late);
+      });
+    }
+  }
+
   /** Those that are not worth an admission any more; they still wait. */
   expired(nowMs: number): T[] {
     if (nowMs < this.#expiryMs) return [];
@@ -208,7 +238,7 @@ export class WaitingQueue<T extends Waiting> {
   #change(tenant: string, change: (line: Line<T>) => void): void {
     const line = this.#lines.get(tenant) ?? {
       ...{ tenant, held: 0 },
-      waiting: new SortedList<T>(compareUrgency),
+      waiting: new SortedList<T>(this.#compare),
     };
     if (line.waiting.length > 0) this.#inOrder.delete(line); // while it is where its old place is
     change(line);

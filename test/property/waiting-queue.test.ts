@@ -19,14 +19,19 @@ function one(over: Partial<Waiting> & { arrival: number }): Waiting {
 
 const ids = (some: readonly Waiting[]): string[] => some.map(({ id }) => id);
 
-function isBefore(a: Waiting, b: Waiting): boolean {
+function isBefore(a: Waiting, b: Waiting, late: ReadonlySet<Waiting>): boolean {
+  if (late.has(a) !== late.has(b)) return late.has(b);
   if (a.priority !== b.priority) return a.priority > b.priority;
   if (a.dueMs !== b.dueMs) return a.dueMs < b.dueMs;
   return a.arrival < b.arrival;
 }
 
 /** The order as it is defined: whoever is before all others of what is left, again and again. */
-function inOrder(waiting: readonly Waiting[], held: ReadonlyMap<string, number>): Waiting[] {
+function inOrder(
+  waiting: readonly Waiting[],
+  held: ReadonlyMap<string, number>,
+  late: ReadonlySet<Waiting>,
+): Waiting[] {
   const share = new Map(held);
   const shareOf = ({ tenant }: Waiting): number => share.get(tenant) ?? 0;
   const left = [...waiting];
@@ -34,7 +39,7 @@ function inOrder(waiting: readonly Waiting[], held: ReadonlyMap<string, number>)
   while (left.length > 0) {
     const first = left.reduce((a, b) => {
       if (shareOf(a) !== shareOf(b)) return shareOf(a) < shareOf(b) ? a : b;
-      return isBefore(a, b) ? a : b;
+      return isBefore(a, b, late) ? a : b;
     });
     order.push(first);
     left.splice(left.indexOf(first), 1);
@@ -77,6 +82,7 @@ describe('WaitingQueue', () => {
         const queue = new WaitingQueue<Waiting>();
         const waiting: Waiting[] = [];
         const running: Waiting[] = [];
+        const late = new Set<Waiting>();
         const held = new Map<string, number>();
         const hold = (tenant: string, more: number): void =>
           void held.set(tenant, (held.get(tenant) ?? 0) + more);
@@ -90,6 +96,8 @@ describe('WaitingQueue', () => {
             waiting.push(added);
           } else if (action.kind === 'expire') {
             nowMs += action.pick % 60;
+            queue.passTime(nowMs);
+            for (const it of waiting) if (it.dueMs <= nowMs) late.add(it);
             const expired = waiting.filter(({ expiresMs }) => expiresMs <= nowMs);
             expect(new Set(ids(queue.expired(nowMs)))).toEqual(new Set(ids(expired)));
             for (const gone of expired) {
@@ -101,6 +109,7 @@ describe('WaitingQueue', () => {
             if (picked === undefined) continue;
             const oldest = waiting.reduce((a, b) => (a.arrival < b.arrival ? a : b));
             waiting.splice(waiting.indexOf(picked), 1);
+            late.delete(picked);
             if (action.kind === 'delete') expect(queue.delete(picked.id)).toBe(picked);
             else {
               sinceTurn = picked === oldest ? 0 : sinceTurn + 1;
@@ -117,7 +126,7 @@ describe('WaitingQueue', () => {
             queue.add(picked);
             waiting.push(picked);
           }
-          const order = inOrder(waiting, held);
+          const order = inOrder(waiting, held, late);
           const turn =
             sinceTurn < 7 ? undefined : order.toSorted((a, b) => a.arrival - b.arrival)[0];
           const want = turn === undefined ? order : [turn, ...order.filter((it) => it !== turn)];
