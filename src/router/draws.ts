@@ -22,17 +22,12 @@ export function betaDraw(alpha: number, beta: number, draw: () => number): numbe
   return a / (a + gammaDraw(beta, draw));
 }
 
-/** φ. */
-export function normalDensity(z: number): number {
-  return Math.exp((-z * z) / 2) / Math.sqrt(2 * Math.PI);
-}
-
 /** Φ: the share of a normal below `z`, to 2e-7 (Abramowitz and Stegun 26.2.17 by way of its density). */
 export function normalShare(z: number): number {
   const t = 1 / (1 + 0.2316419 * Math.abs(z));
   const series =
     t *
     (0.31938153 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))));
-  const tail = normalDensity(z) * series;
+  const tail = (Math.exp((-z * z) / 2) / Math.sqrt(2 * Math.PI)) * series;
   return z < 0 ? tail : 1 - tail;
 }

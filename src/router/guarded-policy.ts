@@ -2,13 +2,11 @@
 // rank curve holds to be near enough. A rank is worth (chance to be in time) × (quality). The chance starts at what the
 // prediction implies and is corrected per load, slack and rank, for all adapters together: it is the machine's. Quality starts
 // at the rank curve and is corrected per adapter by scores; where nobody scores it is not drawn, because exploring would cost
-// quality and teach nothing. A rank costs what its time takes from others (Pigou): a ms more of engine time makes each of them
-// late by a ms, and lateness costs what has been learned of plans, quality times the density of their time at its limit. Nothing
-// on an idle machine, nothing while all budgets are loose.
+// quality and teach nothing.
 
 import { LRUCache } from 'lru-cache';
 import { z } from 'zod';
-import { betaDraw, normalDensity, normalDraw, normalShare } from './draws.ts';
+import { betaDraw, normalDraw, normalShare } from './draws.ts';
 import type { Outcome, Plan, Predict, RankPolicy, RouteInput } from './policy.ts';
 import { energy, guardSigmas, safePlans, slackOf } from './rank-policy.ts';
 import { parseSaved } from './saved-state.ts';
@@ -22,9 +20,6 @@ const keep = 0.995; // guess: an outcome counts half after 138 more of its kind
 const keepScore = 0.999; // guess: half after 693 more
 const scoreVarianceMax = 0.25; // of anything in [0, 1]
 const adaptersMax = 1024;
-const priceGain = 0.02; // guess: of the last 50 outcomes
-/** Those whom a delay reaches, for each that is there: more come while the machine is busy. Guess, by simulation. */
-const delayedUsual = 6;
 
 const loadBins = 7; // 0, 1–2, 3–6, … 63 and more sequences besides
 const slackBins = [3, 5, Number.POSITIVE_INFINITY]; // upper ends, in σ
@@ -41,10 +36,9 @@ const amount = z.number().nonnegative();
 const perCell = z.array(amount).length(cellCount);
 const perRank = z.array(amount).length(rankBins);
 const savedPolicy = z.strictObject({
-  format: z.literal('rankgate-guarded/2'),
+  format: z.literal('rankgate-guarded/1'),
   met: perCell,
   missed: perCell,
-  price: amount,
   scores: z
     .array(z.tuple([z.string().max(2048), z.strictObject({ counts: perRank, sums: perRank })]))
     .max(adaptersMax),
@@ -54,35 +48,19 @@ export class GuardedPolicy implements RankPolicy {
   readonly name = 'guarded';
   #met: number[] = new Array<number>(cellCount).fill(0);
   #missed: number[] = new Array<number>(cellCount).fill(0);
-  /** Quality that a request loses per ms that it is delayed, on average. */
-  #price = 0;
   readonly #scores: LRUCache<string, Scores> = new LRUCache({ max: adaptersMax });
-  readonly #delayedPerOther: number;
-
-  constructor(delayedPerOther: number = delayedUsual) {
-    this.#delayedPerOther = delayedPerOther;
-  }
 
   choose(input: RouteInput, predict: Predict, draw: () => number): Plan {
     const plans = safePlans(input, predict);
     if (plans.length === 1) return plans[0];
-    const { decodeRows, waiting } = input.load;
-    const msPrice = this.#price * this.#delayedPerOther * (decodeRows + waiting);
-    const worths = plans.map(
-      (plan) => this.#worth(input, plan, draw) - msPrice * plan.prediction!.totalMs,
-    );
+    const worths = plans.map((plan) => this.#worth(input, plan, draw));
     return plans[worths.indexOf(Math.max(...worths))]!;
   }
 
   settle({ input, plan, met, score }: Outcome): void {
     const { adapter } = input;
-    const slack = slackOf(input, plan);
-    if (met !== null && plan.prediction !== null) {
-      const quality = adapter === null ? 1 : energy(adapter.rankCurve, plan.rank);
-      const loss = (quality * normalDensity(slack)) / Math.max(1, plan.prediction.sigmaMs);
-      this.#price += priceGain * (loss - this.#price);
-    }
     if (adapter === null) return;
+    const slack = slackOf(input, plan);
     // Outside the guard's set nothing is chosen by what is learned here.
     if (met !== null && slack >= guardSigmas && Number.isFinite(slack)) {
       const cell = cellOf(input, plan, slack);
@@ -130,10 +108,9 @@ export class GuardedPolicy implements RankPolicy {
 
   save(): string {
     const state: z.infer<typeof savedPolicy> = {
-      format: 'rankgate-guarded/2',
+      format: 'rankgate-guarded/1',
       met: this.#met,
       missed: this.#missed,
-      price: this.#price,
       scores: [...this.#scores.entries()],
     };
     return JSON.stringify(state);
@@ -144,7 +121,6 @@ export class GuardedPolicy implements RankPolicy {
     if (saved === null) return false;
     this.#met = saved.met;
     this.#missed = saved.missed;
-    this.#price = saved.price;
     this.#scores.clear();
     for (const [adapter, scores] of saved.scores.toReversed()) this.#scores.set(adapter, scores);
     return true;

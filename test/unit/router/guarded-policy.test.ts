@@ -85,9 +85,6 @@ function predictionOf(totalMs: number, sigmaMs: number): Prediction {
   return { totalMs, sigmaMs, ttftMs: 0, ttftSigmaMs: 0, perTokenMs: 0, perTokenSigmaMs: 0 };
 }
 
-/** In section 11's setting a load is there, and no choice ever delays anybody: a price of others' time would be wrong. */
-const alone = (): GuardedPolicy => new GuardedPolicy(0);
-
 interface Run {
   /** Mean of accuracy where the budget was met, else 0. */
   readonly reward: number;
@@ -137,7 +134,7 @@ describe('guarded Thompson sampling', () => {
       expect(oracle.violations).toBeLessThan(0.09);
       const fixed = ranks.map((rank) => run(fixedPolicy(rank), requests, createRng(9)).reward);
       const best = Math.max(...fixed);
-      const guarded = run(alone(), requests, createRng(9));
+      const guarded = run(new GuardedPolicy(), requests, createRng(9));
       expect((guarded.reward - best) / (oracle.reward - best)).toBeGreaterThanOrEqual(0.75);
       expect(guarded.violations).toBeLessThanOrEqual(oracle.violations + 0.01);
     },
@@ -146,7 +143,7 @@ describe('guarded Thompson sampling', () => {
   it('loses little to the guard alone where the guard is right and nobody scores', () => {
     const requests = requestsOf(createRng(4), 3000);
     const { predict, learn } = onlineModel();
-    const policy = alone();
+    const policy = new GuardedPolicy();
     const rng = createRng(5);
     let smaller = 0;
     for (const { input, noise } of requests) {
@@ -194,25 +191,6 @@ describe('guarded Thompson sampling', () => {
       expect(plan).toMatchObject({ rank: 32, reason: 'fits' });
       policy.settle({ input: within(10_000), plan, met: true, score: null });
     }
-  });
-
-  it.each([
-    { budgets: 'tight', others: 20, isSmaller: true },
-    { budgets: 'tight', others: 0, isSmaller: false },
-    { budgets: 'loose', others: 20, isSmaller: false },
-  ])('pays for the time of $others others with $budgets budgets', (setting) => {
-    const { budgets, others, isSmaller } = setting;
-    const rng = createRng(16);
-    const policy = new GuardedPolicy();
-    for (let i = 0; i < 200; i++) {
-      const input = within(budgets === 'tight' ? 455 : 40_000);
-      const plan = chooseRank(input, known);
-      policy.settle({ input, plan, met: true, score: null });
-    }
-    const input = within(10_000); // of its own it could have any rank
-    const load = { ...input.load, decodeRows: others };
-    const { rank } = policy.choose({ ...input, load }, known, rng.next);
-    expect(rank < 32).toBe(isSmaller);
   });
 
   it('learns from scores that a smaller rank answers better', () => {
@@ -281,7 +259,7 @@ describe('guarded Thompson sampling', () => {
     expect(other).toEqual(one);
     expect(again.save()).toBe(policy.save());
     const damaged = ['', '{}', saved.slice(0, -1), saved.replace('[', '[-1,')];
-    for (const text of [...damaged, saved.replace('guarded/2', 'guarded/1')]) {
+    for (const text of [...damaged, saved.replace('guarded/1', 'guarded/2')]) {
       const fresh = new GuardedPolicy();
       expect(fresh.restore(text), text.slice(0, 40)).toBe(false);
       expect(fresh.save()).toBe(new GuardedPolicy().save());
@@ -302,9 +280,7 @@ describe('guarded Thompson sampling', () => {
 
   it('takes no outcome that is none', () => {
     const policy = new GuardedPolicy();
-    // Times are outcomes of the price, whoever was let through.
-    const learned = (): unknown => ({ ...(JSON.parse(policy.save()) as object), price: 0 });
-    const before = learned();
+    const before = policy.save();
     const plan = chooseRank(within(1000), known);
     for (const score of [Number.NaN, -1, 1.5, null]) {
       policy.settle({ input: within(1000), plan, met: null, score });
@@ -313,7 +289,7 @@ describe('guarded Thompson sampling', () => {
     // A plan that the guard did not let through, and one of which nothing was predicted.
     policy.settle({ input: within(110), plan, met: false, score: null });
     policy.settle({ input: some, plan: { ...plan, prediction: null }, met: true, score: null });
-    expect(learned()).toEqual(before);
+    expect(policy.save()).toBe(before);
   });
 });
 
