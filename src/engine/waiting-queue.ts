@@ -47,7 +47,7 @@ type Compare = (a: Waiting, b: Waiting) => number;
 
 function byUrgency(late: ReadonlySet<Waiting>): Compare {
   return (a, b) => {
-    if (late.has(a) !== late.has(b)) return late.has(a) ? 1 : -1;
+    if (late.size > 0 && late.has(a) !== late.has(b)) return late.has(a) ? 1 : -1;
     if (a.priority !== b.priority) return b.priority - a.priority;
     if (a.dueMs !== b.dueMs) return a.dueMs - b.dueMs; // not their difference: of two Infinities it is NaN
     return a.arrival - b.arrival;

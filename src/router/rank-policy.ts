@@ -59,7 +59,7 @@ function largestRankWithRoom(input: RouteInput): number {
 }
 
 /** What a row would have at a rank, with or without the system adapter. */
-export function planAt(
+function planAt(
   input: RouteInput,
   predict: Predict,
   rank: number,

@@ -20,7 +20,7 @@ export interface NoiseKey {
   readonly module: number;
 }
 
-export const pairsMax = 1024;
+const pairsMax = 1024;
 
 /** Standard normals. */
 export function pairNoise(

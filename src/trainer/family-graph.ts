@@ -72,7 +72,7 @@ export function familyGraph(choice: FamilyChoice): FamilyGraph {
   }
 }
 
-export function numbersOf({ rows, columns, data }: Columns): Numbers {
+function numbersOf({ rows, columns, data }: Columns): Numbers {
   const shape = rows === 1 ? [1, columns] : [columns, rows];
   return { shape, values: Float32Array.from(data) };
 }

@@ -33,7 +33,7 @@ export interface TestTraining extends Disposable {
 }
 
 /** Small, and at once. */
-export const refreshSettings: RefreshSettings = {
+const refreshSettings: RefreshSettings = {
   everyS: 60,
   freshMin: 4,
   trainingMin: 4,
@@ -47,7 +47,7 @@ export const refreshSettings: RefreshSettings = {
   alpha: 0.01,
   recipe: { stepsMax: 3 },
 };
-export const captureLimits = { examplesMax: 64, bytesMax: 100_000, ageS: 86_400 };
+const captureLimits = { examplesMax: 64, bytesMax: 100_000, ageS: 86_400 };
 
 export function createTestTraining(
   over: Partial<TrainingFilesOptions> = {},
