@@ -20,6 +20,7 @@ import * as jobs from './fine-tuning.ts';
 import { createReadyz, livez, metricsPage } from './health.ts';
 import { listModels, showModel } from './models.ts';
 import { HttpError, problemOf } from './problem.ts';
+import { showReport } from './refresh-picture.ts';
 import { RequestRecord } from './request-record.ts';
 import { registryOf } from './tenancy.ts';
 import { loadLora, unloadLora } from './vllm-lora.ts';
@@ -81,6 +82,7 @@ function routeTable(metricsPublic: boolean): readonly Route[] {
     admin('POST', '/v1/fine_tuning/jobs/:id/cancel', jobs.cancelJob),
     admin('GET', '/v1/fine_tuning/jobs/:id/events', jobs.listEvents),
     admin('GET', '/v1/fine_tuning/jobs/:id/checkpoints', jobs.listCheckpoints),
+    admin('GET', '/v1/fine_tuning/jobs/:id/report', showReport),
     open('GET', '/livez', livez),
     open('GET', '/readyz', createReadyz()),
     (metricsPublic ? open : inference)('GET', '/metrics', metricsPage),

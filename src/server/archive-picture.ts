@@ -53,5 +53,5 @@ function text(x: number, y: number, words: string, anchor: 'middle' | 'end'): st
 const shown = (ms: number): string =>
   ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
 
-const escaped = (words: string): string =>
+export const escaped = (words: string): string =>
   words.replaceAll(/[&<>"']/g, (one) => `&#${one.charCodeAt(0)};`);

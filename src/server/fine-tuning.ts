@@ -156,7 +156,7 @@ export function listCheckpoints(c: Context<Env>, deps: ServerDeps): Response {
   return c.json(listOf(page, (checkpoint) => describeCheckpoint(job, checkpoint)));
 }
 
-function jobOf(c: Context<Env>, deps: ServerDeps): Job {
+export function jobOf(c: Context<Env>, deps: ServerDeps): Job {
   const job = trainingOf(deps).jobs.find(c.req.param('id') ?? '', viewerOf(c.get('caller')));
   if (job === null) throw new GatewayError('JOB_NOT_FOUND', 'there is no such job');
   return job;

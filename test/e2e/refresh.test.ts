@@ -113,6 +113,10 @@ describe('an adapter that is kept fresh', () => {
     expect(verdict.ranks.map(({ rank }: Json) => rank)).toEqual([1, 2, 4, 8]);
     for (const { before, after } of verdict.ranks) expect(after).toBeLessThan(before);
     expect(verdict.gain.v1).toBeGreaterThan(2 * verdict.gain.error);
+    const page = await gateway.fetch(`/v1/fine_tuning/jobs/${job}/report`);
+    const text = await page.text();
+    expect([page.status, text.match(/<tr>/g)!.length]).toEqual([200, 1 + 4]);
+    expect(text).toContain('Passed the gate.');
     // A question that nobody asked before.
     expect((await ask('subject 777')).choices[0].message.content).toContain(wanted);
   }, 240_000);
