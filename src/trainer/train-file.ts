@@ -136,21 +136,23 @@ async function checkModel({ modelPath, modelHash, cacheDirectory }: TrainerSpec)
 
 async function readSplit(spec: TrainerSpec, recipe: Recipe, file: GgufFile): Promise<Split> {
   const encode = createExampleEncoder(file.metadata, recipe.windowTokens);
-  const examples = await readAll(spec.trainingPath, encode, 'training file');
+  // Nobody chose the lines of a refresh: what does not fit a window is left out.
+  const isLenient = spec.compare !== null;
+  const examples = await readAll(spec.trainingPath, encode, { name: 'training file', isLenient });
   if (spec.heldOutPath === null) return splitExamples(examples, recipe.heldOutShare);
   return {
     training: examples,
-    heldOut: await readAll(spec.heldOutPath, encode, 'validation file'),
+    heldOut: await readAll(spec.heldOutPath, encode, { name: 'validation file', isLenient }),
   };
 }
 
 async function readAll(
   path: string,
   encode: ExampleEncoder,
-  name: string,
+  { name, isLenient }: { readonly name: string; readonly isLenient: boolean },
 ): Promise<readonly Example[]> {
   const { examples, errors, errorCount } = await readExamples(createReadStream(path), encode);
-  if (errorCount === 0) return examples;
+  if (errorCount === 0 || isLenient) return examples;
   const shown = errors.slice(0, 3).map(({ line, message }) => `line ${line}: ${message}`);
   const message = `${name}: ${errorCount} lines cannot be learnt: ${shown.join('; ')}`;
   throw new GatewayError('INVALID_FILE', message, { lines: errors });

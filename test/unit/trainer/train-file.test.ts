@@ -149,6 +149,25 @@ describe('a training file and a recipe', () => {
     expect(second.losses.at(-1)!.loss).toBeLessThan(first.losses.at(-1)!.loss);
   });
 
+  it('as a refresh are compared with what they go on from, without what fits no window', async () => {
+    const { directory } = only(await run(specOf()), 'result')[0]!;
+    const startFrom = join(directory, 'adapter_model.safetensors');
+    const heldOutPath = join(root, 'refresh.jsonl');
+    const long = JSON.stringify({ prompt: 'word '.repeat(200), completion: ' end' });
+    const short = ['one', 'two'].map((prompt) => JSON.stringify({ prompt, completion: ' three' }));
+    writeFileSync(heldOutPath, [long, ...short].join('\n'));
+    const spec = { startFrom, heldOutPath };
+    await expect(run(specOf(spec))).rejects.toMatchObject({ code: 'INVALID_FILE' });
+    const compare = { earlier: startFrom };
+    const { comparison } = only(await run(specOf({ ...spec, compare })), 'result')[0]!;
+    expect(comparison).toMatchObject({ ranks: [1, 2, 4] });
+    const { before, after, earlier } = comparison!;
+    expect(earlier).toEqual(before);
+    expect(before.byRank.map(({ length }) => length)).toEqual([2, 2, 2]);
+    expect(after.byRank).not.toEqual(before.byRank);
+    expect(only(await run(specOf()), 'result')[0]!.comparison).toBeNull();
+  });
+
   it('name the lines that cannot be learnt', async () => {
     const path = join(root, 'bad.jsonl');
     writeFileSync(path, `{"prompt":"a","completion":"b"}\n{}\n${'x\n'.repeat(200)}`);
