@@ -59,12 +59,7 @@ function largestRankWithRoom(input: RouteInput): number {
 }
 
 /** What a row would have at a rank, with or without the system adapter. */
-function planAt(
-  input: RouteInput,
-  predict: Predict,
-  rank: number,
-  hasSystem: boolean,
-): Planned {
+function planAt(input: RouteInput, predict: Predict, rank: number, hasSystem: boolean): Planned {
   const { adapter, system } = input;
   const ranks = (adapter?.ranks[rank - 1] ?? 0) + (hasSystem ? (system?.ranks ?? 0) : 0);
   const rankMax = adapter?.rankMax ?? 0;
