@@ -130,12 +130,14 @@ async function compare(
   };
 }
 
-/** Of the way from the best fixed rank to the best in hindsight. */
+/** Of the way from the best fixed rank to the best in hindsight; 1 or 0 where that way has no length. */
 function gapClosed(
   { quality }: Summary,
   { bestFixed, hindsight }: Pick<Compared, 'bestFixed' | 'hindsight'>,
 ): number {
-  return (quality - bestFixed.quality) / (hindsight.quality - bestFixed.quality);
+  const gap = hindsight.quality - bestFixed.quality;
+  if (gap <= 0) return quality >= bestFixed.quality ? 1 : 0;
+  return (quality - bestFixed.quality) / gap;
 }
 
 async function manyFigures(seconds: number): Promise<Record<string, number>> {

@@ -35,7 +35,7 @@ export interface Decision {
 /** How many may be admitted past one that waits for room. Guess: a few batches. */
 const passesMax = 32;
 /** Sequences looked at in a tick, and those of them that find no cells, which costs more. Guesses. */
-const looksMax = 128;
+const looksMax = 64;
 const missesMax = 16;
 
 export class Admission {
