@@ -16,6 +16,12 @@ static int64_t group_end(const int32_t *pages, int64_t P, int64_t T, int64_t t) 
   return end;
 }
 
+// Ranks up to the last page of a group: the table has room for the widest row of all.
+static int64_t ranks_of(const int32_t *pages, int64_t P) {
+  while (P > 0 && pages[P - 1] == 0) P--;
+  return P * PAGE;
+}
+
 // `uses` says which of the rows of `values` a row has; without, it has its own.
 static int all_zero(const float *values, const int32_t *uses, int64_t stride, int64_t rows) {
   for (int64_t t = 0; t < rows; t++) {
@@ -108,7 +114,8 @@ static int64_t work(const int32_t *pages, const float *values, const int32_t *us
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
     const float *first = values + (uses ? 0 : t * P * PAGE);
-    for (int64_t r = 0; r < P * PAGE; r += QUAD)
+    const int64_t ranks = ranks_of(pages + t * P, P);
+    for (int64_t r = 0; r < ranks; r += QUAD)
       if (in_use(pages[t * P + r / PAGE], first + r, uses ? uses + t : 0, P * PAGE, end - t)) sum += end - t;
   }
   return sum;
@@ -125,9 +132,13 @@ void rankgate_shrink(struct tensor *dst, int ith, int nth, void *unused) {
   struct quad last = {0}; // computed once it is known what comes next
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
+    const int64_t used = ranks_of(pages + t * P, P);
     for (int64_t part = 0; part < dst->ne[2]; part++) {
       const struct tensor *a = dst->src[3 + 2 * part], *gate = dst->src[4 + 2 * part];
-      for (int64_t r = 0; r < ranks; r += QUAD) {
+      float *rest = (float *)dst->data + (part * T + t) * ranks + used;
+      if (ith == 0 && used < ranks)
+        for (int64_t row = t; row < end; row++, rest += ranks) memset(rest, 0, (ranks - used) * sizeof *rest);
+      for (int64_t r = 0; r < used; r += QUAD) {
         int64_t page = pages[t * P + r / PAGE], at = t * ranks + r;
         struct quad q = {(const uint8_t *)a->data + page * a->nb[2] + r % PAGE * a->nb[1],
                          a->nb[1], K, end - t, ranks, (const float *)x->data + t * K,
@@ -156,7 +167,7 @@ struct column {
   const int32_t *pages; // of the group
   const uint8_t *b;     // the pool
   size_t row_bytes, page_bytes;
-  int64_t N, ranks, rows, b0, b1; // blocks of 32 numbers b0 … b1 are this thread's
+  int64_t N, ranks, used, rows, b0, b1; // of `ranks`, the first `used`; blocks of 32 numbers b0 … b1 are this thread's
 };
 
 // QUAD ranks of a lone row.
@@ -192,7 +203,7 @@ struct strip {
     for (int64_t block = c->b0; block < c->b1; block++) {                                                             \
       vec turned[PAGE * 32][VECS];                                                                                    \
       int64_t at[PAGE * 32], used = 0;                                                                                \
-      for (int64_t r = 0; r < c->ranks; r += QUAD) {                                                                  \
+      for (int64_t r = 0; r < c->used; r += QUAD) {                                                                   \
         int32_t page = c->pages[r / PAGE];                                                                            \
         if (page == 0 || all_zero(c->h + r, 0, c->ranks, c->rows)) continue;                                          \
         const uint8_t *b = c->b + page * c->page_bytes + r % PAGE * c->row_bytes;                                     \
@@ -250,13 +261,15 @@ void rankgate_expand(struct tensor *dst, int ith, int nth, void *unused) {
   struct strip last = {0}; // computed once it is known what comes next
   for (int64_t t = 0, end; t < T; t = end) {
     end = group_end(pages, P, T, t);
+    const int64_t used = ranks_of(pages + t * P, P);
     for (int64_t part = 0; part < dst->ne[0]; part++) {
       const struct tensor *y = dst->src[1 + 3 * part], *h = dst->src[2 + 3 * part], *b = dst->src[3 + 3 * part];
       const int64_t N = y->ne[0], blocks = N / 32;
       const float *values = (const float *)h->data + t * ranks;
       const int64_t cost = work(pages + t * P, values, 0, P, end - t);
       if (cost == 0) continue;
-      struct column c = {(float *)y->data + t * N, values, pages + t * P, b->data, b->nb[1], b->nb[2], N, ranks, end - t,
+      struct column c = {(float *)y->data + t * N, values, pages + t * P, b->data, b->nb[1], b->nb[2],
+                         N, ranks, used, end - t,
                          up_to(blocks, done, cost, from), up_to(blocks, done, cost, to)};
       done += cost * blocks;
       if (c.b0 >= c.b1) continue;
@@ -264,7 +277,7 @@ void rankgate_expand(struct tensor *dst, int ith, int nth, void *unused) {
         expand_many(b->type, &c);
         continue;
       }
-      for (int64_t r = 0; r < ranks; r += QUAD) {
+      for (int64_t r = 0; r < used; r += QUAD) {
         int32_t page = c.pages[r / PAGE];
         if (!in_use(page, c.h + r, 0, 0, 1)) continue;
         struct strip s = {c.y, c.h + r, c.b + page * c.page_bytes + r % PAGE * c.row_bytes, c.row_bytes, c.b0, c.b1,
