@@ -17,7 +17,7 @@ import type { TrainingResult } from './messages.ts';
 import { parseRecipe } from './recipe.ts';
 import { type RefreshData, selectExamples } from './refresh-data.ts';
 import { type Comparison, type GateSettings, judge, type Verdict } from './refresh-gate.ts';
-import { type ScheduleSettings, whyNot } from './refresh-schedule.ts';
+import { type ScheduleSettings, whyNotNow, whyTooLittle } from './refresh-schedule.ts';
 import {
   afterGain,
   type Capitals,
@@ -133,20 +133,17 @@ export class Refresher {
     this.capture.flush();
     const notes = this.notes(adapter);
     const isRunning = notes.job !== null || this.#starting.has(adapter);
+    const timing = { nowS: unixS(), lastS: notes.startedS, isRunning };
+    const why = whyNotNow(timing, settings, asked);
+    if (why !== null) return why;
     const data = selectExamples(this.capture.scored(adapter), settings, notes.startedS ?? 0);
-    const facts = {
-      nowS: unixS(),
-      lastS: notes.startedS,
-      fresh: data.fresh,
-      training: data.training.length,
-      heldOut: data.heldOut.length,
-      isRunning,
-    };
-    const why = whyNot(facts, settings, asked);
-    if (why === null) return this.#create(record, data);
+    const { fresh, training, heldOut } = data;
+    const counts = { fresh, training: training.length, heldOut: heldOut.length };
+    const lacking = whyTooLittle(counts, settings, asked);
+    if (lacking === null) return this.#create(record, data);
     // Time alone changes nothing about what there is to learn.
-    if (!isRunning && data.fresh < settings.freshMin) this.#due.delete(adapter);
-    return why;
+    if (fresh < settings.freshMin) this.#due.delete(adapter);
+    return lacking;
   }
 
   async #create(record: AdapterRecord, data: RefreshData): Promise<Job> {

@@ -1,12 +1,14 @@
 import { describe, expect, it } from 'vitest';
 import {
-  type ScheduleFacts,
+  type Learnable,
   type ScheduleSettings,
-  whyNot,
+  type Timing,
+  whyNotNow,
+  whyTooLittle,
 } from '../../../src/jobs/refresh-schedule.ts';
 
 const settings: ScheduleSettings = { everyS: 3600, freshMin: 10, trainingMin: 20, heldOutMin: 8 };
-const ready: ScheduleFacts = {
+const ready: Timing & Learnable = {
   nowS: 10_000,
   lastS: 5000,
   fresh: 10,
@@ -14,6 +16,8 @@ const ready: ScheduleFacts = {
   heldOut: 8,
   isRunning: false,
 };
+const whyNot = (facts: typeof ready, by: ScheduleSettings, asked: boolean): string | null =>
+  whyNotNow(facts, by, asked) ?? whyTooLittle(facts, by, asked);
 
 describe('the refresh schedule', () => {
   it('starts when all is there, and the first time at once', () => {
