@@ -4,10 +4,11 @@
 
 import { writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { aurac } from '../src/adapters/aurac.ts';
+import type { Aurac } from '../src/adapters/aurac.ts';
 import type { RankLoss, TrainingResult } from '../src/jobs/messages.ts';
 import { parseRecipe, type Recipe } from '../src/jobs/recipe.ts';
 import { sha256OfFile } from '../src/model/file-hash.ts';
+import { gainAurac } from '../src/trainer/evaluation.ts';
 import type { WeightMode } from './job.ts';
 import { type Report, round, type Series, seriesOf } from './measure.ts';
 import {
@@ -180,12 +181,8 @@ export function isMonotone(losses: readonly RankLoss[]): number {
   );
 }
 
-/** Area under the nats gained over the base, over ranks (v1) and their logarithms (v2). */
-export function auracsOf({ losses, baseLoss }: TrainingResult): ReturnType<typeof aurac> {
-  return aurac(
-    losses.map(({ rank }) => rank),
-    losses.map(({ loss }) => baseLoss! - loss),
-  );
+export function auracsOf({ losses, baseLoss }: TrainingResult): Aurac {
+  return gainAurac(baseLoss!, losses);
 }
 
 export function summariseRuns(runs: ReadonlyMap<string, RunResult>): {
