@@ -69,24 +69,25 @@ export function* inputMoments(input: CalibrationInput): Generator<BlockMoments, 
   }
   const rows = Math.min(input.windowRows ?? windowRowsMax, tokens.length);
   const states = embedded(input, rows);
-  const weights = tokenWeights(input, rows * states.length);
+  const counts = countsOf(input, rows * states.length);
+  const total = counts.reduce((sum, one) => sum + one, 0);
+  if (total === 0) throw new GatewayError('INVALID_REQUEST', 'calibration: no token counts');
   for (let block = 0; block < config.blocks; block++) {
-    yield throughBlock(input, block, { states, weights });
+    yield throughBlock(input, block, { states, counts, share: 1 / total });
   }
 }
 
-/** 1 / their number for tokens that count, 0 for the others. */
-function tokenWeights({ learnt }: CalibrationInput, count: number): Float64Array {
-  const counts = Float64Array.from({ length: count }, (_, i) => ((learnt?.[i] ?? 1) === 0 ? 0 : 1));
-  const total = counts.reduce((sum, one) => sum + one, 0);
-  if (total > 0) return counts.map((one) => one / total);
-  throw new GatewayError('INVALID_REQUEST', 'calibration: no token counts');
+/** 1 for tokens that count, 0 for the others. */
+function countsOf({ learnt }: CalibrationInput, count: number): Float32Array {
+  return Float32Array.from({ length: count }, (_, i) => ((learnt?.[i] ?? 1) === 0 ? 0 : 1));
 }
 
 interface Passing {
   /** One window after another, [rows, E] each. */
   readonly states: readonly Float32Array[];
-  readonly weights: Float64Array; // of each token
+  readonly counts: Float32Array; // of each token
+  /** Of a token that counts in the mean. */
+  readonly share: number;
 }
 
 /** One window after another, [rows, E] each. */
@@ -124,7 +125,7 @@ const inputOf: Readonly<Record<Projection, Tapped>> = {
 function throughBlock(
   input: CalibrationInput,
   block: number,
-  { states, weights }: Passing,
+  { states, counts, share }: Passing,
 ): BlockMoments {
   const { config, kernels } = input;
   const rows = states[0]!.length / config.width;
@@ -136,14 +137,12 @@ function throughBlock(
       return [name, { covariance, mean: new Float64Array(size) }];
     }),
   );
-  const share = weights.reduce((most, weight) => Math.max(most, weight), 0);
   states.forEach((state, window) => {
-    const own = weights.subarray(window * rows, (window + 1) * rows);
     const sequences =
       input.sequences?.slice(window * rows, (window + 1) * rows) ?? new Int32Array(rows);
     program.write('positions', positionsOf(sequences, rows));
     program.write('mask', causalMask(sequences, rows));
-    program.write('learnt', Float32Array.from(own, Math.sign));
+    program.write('learnt', counts.subarray(window * rows, (window + 1) * rows));
     program.write('x', state);
     program.run([]);
     for (const [name, { covariance, mean }] of sums) {
