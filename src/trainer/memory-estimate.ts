@@ -21,8 +21,8 @@ export interface MemorySizes {
   readonly answersMax: number;
   readonly weightBytes: number;
   readonly optimizerBytes: number;
-  /** What is trained and what its graph needs beside it; low-rank pairs in all targets when absent. */
-  readonly numbers?: { readonly trained: number; readonly constant: number };
+  /** What is trained and what its graph needs beside it. */
+  readonly numbers: { readonly trained: number; readonly constant: number };
 }
 
 export interface TrainingMemory extends Readonly<Record<string, number>> {
@@ -40,11 +40,10 @@ export interface TrainingMemory extends Readonly<Record<string, number>> {
 const f32Bytes = 4;
 
 export function estimateMemory(sizes: MemorySizes): TrainingMemory {
-  const { config, recipe, weightBytes, optimizerBytes } = sizes;
+  const { config, weightBytes, optimizerBytes } = sizes;
+  const { trained, constant } = sizes.numbers;
   const shapes = projections.map((name) => projectionShape(config, name));
   const frozen = shapes.reduce((sum, shape) => sum + shape.in * shape.out, 0) * config.blocks;
-  const pairs = { trained: factorCount(config, recipe), constant: 0 };
-  const { trained, constant } = sizes.numbers ?? pairs;
   return {
     weights: weightBytes,
     transposed: f32Bytes * (frozen + config.vocabSize * config.width),
@@ -52,14 +51,6 @@ export function estimateMemory(sizes: MemorySizes): TrainingMemory {
     optimizer: optimizerBytes,
     scratch: f32Bytes * scratchNumbers(sizes, trained),
   };
-}
-
-function factorCount(
-  config: DecoderConfig,
-  { rank, targets }: Pick<Recipe, 'rank' | 'targets'>,
-): number {
-  const each = targets.map((name) => projectionShape(config, name));
-  return config.blocks * rank * each.reduce((sum, shape) => sum + shape.in + shape.out, 0);
 }
 
 /** The most numbers that are there at once, at any of the stages where they are many. */
