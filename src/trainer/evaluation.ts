@@ -5,7 +5,7 @@ import { type Aurac, aurac } from '../adapters/aurac.ts';
 import type { PackedAdapter } from '../adapters/pack.ts';
 import type { RankLoss } from '../jobs/messages.ts';
 import type { Recipe } from '../jobs/recipe.ts';
-import { f16Values, f32ToF16Bits } from '../kernels/half.ts';
+import { f16BitsToF32, f32ToF16Bits } from '../kernels/half.ts';
 import { LossDecoder, type LossOptions } from '../model/loss-graph.ts';
 import {
   deltaOf,
@@ -17,9 +17,7 @@ import {
 import type { FamilyTraining } from './family-training.ts';
 import type { Layout } from './packing.ts';
 import { pairRank, servedFactors } from './publish.ts';
-
-/** Between two pieces of computing. */
-type Breathe = () => Promise<void>;
+import type { Breathe } from './session.ts';
 
 /** Batches' weights add up to 1. */
 export class ServedLoss implements Disposable {
@@ -47,7 +45,6 @@ export class ServedLoss implements Disposable {
     for (const k of recipe.ranks) {
       if (k < topK) this.#active.set(k, training.withActive(k)!);
     }
-    for (const [name, values] of training.constants) this.#decoder.write(name, values);
   }
 
   /** Of the base alone. */
@@ -117,7 +114,9 @@ type ModuleSite = Parameters<typeof servedFactors>[1];
 function asHalves(values: Float32Array): Float32Array {
   const bits = new Uint16Array(values.length);
   f32ToF16Bits(values, bits);
-  return Float32Array.from(bits, (half) => f16Values[half]!);
+  const rounded = new Float32Array(values.length);
+  f16BitsToF32(bits, rounded);
+  return rounded;
 }
 
 /** Area under the curve of nats gained over the base, over the ranks (v1) and their logarithms (v2): more is better. */
