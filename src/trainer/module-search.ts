@@ -48,7 +48,7 @@ export async function searchModules(
       param: 'modules',
     });
   }
-  using search = new Search(options);
+  using search = new Search(options, recipe.modules.searchShare);
   for (let step = 0; step < search.steps; step++) await search.takeStep(step, breathe);
   return search.chosen(recipe.modules.keepRatio);
 }
@@ -63,7 +63,7 @@ class Search implements Disposable {
   readonly #takePairs: () => void;
   readonly #takeGates: () => void;
 
-  constructor(options: Omit<SessionOptions, 'modules'>) {
+  constructor(options: Omit<SessionOptions, 'modules'>, share: number) {
     const { base, recipe, training, heldOut } = options;
     this.#options = options;
     const family = new FamilyTraining(choiceOf(recipe), startModules(options));
@@ -79,9 +79,7 @@ class Search implements Disposable {
     this.#takePairs = () => pairs.step(parameters, recipe.learningRate);
     this.#takeGates = () => gates.step([logits], gateRate);
     const plan = planSteps(training, recipe);
-    const share = recipe.modules === 'all' ? 0 : recipe.modules.searchShare;
-    const runSteps = Math.min(plan.steps, recipe.stepsMax ?? Infinity);
-    this.steps = Math.max(1, Math.round(share * runSteps));
+    this.steps = Math.max(1, Math.round(share * plan.steps));
     const held = inGroups(packWindows(heldOut, recipe.windowTokens, null), recipe.batchWindows);
     this.#batches = (step) => {
       const [own] = plan.microBatches(step % plan.steps);
