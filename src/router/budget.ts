@@ -101,6 +101,17 @@ export function meets(budget: BudgetTimes, times: Record<keyof BudgetTimes, numb
   );
 }
 
+/** Whether an answer kept every time that is stated; null: none is. */
+export function wasMet(
+  budget: BudgetTimes,
+  answer: { readonly ttftMs: number; readonly totalMs: number; readonly tokens: number },
+): boolean | null {
+  if (!statesTime(budget)) return null;
+  const { ttftMs, totalMs, tokens } = answer;
+  const perTokenMs = (totalMs - ttftMs) / Math.max(1, tokens - 1);
+  return meets(budget, { totalMs, ttftMs, perTokenMs });
+}
+
 /** Of work that takes none: a budget that even this does not meet is spent. */
 export const noTime: Record<keyof BudgetTimes, number> = { totalMs: 0, ttftMs: 0, perTokenMs: 0 };
 

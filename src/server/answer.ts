@@ -13,7 +13,7 @@ import type {
 import { GatewayError } from '../errors.ts';
 import type { CapturedPrompt } from '../jobs/refresh-data.ts';
 import type { OnlyAdapter } from '../router/archive-scores.ts';
-import { meets, remaining, statesTime } from '../router/budget.ts';
+import { remaining, wasMet } from '../router/budget.ts';
 import type { Budget, Plan, RouteInput } from '../router/policy.ts';
 import { madeBy, shownPlan } from './archive.ts';
 import {
@@ -291,12 +291,10 @@ export class Answer {
   }
 
   #budgetMet(): boolean | null {
-    const { budget } = this.request;
-    if (!statesTime(budget)) return null;
-    const [totalMs, ttftMs] = [this.#totalMs ?? 0, this.#ttftMs ?? 0];
     // Sequences run side by side: the longest one sets the pace that was seen.
-    const perTokenMs = (totalMs - ttftMs) / Math.max(1, this.#longest.completionTokens - 1);
-    return meets(budget, { totalMs, ttftMs, perTokenMs });
+    const tokens = this.#longest.completionTokens;
+    const times = { totalMs: this.#totalMs ?? 0, ttftMs: this.#ttftMs ?? 0, tokens };
+    return wasMet(this.request.budget, times);
   }
 
   get #longest(): Sequence {
@@ -326,8 +324,8 @@ export class Answer {
       ttftMs,
       totalMs,
     });
-    const perTokenMs = (totalMs - ttftMs) / Math.max(1, completionTokens - 1);
-    if (statesTime(budget)) judge(meets(budget, { totalMs, ttftMs, perTokenMs }));
+    const met = wasMet(budget, { totalMs, ttftMs, tokens: completionTokens });
+    if (met !== null) judge(met);
     if (this.#sequences.length === 1) this.#remember(totalMs);
   }
 

@@ -10,7 +10,7 @@ import type {
   Urgency,
 } from '../../../src/engine/messages.ts';
 import { asGatewayError } from '../../../src/errors.ts';
-import { meets, statesTime } from '../../../src/router/budget.ts';
+import { wasMet } from '../../../src/router/budget.ts';
 import type { Budget, Plan, RouteInput } from '../../../src/router/policy.ts';
 import type { Router } from '../../../src/router/router.ts';
 import { useOf } from '../adapter-use.ts';
@@ -180,10 +180,8 @@ export class SimulatedGateway {
       ...{ adapter: adapter?.name ?? null, prediction, tokensMax },
       ...{ completionTokens, ttftMs, totalMs },
     });
-    if (!statesTime(budget)) return;
-    const perTokenMs = (totalMs - ttftMs) / Math.max(1, completionTokens - 1);
-    const met = meets(budget, { totalMs, ttftMs, perTokenMs });
-    this.#router.judge({ input, plan, met, score: null });
+    const met = wasMet(budget, { totalMs, ttftMs, tokens: completionTokens });
+    if (met !== null) this.#router.judge({ input, plan, met, score: null });
   }
 
   #start(flying: Flying): void {

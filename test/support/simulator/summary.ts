@@ -2,7 +2,7 @@
 // machine, without noise and with its adapter in memory; shares are of the feasible ones.
 
 import { quantile } from '../../../bench/measure.ts';
-import { meets, statesTime } from '../../../src/router/budget.ts';
+import { meets, wasMet } from '../../../src/router/budget.ts';
 import { timesAlone } from './machine.ts';
 import type { Ended, Result, Scenario } from './scenario.ts';
 import { createAdapters, fidelityAt, type SimulatedAdapter } from './simulated-adapter.ts';
@@ -80,10 +80,8 @@ export function summarise(scenario: Scenario, result: Result): Summary {
 }
 
 /** What the times say; a request without a budget is met by any answer. */
-export function isMet({ budget }: Arrival, { outcome, ttftMs, totalMs, tokens }: Ended): boolean {
-  if (outcome !== 'answered') return false;
-  const perTokenMs = (totalMs - ttftMs) / Math.max(1, tokens - 1);
-  return !statesTime(budget) || meets(budget, { totalMs, ttftMs, perTokenMs });
+export function isMet({ budget }: Arrival, ended: Ended): boolean {
+  return ended.outcome === 'answered' && (wasMet(budget, ended) ?? true);
 }
 
 /** Quality of each request, 0 for the infeasible. */
