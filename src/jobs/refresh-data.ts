@@ -62,17 +62,15 @@ export function selectExamples(
     byQuestion.set(key, [...(byQuestion.get(key) ?? []), candidateOf(one, scoreMin)]);
   }
   const dropped = { score: 0, empty: 0, contradictory: 0 };
-  const kept: { readonly key: string; readonly best: Candidate }[] = [];
+  const kept: { readonly isOut: boolean; readonly best: Candidate }[] = [];
   for (const [key, candidates] of byQuestion) {
     const best = bestOf(candidates);
     if (typeof best === 'string') dropped[best] += 1;
-    else kept.push({ key, best });
+    else kept.push({ isOut: isHeldOut(sha256Of(key), heldOutShare), best });
   }
   kept.sort((a, b) => a.best.scoredS - b.best.scoredS);
-  const isOut = ({ key }: { key: string }): boolean =>
-    isHeldOut(createHash('sha256').update(key).digest(), heldOutShare);
-  const heldOut = kept.filter(isOut).slice(-heldOutMax);
-  const training = kept.filter((one) => !isOut(one));
+  const heldOut = kept.filter(({ isOut }) => isOut).slice(-heldOutMax);
+  const training = kept.filter(({ isOut }) => !isOut);
   const freshIn = (of: typeof kept): number =>
     of.filter(({ best }) => best.scoredS > sinceS).length;
   return {
@@ -107,6 +105,8 @@ function questionOf(prompt: CapturedPrompt): string {
   if ('prompt' in prompt) return `p:${spelled(prompt.prompt)}`;
   return `m:${JSON.stringify(prompt.messages.map(({ role, content }) => [role, spelled(content)]))}`;
 }
+
+const sha256Of = (text: string): Buffer => createHash('sha256').update(text).digest();
 
 const spelled = (text: string): string =>
   text.normalize('NFKC').toLowerCase().replaceAll(/\s+/g, ' ').trim();
