@@ -15,15 +15,13 @@ export interface RankOption {
 export interface BatchRow {
   /** By rising rank, ranks and quality; one: the rank is fixed. */
   readonly options: readonly [RankOption, ...RankOption[]];
-  readonly tokensLeft: number;
-  /** When the last of them is due; null: nothing is. */
-  readonly deadlineMs: number | null;
+  /** The longest step with which it is still in time; Infinity: any. */
+  readonly paceMs: number;
 }
 
 /** How long a step takes in which all rows together compute so many ranks; does not fall as they grow. */
-export type StepCost = (ranks: number) => { readonly ms: number; readonly doubtMs: number };
+export type StepCost = (ranks: number) => number;
 
-const doubtSigmas = 2;
 /** Choices that did not fit and are tried first of all. */
 const triesMax = 8;
 
@@ -43,21 +41,13 @@ interface Filling {
 }
 
 /** Every row's rank. */
-export function chooseBatchRanks(
-  rows: readonly BatchRow[],
-  stepCost: StepCost,
-  nowMs: number,
-): number[] {
-  const stepMs = (ranks: number): number => {
-    const { ms, doubtMs } = stepCost(ranks);
-    return ms + doubtSigmas * doubtMs;
-  };
+export function chooseBatchRanks(rows: readonly BatchRow[], stepMs: StepCost): number[] {
   const leastRanks = rows.reduce((sum, { options }) => sum + options[0].ranks, 0);
   const leastMs = stepMs(leastRanks);
-  const paces = rows.map((row) => paceOf(row, nowMs));
-  const paceMs = Math.min(...paces.filter((pace) => pace >= leastMs)); // Infinity of none
+  const isKept = ({ paceMs }: BatchRow): boolean => paceMs >= leastMs;
+  const paceMs = Math.min(...rows.filter(isKept).map((row) => row.paceMs)); // Infinity of none
   const rises = rows
-    .flatMap(({ options }, row) => (paces[row]! >= leastMs ? risesOf(options, row) : []))
+    .flatMap((row, i) => (isKept(row) ? risesOf(row.options, i) : []))
     .sort((a, b) => b.gain * a.ranks - a.gain * b.ranks); // by quality per rank; a row's own stay in order
   const most = rises.reduce((sum, { ranks }) => sum + ranks, 0);
   const room = largestWithin(most, (ranks) => stepMs(leastRanks + ranks) <= paceMs);
@@ -67,12 +57,6 @@ export function chooseBatchRanks(
     if (other.gain > best.gain) best = other;
   }
   return rows.map(({ options }, row) => options[best.options[row]!]!.rank);
-}
-
-/** The slowest step at which the row is still in time. */
-function paceOf({ deadlineMs, tokensLeft }: BatchRow, nowMs: number): number {
-  if (deadlineMs === null) return Number.POSITIVE_INFINITY;
-  return (deadlineMs - nowMs) / Math.max(1, tokensLeft);
 }
 
 /** Along the upper hull of quality over ranks, so that each is worth less per rank than the one before it. */

@@ -48,13 +48,8 @@ export function planRanks<T extends GovernedRow>(
   const limitMs = Math.min(...paces.filter((pace) => pace >= leastMs)); // Infinity of none
   const plannedMs = (ranks: number): number => leastMs + (stepMs(ranks) - leastMs) / spareShare;
   const chosen = chooseBatchRanks(
-    options.map((own, i): BatchRow => {
-      const pace = paces[i]!;
-      const deadlineMs = pace === Number.POSITIVE_INFINITY ? null : nowMs + pace;
-      return { options: own, tokensLeft: 1, deadlineMs };
-    }),
-    (ranks) => ({ ms: plannedMs(ranks), doubtMs: 0 }),
-    nowMs,
+    options.map((own, i): BatchRow => ({ options: own, paceMs: paces[i]! })),
+    plannedMs,
   );
   const isSlow = stepMs(ranksNow) > limitMs;
   let ranks = ranksNow;

@@ -1,37 +1,39 @@
 import { describe, expect, it } from 'vitest';
 import { type BatchRow, chooseBatchRanks, type StepCost } from '../../../src/engine/batch-ranks.ts';
 
-const cost: StepCost = (ranks) => ({ ms: 10 + ranks, doubtMs: 0 });
+const cost: StepCost = (ranks) => 10 + ranks;
+const never = Number.POSITIVE_INFINITY;
 
-function rowOf(deadlineMs: number | null, tokensLeft: number, ranks = [0, 1, 2, 4, 8]): BatchRow {
+function rowOf(leftMs: number, tokensLeft: number, ranks = [0, 1, 2, 4, 8]): BatchRow {
   const [first, ...others] = ranks.map((rank) => ({
     ...{ rank, ranks: rank, quality: 1 - 2 ** -rank },
   }));
-  return { options: [first!, ...others], tokensLeft, deadlineMs };
+  return { options: [first!, ...others], paceMs: leftMs / tokensLeft };
 }
 
 describe('the ranks of a batch', () => {
   it('are all of them where nothing is due', () => {
-    expect(chooseBatchRanks([rowOf(null, 5), rowOf(null, 5, [2, 4])], cost, 0)).toEqual([8, 4]);
-    expect(chooseBatchRanks([], cost, 0)).toEqual([]);
+    expect(chooseBatchRanks([rowOf(never, 5), rowOf(never, 5, [2, 4])], cost)).toEqual([8, 4]);
+    expect(chooseBatchRanks([], cost)).toEqual([]);
   });
 
   it('fit into the step that the tightest row allows', () => {
     // 14 ms a token: four ranks, of which two rows gain most with two each.
-    const rows = [rowOf(1140, 10), rowOf(9000, 10)];
-    expect(chooseBatchRanks(rows, cost, 1000)).toEqual([2, 2]);
-    expect(chooseBatchRanks(rows, cost, 1001)).toEqual([2, 1]); // 13.9 ms
+    const rowsAt = (nowMs: number): BatchRow[] =>
+      [1140, 9000].map((deadlineMs) => rowOf(deadlineMs - nowMs, 10));
+    expect(chooseBatchRanks(rowsAt(1000), cost)).toEqual([2, 2]);
+    expect(chooseBatchRanks(rowsAt(1001), cost)).toEqual([2, 1]); // 13.9 ms
   });
 
   it('leave a row that cannot be in time its smallest, and do not slow the others down for it', () => {
-    const rows = [rowOf(50, 10), rowOf(null, 10), rowOf(200, 10)];
-    expect(chooseBatchRanks(rows, cost, 0)).toEqual([0, 4, 4]);
-    expect(chooseBatchRanks([rowOf(-5, 10), rowOf(null, 3)], cost, 0)).toEqual([0, 8]);
+    const rows = [rowOf(50, 10), rowOf(never, 10), rowOf(200, 10)];
+    expect(chooseBatchRanks(rows, cost)).toEqual([0, 4, 4]);
+    expect(chooseBatchRanks([rowOf(-5, 10), rowOf(never, 3)], cost)).toEqual([0, 8]);
   });
 
   it('keep a fixed rank, and count it', () => {
-    const rows = [rowOf(null, 10, [6]), rowOf(180, 10)];
-    expect(chooseBatchRanks(rows, cost, 0)).toEqual([6, 2]);
+    const rows = [rowOf(never, 10, [6]), rowOf(180, 10)];
+    expect(chooseBatchRanks(rows, cost)).toEqual([6, 2]);
   });
 
   it('do not pay for a rank that adds nothing', () => {
@@ -41,23 +43,22 @@ describe('the ranks of a batch', () => {
         { rank: 4, ranks: 4, quality: 0.9 },
         { rank: 8, ranks: 8, quality: 0.9 },
       ],
-      tokensLeft: 5,
-      deadlineMs: null,
+      paceMs: never,
     };
-    expect(chooseBatchRanks([flat], cost, 0)).toEqual([4]);
+    expect(chooseBatchRanks([flat], cost)).toEqual([4]);
   });
 
-  it('keep two deviations of what is not known of a step', () => {
-    const unsure: StepCost = (ranks) => ({ ms: 10 + ranks, doubtMs: 1 });
-    expect(chooseBatchRanks([rowOf(140, 10)], cost, 0)).toEqual([4]);
-    expect(chooseBatchRanks([rowOf(140, 10)], unsure, 0)).toEqual([2]);
+  it('are fewer where a step takes longer', () => {
+    const slower: StepCost = (ranks) => 12 + ranks;
+    expect(chooseBatchRanks([rowOf(140, 10)], cost)).toEqual([4]);
+    expect(chooseBatchRanks([rowOf(140, 10)], slower)).toEqual([2]);
   });
 
   it('are found in less than 2 ms of CPU for 256 rows', () => {
     const rows = Array.from({ length: 256 }, (_, i) =>
-      rowOf(i % 3 === 0 ? null : 100_000 + 1000 * i, 50 + i, [0, 1, 2, 4, 8, 16, 32, 64]),
+      rowOf(i % 3 === 0 ? never : 100_000 + 1000 * i, 50 + i, [0, 1, 2, 4, 8, 16, 32, 64]),
     );
-    const run = (): void => void chooseBatchRanks(rows, cost, 0);
+    const run = (): void => void chooseBatchRanks(rows, cost);
     for (let i = 0; i < 50; i++) run();
     const before = process.cpuUsage();
     for (let i = 0; i < 50; i++) run();
