@@ -273,10 +273,5 @@ function learnedMachine(path: string): Machine {
   const { stepTime } = JSON.parse(router.latency) as { stepTime: unknown };
   const learned = new StepTime();
   learned.restore(savedStepTime.parse(stepTime));
-  const [step, decodeRow, prefillToken, decodeRank, prefillRank, kvCell] = learned.coefficients;
-  return {
-    ...smallMachine,
-    cost: { step, decodeRow, prefillToken, decodeRank, prefillRank, kvCell },
-    noise: learned.relativeSigma,
-  };
+  return { ...smallMachine, cost: learned.costs, noise: learned.relativeSigma };
 }

@@ -88,10 +88,7 @@ export class LatencyModel {
 
   /** What a step takes, for the engine; null while nothing was learned. */
   get costs(): StepCosts | null {
-    if (this.#stepTime.steps < stepsMin) return null;
-    const [step, decodeRow, prefillToken, decodeRank, prefillRank, kvCell] =
-      this.#stepTime.coefficients;
-    return { step, decodeRow, prefillToken, decodeRank, prefillRank, kvCell };
+    return this.#stepTime.steps < stepsMin ? null : this.#stepTime.costs;
   }
 
   /** Told of complete answers only; the times are from the plan, as its prediction was. */

@@ -4,7 +4,7 @@
 // more than a 10 ms decode step. w is kept ≥ 0, so a prediction never falls when work is added.
 
 import { z } from 'zod';
-import type { StepReport } from '../engine/messages.ts';
+import type { StepCosts, StepReport } from '../engine/messages.ts';
 
 /** [1, decodeRows, prefillTokens, decodeRanks, prefillRanks, kvCells] */
 export type StepWork = readonly [number, number, number, number, number, number];
@@ -69,10 +69,18 @@ export class StepTime {
     return Math.sqrt(this.#variance);
   }
 
-  /** Milliseconds per unit of each kind of work, unscaled. */
-  get coefficients(): StepWork {
-    const [a, b, c, d, e, f] = this.#weights.map((weight, i) => weight / scales[i]!);
-    return [a!, b!, c!, d!, e!, f!];
+  get costs(): StepCosts {
+    const [step, decodeRow, prefillToken, decodeRank, prefillRank, kvCell] = this.#weights.map(
+      (weight, i) => weight / scales[i]!,
+    );
+    return {
+      step: step!,
+      decodeRow: decodeRow!,
+      prefillToken: prefillToken!,
+      decodeRank: decodeRank!,
+      prefillRank: prefillRank!,
+      kvCell: kvCell!,
+    };
   }
 
   observe(report: StepReport): void {

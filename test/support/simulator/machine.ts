@@ -1,20 +1,10 @@
 // The machine that is simulated: what a step costs, how far steps scatter, how much fits.
 
-import type { StepWork } from '../../../src/engine/messages.ts';
+import type { StepCosts, StepWork } from '../../../src/engine/messages.ts';
 import { createRng } from '../random.ts';
 
-/** Milliseconds per unit of each kind of work (router/step-time.ts has the same six terms). */
-export interface StepCost {
-  readonly step: number;
-  readonly decodeRow: number;
-  readonly prefillToken: number;
-  readonly decodeRank: number;
-  readonly prefillRank: number;
-  readonly kvCell: number;
-}
-
 export interface Machine {
-  readonly cost: StepCost;
+  readonly cost: StepCosts;
   /** Relative deviation of a step's time. */
   readonly noise: number;
   readonly cells: number;
@@ -93,7 +83,7 @@ export function largeMachine(perSecond: number): Machine {
   };
 }
 
-export function stepMs(cost: StepCost, work: StepWork): number {
+export function stepMs(cost: StepCosts, work: StepWork): number {
   return (
     cost.step +
     cost.decodeRow * work.decodeRows +

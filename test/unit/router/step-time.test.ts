@@ -49,7 +49,7 @@ describe('the step time model', () => {
     train(model, createRng(1), 3000);
     // The share of each coefficient in what predictions are made of; a cell weighs least, so it is known least well.
     const tolerances = [0.15, 0.15, 0.05, 0.15, 0.15, 0.5];
-    model.coefficients.forEach((found, i) => {
+    Object.values(model.costs).forEach((found, i) => {
       expect(Math.abs(found - truth[i]!) / truth[i]!, `coefficient ${i}`).toBeLessThan(
         tolerances[i]!,
       );
@@ -121,12 +121,12 @@ describe('the step time model', () => {
     const model = new StepTime();
     const random = createRng(12);
     train(model, random, 2000);
-    const before = model.coefficients[3]!;
+    const before = model.costs.decodeRank;
     for (let i = 0; i < 5000; i++) {
       const report = { ...randomStep(random), decodeRanks: 0, prefillRanks: 0 };
       model.observe({ ...report, ms: timeOf(report) * (1 + 0.05 * random.normal()) });
     }
-    expect(Math.abs(model.coefficients[3]! - before) / before).toBeLessThan(0.5);
+    expect(Math.abs(model.costs.decodeRank - before) / before).toBeLessThan(0.5);
     expect(errorOf(model, createRng(13))).toBeLessThan(0.1);
     // And what is not seen becomes unknown, at most as unknown as at the start.
     const [doubtMs, startMs] = [model, new StepTime()].map(
@@ -142,9 +142,8 @@ describe('the step time model', () => {
       const random = createRng(100 + seed);
       for (let i = 0; i < 200; i++)
         model.observe({ ...randomStep(random), ms: 200 * random.next() });
-      expect(model.coefficients.every((weight) => weight >= 0 && Number.isFinite(weight))).toBe(
-        true,
-      );
+      const costs = Object.values(model.costs);
+      expect(costs.every((cost) => cost >= 0 && Number.isFinite(cost))).toBe(true);
       expect(Number.isFinite(model.estimate([1, 1, 1, 1, 1, 1]).doubtMs)).toBe(true);
     }
   });
@@ -166,8 +165,9 @@ describe('the step time model', () => {
     const second = new StepTime();
     second.restore(JSON.parse(JSON.stringify(first.save())));
     train(second, b, 150);
-    second.coefficients.forEach((weight, i) => {
-      expect(weight).toBeCloseTo(whole.coefficients[i]!, 9);
+    const costs = Object.values(whole.costs);
+    Object.values(second.costs).forEach((cost, i) => {
+      expect(cost).toBeCloseTo(costs[i]!, 9);
     });
   });
 });
