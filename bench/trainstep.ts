@@ -12,7 +12,6 @@ import { readConfig } from './rankgate-side.ts';
 
 export interface TrainSpec {
   readonly modelPath: string;
-  readonly config: DecoderConfig;
   readonly threads: number;
   readonly rank: number;
   readonly windows: number;
@@ -131,7 +130,7 @@ export async function benchTrainstep(settings: TrainSettings, rounds: number): P
   );
   const factorsPath = join(folder, 'factors.f32');
   writeFactors(factorsPath, config);
-  const specs = { modelPath, config, threads, ...sizes, tokens, factorsPath, adam };
+  const specs = { modelPath, threads, ...sizes, tokens, factorsPath, adam };
   const start = (name: string, recompute: boolean): Stepper => {
     const path = join(folder, `${name}.json`);
     const spec: TrainSpec = { ...specs, recompute };

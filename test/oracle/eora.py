@@ -9,70 +9,29 @@ of S with eigenvalues below n * eps_f32 * max cut (arXiv 2410.21271, by the form
 
 import base64
 import json
-import os
 import pathlib
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+from gguf_llama import MODULES, NAMES, load_llama
 
-import gguf
 import numpy as np
 import torch
 import transformers
 
 SEED, TOKENS = 22, 48
 rng = np.random.default_rng(SEED)
-NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 
 def text(x):
     return base64.b64encode(np.ascontiguousarray(x, dtype="<f8").tobytes()).decode()
 
 
-def load_tiny():
-    heads = {"attn_q": 4, "attn_k": 2}
-    state = {}
-    for t in gguf.GGUFReader("test/golden/tiny/tiny-f32.gguf").tensors:
-        x = gguf.dequantize(t.data, t.tensor_type).astype(np.float32)
-        parts = t.name.split(".")
-        if parts[0] == "blk":
-            if parts[2] in heads:  # GGUF row order (adjacent pairs) -> HF row order (halves)
-                h = heads[parts[2]]
-                x = x.reshape(h, 8, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-            state[f"model.layers.{parts[1]}.{NAMES[parts[2]]}.weight"] = torch.from_numpy(x.copy())
-        else:
-            name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[parts[0]]
-            state[name + ".weight"] = torch.from_numpy(x.copy())
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    config = transformers.LlamaConfig(
-        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
-        attn_implementation="eager",
-    )
-    model = transformers.LlamaForCausalLM(config).double().eval()
-    model.load_state_dict({name: x.double() for name, x in state.items()})
-    return model
-
-
 def calibration():
-    model = load_tiny()
+    model = load_llama("test/golden/tiny/tiny-f32.gguf", "eager").double()
     ids = rng.integers(3, 320, TOKENS)
     seen = {}
     for block, layer in enumerate(model.model.layers):
-        for ours, theirs in NAMES.items():
-            if "norm" in ours:
-                continue
-            linear = layer.get_submodule(theirs)
+        for ours in MODULES:
+            linear = layer.get_submodule(NAMES[ours])
             linear.register_forward_pre_hook(
                 lambda _, x, key=f"{block}.{ours}": seen.__setitem__(key, x[0][0].numpy().copy())
             )

@@ -9,14 +9,12 @@ test/support/make-peft-adapter.ts writes. Rank 4 is a dense f64 SVD of every mod
 
 import hashlib
 import json
-import os
 import pathlib
 import re
 import sys
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+from gguf_llama import load_llama
 
-import gguf
 import numpy as np
 import peft
 import torch
@@ -27,44 +25,6 @@ RANK = 4
 TOP = 20
 # Token ids, so that no tokenizer is part of this: arbitrary ones below 49152.
 PROMPTS = [[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2], [338, 12, 9000, 41, 31000, 7, 5, 260]]
-NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
-def load_base():
-    reader = gguf.GGUFReader(MODEL)
-    heads = {"attn_q": 9, "attn_k": 3}
-    state = {}
-    for t in reader.tensors:
-        x = gguf.dequantize(t.data, t.tensor_type).astype(np.float32)
-        parts = t.name.split(".")
-        if parts[0] == "blk":
-            if parts[2] in heads:  # GGUF row order (adjacent pairs) -> HF row order (halves)
-                h = heads[parts[2]]
-                x = x.reshape(h, 32, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-            state[f"model.layers.{parts[1]}.{NAMES[parts[2]]}.weight"] = torch.from_numpy(x.copy())
-        else:
-            name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[parts[0]]
-            state[name + ".weight"] = torch.from_numpy(x.copy())
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, tie_word_embeddings=True,
-        attn_implementation="eager",
-    )
-    model = transformers.LlamaForCausalLM(config).float().eval()
-    model.load_state_dict(state)
-    return model
 
 
 def truncate(model):
@@ -92,7 +52,7 @@ def tops(model):
 
 torch.set_num_threads(1)
 with torch.no_grad():
-    base = load_base()
+    base = load_llama(MODEL, "eager")
     answers = {"0": tops(base)}
     model = peft.PeftModel.from_pretrained(base, ADAPTER).eval()
     answers["16"] = tops(model)

@@ -11,13 +11,11 @@ Factors, tokens and what is learnt come from a linear congruential generator tha
 
 import json
 import math
-import os
 import pathlib
 import sys
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+from gguf_llama import MODULES, NAMES, TARGETS, hf_rows, load_llama
 
-import gguf
 import numpy as np
 import peft
 import torch
@@ -32,63 +30,11 @@ CASES = {
 STEPS, WARMING, DECAY, CLIP, SEED = 20, 2, 0.01, 1.0, 11
 spec = CASES[case]
 torch.set_num_threads(1)
-NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-MODULES = list(NAMES)[:7]
-reader = gguf.GGUFReader(path)
-
-
-def field(name):
-    return reader.fields["llama." + name].contents()
-
-
-heads, kv_heads, width = field("attention.head_count"), field("attention.head_count_kv"), field("embedding_length")
-HEADS = {"attn_q": heads, "attn_k": kv_heads}
-state = {}
-
-
-def hf_rows(name, x):
-    """GGUF's row order of q and k (adjacent pairs) -> transformers' (halves)."""
-    if name not in HEADS:
-        return x
-    return x.reshape(HEADS[name], width // heads // 2, 2, -1).swapaxes(1, 2).reshape(x.shape)
-
-
-for t in reader.tensors:
-    x = gguf.dequantize(t.data, t.tensor_type).astype(np.float32)
-    parts = t.name.split(".")
-    if parts[0] == "blk":
-        state[f"model.layers.{parts[1]}.{NAMES[parts[2]]}.weight"] = hf_rows(parts[2], x)
-    else:
-        name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}[parts[0]]
-        state[name + ".weight"] = x
-tied = "lm_head.weight" not in state
-if tied:
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-vocab = state["lm_head.weight"].shape[0]
-base = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=field("feed_forward_length"),
-        num_hidden_layers=field("block_count"), num_attention_heads=heads, num_key_value_heads=kv_heads,
-        head_dim=width // heads, rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
-        tie_word_embeddings=tied, attn_implementation="sdpa",
-    )
-).float()
-base.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()})
+base = load_llama(path, "sdpa")
+vocab = base.config.vocab_size
 rank = spec["rank"]
-targets = [NAMES[name].split(".")[1] for name in MODULES]
 model = peft.get_peft_model(
-    base, peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets, bias="none")
+    base, peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=TARGETS, bias="none")
 ).train()
 
 current = SEED
@@ -112,7 +58,7 @@ with torch.no_grad():
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight  # [R, in], [out, R]
             a.copy_(torch.from_numpy(numbers(a.numel(), a.shape[1] ** -0.5).reshape(a.shape)))
             rows = numbers(b.numel(), 0.01).reshape(rank, -1).T  # [R, out] as rankgate has it
-            b.copy_(torch.from_numpy(np.ascontiguousarray(hf_rows(name, np.ascontiguousarray(rows)))))
+            b.copy_(torch.from_numpy(np.ascontiguousarray(hf_rows(name, np.ascontiguousarray(rows), base.config))))
             factors += [a, b]
 examples = []
 for length in spec["lengths"]:

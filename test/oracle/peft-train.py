@@ -11,16 +11,15 @@ where it looks for it.
 import importlib
 import inspect
 import json
-import os
 import pathlib
 import random
 import sys
 import warnings
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 warnings.simplefilter("ignore")
 
-import gguf
+from gguf_llama import TARGETS, load_llama
+
 import numpy as np
 import peft
 import torch
@@ -28,17 +27,6 @@ import transformers
 
 MODEL, OUT = sys.argv[1], pathlib.Path(sys.argv[2])
 STEPS, BATCH, LENGTH, RANK, ALPHA, RATE, SEED = 160, 2, 128, 16, 32, 1e-3, 17
-NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 
 def docstrings(module):
@@ -76,32 +64,6 @@ def texts():
     return "\n".join(train), "\n".join(held)
 
 
-def load_base():
-    heads = {"attn_q": 9, "attn_k": 3}
-    state = {}
-    for t in gguf.GGUFReader(MODEL).tensors:
-        x = gguf.dequantize(t.data, t.tensor_type).astype(np.float32)
-        parts = t.name.split(".")
-        if parts[0] == "blk":
-            if parts[2] in heads:  # GGUF row order (adjacent pairs) -> HF row order (halves)
-                h = heads[parts[2]]
-                x = x.reshape(h, 32, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-            state[f"model.layers.{parts[1]}.{NAMES[parts[2]]}.weight"] = torch.from_numpy(x.copy())
-        else:
-            name = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}[parts[0]]
-            state[name + ".weight"] = torch.from_numpy(x.copy())
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    config = transformers.LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, head_dim=64, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, tie_word_embeddings=True,
-        attn_implementation="sdpa",
-    )
-    model = transformers.LlamaForCausalLM(config).float()
-    model.load_state_dict(state)
-    return model
-
-
 def windows(ids):
     return [ids[i : i + LENGTH + 1] for i in range(0, len(ids) - LENGTH, LENGTH)]
 
@@ -120,10 +82,9 @@ tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_fi
 encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 train, held = windows(encode(train_text)), windows(encode(held_text))[:24]
 order = random.Random(SEED).sample(range(len(train)), STEPS * BATCH)
-targets = [name.split(".")[1] for key, name in NAMES.items() if "norm" not in key]
 model = peft.get_peft_model(
-    load_base(),
-    peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"),
+    load_llama(MODEL, "sdpa"),
+    peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"),
 )
 print(f"{len(train)} windows to train on, {len(held)} held out", flush=True)
 
