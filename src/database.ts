@@ -1,9 +1,8 @@
 // An SQLite database of the gateway's own: settings, lock, schema version, transactions, and when these are durable. The
 // version is in the file; another program's is refused.
 //
-// A commit survives kill -9. It survives a loss of power at once (synchronous = FULL), which holds the event loop for
-// milliseconds; or, where a database is `deferred` (NORMAL), once `durable` has synced the log, off the loop and once for all
-// who wait at the time.
+// A commit survives kill -9. It survives a loss of power once `durable` has synced the log, off the event loop and once for
+// all who wait at the time (synchronous = FULL would hold the loop for milliseconds at each commit).
 
 import { closeSync, constants, fdatasync, fdatasyncSync, fsyncSync, openSync } from 'node:fs';
 import { dirname } from 'node:path';
@@ -26,7 +25,6 @@ export interface DatabaseOptions {
   /** Beyond, it fails as on a full disk. */
   readonly bytesMax: number;
   readonly schema: Schema;
-  readonly syncs: 'commits' | 'deferred';
   /** Tests make it fail and wait. */
   readonly syncFile?: SyncFile;
 }
@@ -35,7 +33,7 @@ interface OpenedDatabase {
   readonly lock: Database.Database;
   readonly db: Database.Database;
   readonly what: string;
-  /** The log's descriptor where syncs are deferred; null: every commit is durable, or in memory. */
+  /** The log's descriptor; null: all is in memory. */
   readonly log: number | null;
   readonly syncFile: SyncFile;
 }
@@ -149,7 +147,6 @@ function syncError(error: unknown, what: string): GatewayError {
 /** Throws NO_CAPACITY while another process has the database, UNSUPPORTED for another schema. */
 export function openDatabase(options: DatabaseOptions): OwnDatabase {
   const { path, bytesMax, schema, syncFile = promisify(fdatasync) } = options;
-  const isDeferred = options.syncs === 'deferred';
   const opened: Database.Database[] = [];
   try {
     // Leases are this process's memory, so nobody else may delete what they keep: a transaction that is held on a file of
@@ -162,7 +159,7 @@ export function openDatabase(options: DatabaseOptions): OwnDatabase {
     opened.push(db);
     for (const setting of [
       'journal_mode = WAL',
-      `synchronous = ${isDeferred ? 'NORMAL' : 'FULL'}`,
+      'synchronous = NORMAL',
       'busy_timeout = 2000', // A backup may read the file meanwhile.
       'foreign_keys = ON',
       'trusted_schema = OFF',
@@ -176,7 +173,7 @@ export function openDatabase(options: DatabaseOptions): OwnDatabase {
     db.exec('BEGIN IMMEDIATE');
     migrate(db, schema);
     db.exec('COMMIT');
-    const log = isDeferred && path !== ':memory:' ? openLog(path) : null;
+    const log = path === ':memory:' ? null : openLog(path);
     return new OwnDatabase({ lock, db, log, syncFile, what: schema.what });
   } catch (error) {
     for (const database of opened) {

@@ -56,7 +56,7 @@ class SqlRegistry implements Registry {
     const { path, bytesMax = bytesMaxDefault, syncFile } = options;
     const sync = syncFile === undefined ? {} : { syncFile };
     const schema = registrySchema;
-    this.#db = openDatabase({ path, bytesMax, schema, syncs: 'deferred', ...sync });
+    this.#db = openDatabase({ path, bytesMax, schema, ...sync });
     this.#generations = new Generations(this.#db, options.blobs);
   }
 

@@ -97,7 +97,7 @@ const tables = `
 /** Throws as `openDatabase` does. */
 export function openCaptureDatabase(path: string): OwnDatabase {
   const schema = { what: 'capture store', version: 1, tables };
-  return openDatabase({ path, bytesMax: 2 ** 32, schema, syncs: 'deferred' });
+  return openDatabase({ path, bytesMax: 2 ** 32, schema });
 }
 
 const queueMax = 512;

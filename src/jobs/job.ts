@@ -179,5 +179,5 @@ const bytesMax = 2 ** 30;
 /** Throws as `openDatabase` does. */
 export function openJobsDatabase(path: string): OwnDatabase {
   const schema = { what: 'job store', version: 1, tables };
-  return openDatabase({ path, bytesMax, schema, syncs: 'deferred' });
+  return openDatabase({ path, bytesMax, schema });
 }
