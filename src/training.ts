@@ -20,6 +20,7 @@ import { TrainerSupervisor } from './jobs/trainer-supervisor.ts';
 import { TrainingFiles } from './jobs/training-files.ts';
 import type { ModelFile } from './model/model-source.ts';
 import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
+import { unloadUnused } from './server/adapters.ts';
 import type { Training } from './server/deps.ts';
 
 export interface TrainingParts {
@@ -68,7 +69,7 @@ export function openTraining(parts: TrainingParts): OpenedTraining {
     directory: at('refresh'),
     after: systemClock.after,
     wake: () => wake(),
-    onLeft: (generation) => unloadUnused(parts, generation),
+    onLeft: (generation) => unloadUnused(generation, parts),
     onFailure: parts.onFailure,
   });
   const trainers = startTrainers(parts, { jobs, files, refresher, directory: at('jobs') });
@@ -150,11 +151,6 @@ function openCapture(
   const db = openCaptureDatabase(path);
   const limits = { examplesMax, bytesMax, ageS };
   return new Capture({ db, limits, seed: 0n, unixS, after: systemClock.after, onFailure });
-}
-
-function unloadUnused({ engine, registry }: TrainingParts, generation: Generation): void {
-  engine.pin(registry.pinned());
-  if (!registry.isNamed(generation)) engine.unload(generation);
 }
 
 /** The name holds its job's id, so whatever it points at is the same job's, of an attempt that was cut off after this. */

@@ -160,7 +160,10 @@ export function expectedOf(c: Context<Env>): Generation | null {
 
 /** After a name left a generation: the engine forgets it when no name points at it, while sequences that run with it keep it
  *  to their end; and a pin goes with its name. */
-export function unloadUnused(generation: Generation, { registry, engine }: ServerDeps): void {
+export function unloadUnused(
+  generation: Generation,
+  { registry, engine }: Pick<ServerDeps, 'registry' | 'engine'>,
+): void {
   engine.pin(registry.pinned());
   if (!registry.isNamed(generation)) engine.unload(generation);
 }

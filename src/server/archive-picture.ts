@@ -1,6 +1,7 @@
-// The archive's map as a page: domains down, latency to the right, a cell the darker the better. One SVG, no script.
+// The archive's map as a page's body: domains down, latency to the right, a cell the darker the better.
 
 import type { ArchiveRows, Elite, IsCurrent } from '../router/archive.ts';
+import { escaped } from './page.ts';
 
 const [left, top, width, height] = [190, 34, 112, 44];
 
@@ -20,10 +21,9 @@ export function drawArchive(
   const size = `width="${left + bounds.length * width + 10}" height="${top + rows.length * height + 10}"`;
   const note = rows.length === 0 ? '<p>Nothing was evaluated yet.</p>' : '';
   return (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><title>rankgate: archive</title>' +
-    '<body style="font:13px system-ui,sans-serif"><h1>Best adapter per domain and latency</h1>' +
+    '<h1>Best adapter per domain and latency</h1>' +
     `${note}<svg xmlns="http://www.w3.org/2000/svg" font-size="12" ${size}>` +
-    `${columns.join('')}${lines.join('')}</svg></body></html>`
+    `${columns.join('')}${lines.join('')}</svg>`
   );
 }
 
@@ -52,6 +52,3 @@ function text(x: number, y: number, words: string, anchor: 'middle' | 'end'): st
 
 const shown = (ms: number): string =>
   ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
-
-export const escaped = (words: string): string =>
-  words.replaceAll(/[&<>"']/g, (one) => `&#${one.charCodeAt(0)};`);

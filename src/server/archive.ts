@@ -25,6 +25,7 @@ import type { Target } from './blend.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { readBody } from './limits.ts';
+import { answerPage } from './page.ts';
 import { HttpError, invalidRequest } from './problem.ts';
 import { domainName } from './schemas.ts';
 
@@ -73,9 +74,7 @@ export function showArchive(c: Context<Env>, { archive, registry }: ServerDeps):
   const bounds = Array.from({ length: map.cells }, (_, cell) => map.bounds(cell));
   c.header('vary', 'accept');
   if (c.req.header('accept')?.includes('text/html') === true) {
-    // Nothing in the page is fetched or run.
-    c.header('content-security-policy', "default-src 'none'; style-src 'unsafe-inline'");
-    return c.html(drawArchive(rows, bounds, isCurrent));
+    return answerPage(c, 'archive', drawArchive(rows, bounds, isCurrent));
   }
   const data = rows.flatMap(([row, elites]) =>
     elites.flatMap((elite, cell) => {

@@ -1,12 +1,11 @@
-// A refresh as a page: losses at each rank before and after, as a table and as curves, and why it was promoted or not. One SVG,
-// no script.
+// A refresh as a page: losses at each rank before and after, as a table and as curves, and why it was promoted or not.
 
 import type { Context } from 'hono';
 import type { RankChange, Verdict } from '../jobs/refresh-gate.ts';
-import { escaped } from './archive-picture.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { jobOf } from './fine-tuning.ts';
+import { answerPage, escaped } from './page.ts';
 import { HttpError } from './problem.ts';
 
 const [width, height, left, top] = [520, 260, 56, 16];
@@ -16,9 +15,7 @@ export function showReport(c: Context<Env>, deps: ServerDeps): Response {
   if (result?.verdict === undefined) {
     throw new HttpError(404, 'not_found', 'a report is of a refresh that has been judged');
   }
-  // Nothing in the page is fetched or run.
-  c.header('content-security-policy', "default-src 'none'; style-src 'unsafe-inline'");
-  return c.html(drawReport(`${request.adapter}, ${id}`, result.verdict));
+  return answerPage(c, 'refresh', drawReport(`${request.adapter}, ${id}`, result.verdict));
 }
 
 export function drawReport(title: string, verdict: Verdict): string {
@@ -28,8 +25,7 @@ export function drawReport(title: string, verdict: Verdict): string {
   );
   const shown = (name: string, text: string): string => `<p>${name}: ${escaped(text)}</p>`;
   return (
-    '<!doctype html><html lang="en"><meta charset="utf-8"><title>rankgate: refresh</title>' +
-    `<body style="font:13px system-ui,sans-serif"><h1>${escaped(title)}</h1>` +
+    `<h1>${escaped(title)}</h1>` +
     `<p>${isPromoted ? 'Passed the gate.' : 'Discarded.'}</p>` +
     `<ul>${reasons.map((reason) => `<li>${escaped(reason)}</li>`).join('')}</ul>` +
     (gain === null ? '' : shown('AURAC', `${signed(gain.v1)} ± ${gain.error.toFixed(4)} nats`)) +
@@ -38,7 +34,7 @@ export function drawReport(title: string, verdict: Verdict): string {
       : shown('Other text', `${guard.before.toFixed(4)} → ${guard.after.toFixed(4)} nats`)) +
     (ranks.length === 0 ? '' : curves(ranks)) +
     `<table><caption>Held-out loss, ${heldOut} examples</caption>` +
-    `${row(['rank', 'before', 'after', 'change'])}${rows.join('')}</table></body></html>`
+    `${row(['rank', 'before', 'after', 'change'])}${rows.join('')}</table>`
   );
 }
 
