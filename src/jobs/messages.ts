@@ -52,6 +52,14 @@ export interface TrainingResult {
   readonly comparison: Comparison | null;
 }
 
+/** Of failures that are the machine's, not the job's: another attempt may fare better. */
+export const passingCodes: readonly ErrorCode[] = [
+  'DISK_FULL',
+  'CONTENDED',
+  'NO_CAPACITY',
+  'INTERNAL',
+];
+
 export type FromTrainer =
   /** Between two others: its event loop turns. */
   | { readonly kind: 'alive' }

@@ -17,8 +17,8 @@ export interface Comparison {
   readonly ranks: readonly number[];
   readonly before: Losses;
   readonly after: Losses;
-  /** Of the generation before `before`, while that is on probation. */
-  readonly earlier: Losses | null;
+  /** Of the generation before `before`, while that is on probation: held-out examples at the largest rank. */
+  readonly earlier: readonly number[] | null;
 }
 
 export interface GateSettings {
@@ -87,7 +87,10 @@ export function judge(
           ' on what was known before',
         )),
     ...reasonsAgainst({ gain, guard }, settings),
-    ...defeats([after, before, ...(earlier === null ? [] : [earlier])], settings.tournament),
+    ...defeats(
+      [after.byRank.at(-1)!, before.byRank.at(-1)!, ...(earlier === null ? [] : [earlier])],
+      settings.tournament,
+    ),
   ];
   return { isPromoted: reasons.length === 0, reasons, heldOut, ranks: changes, gain, guard };
 }
@@ -137,20 +140,22 @@ function reasonsAgainst(
 }
 
 /** A game is a held-out example, the smaller loss at the largest rank wins it. The first of the generations is judged. */
-function defeats(all: readonly Losses[], settings: GateSettings['tournament']): string[] {
+function defeats(
+  losses: readonly (readonly number[])[],
+  settings: GateSettings['tournament'],
+): string[] {
   if (settings === null) return [];
-  const losses = all.map(({ byRank }) => byRank.at(-1)!);
   const met = new Map<number, number>();
   const play = (i: number, j: number): boolean => {
-    const game = met.get(i * all.length + j) ?? 0;
-    met.set(i * all.length + j, game + 1);
+    const game = met.get(i * losses.length + j) ?? 0;
+    met.set(i * losses.length + j, game + 1);
     return losses[i]![game]! < losses[j]![game]!;
   };
   const { massMin, delta } = settings;
   const rules = { bound: 'clopper-pearson', delta, gamesMax: losses[0]!.length } as const;
-  const { games, isResolved } = runTournament(all.length, play, rules);
+  const { games, isResolved } = runTournament(losses.length, play, rules);
   if (!isResolved) return [`the tournament has no winner at a confidence of ${1 - delta}`];
-  const [mass] = alphaRank(winRates(all.length, games), { alpha: 1, size: 50 });
+  const [mass] = alphaRank(winRates(losses.length, games), { alpha: 1, size: 50 });
   return mass! >= massMin
     ? []
     : [`alpha-Rank gives it ${mass!.toFixed(4)}: at least ${massMin} wanted`];

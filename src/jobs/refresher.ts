@@ -255,13 +255,12 @@ export class Refresher {
   /** Held-out questions that came since the last refresh judge the generation that learnt before it. True: it is put back. */
   #watchLosses(job: string, { adapter, refresh }: Job['request'], comparison: Comparison): boolean {
     const { watch } = this.notes(adapter);
-    const { ranks, before, earlier } = comparison;
+    const { before, earlier } = comparison;
     const isFor = watch !== null && watch.earlier === refresh?.earlier && watch.job !== job;
     if (!isFor || earlier === null) return false;
-    const last = ranks.length - 1;
     const fresh = (losses: readonly number[]): readonly number[] =>
       refresh.freshHeldOut === 0 ? [] : losses.slice(-refresh.freshHeldOut);
-    const [old, now] = [fresh(earlier.byRank[last]!), fresh(before.byRank[last]!)];
+    const [old, now] = [fresh(earlier), fresh(before.byRank.at(-1)!)];
     const gains = old.map((loss, i) => lossGain(loss, now[i]!));
     const losses = gains.reduce(afterGain, watch.losses);
     this.#note(adapter, { watch: { ...watch, losses, job } });

@@ -6,10 +6,15 @@ import { mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join, relative } from 'node:path';
 import type { Generation } from '../adapters/adapter.ts';
 import { publish } from '../channels.ts';
-import { asGatewayError, type ErrorCode } from '../errors.ts';
+import { asGatewayError } from '../errors.ts';
 import type { Job, JobError, JobProgress, JobResult } from './job.ts';
 import type { Claim, Claimed, JobStore } from './job-store.ts';
-import type { FromTrainer, TrainerSpec, TrainingResult } from './messages.ts';
+import {
+  type FromTrainer,
+  passingCodes,
+  type TrainerSpec,
+  type TrainingResult,
+} from './messages.ts';
 import { type EnginePressure, paceOf } from './pace.ts';
 import type { Verdict } from './refresh-gate.ts';
 import { TrainerChild, type TrainerChildOptions } from './trainer-child.ts';
@@ -55,8 +60,6 @@ interface Run {
 }
 
 const tickMs = 1000;
-/** Another attempt may fare better: nothing is wrong with the job. */
-const passing: readonly ErrorCode[] = ['DISK_FULL', 'CONTENDED', 'NO_CAPACITY', 'INTERNAL'];
 
 export class TrainerSupervisor {
   readonly #options: TrainerSupervisorOptions;
@@ -146,7 +149,7 @@ export class TrainerSupervisor {
       given = specOf(job);
     } catch (thrown) {
       const error = asGatewayError(thrown);
-      this.#fail(claim, error, passing.includes(error.code));
+      this.#fail(claim, error, passingCodes.includes(error.code));
       return;
     }
     const fresh = { step: 0, steps: 0, loss: null, learningRate: null, tokens: 0 };
@@ -256,7 +259,7 @@ export class TrainerSupervisor {
       const error = asGatewayError(thrown);
       this.#end(run, () => {
         if (this.#isClosing) store.release(claim);
-        else this.#fail(claim, error, passing.includes(error.code));
+        else this.#fail(claim, error, passingCodes.includes(error.code));
       });
     }
   }

@@ -38,7 +38,7 @@ export async function compareAdapters(
     ranks,
     before: await alone.of(before, ranks),
     after: await alone.of(after, ranks),
-    earlier: earlier === null ? null : await alone.of(earlier, ranks),
+    earlier: earlier === null ? null : await alone.heldOutAt(earlier, most),
   };
 }
 
@@ -76,11 +76,13 @@ class LossesAlone implements Disposable {
 
   async of(packed: PackedAdapter, ranks: readonly number[]): Promise<Losses> {
     const byRank: number[][] = [];
-    for (const rank of ranks) {
-      this.#write(packed, rank);
-      byRank.push(await this.#losses(this.#heldOut));
-    }
+    for (const rank of ranks) byRank.push(await this.heldOutAt(packed, rank));
     return { byRank, guard: await this.#losses(this.#guard) };
+  }
+
+  async heldOutAt(packed: PackedAdapter, rank: number): Promise<number[]> {
+    this.#write(packed, rank);
+    return this.#losses(this.#heldOut);
   }
 
   #write(packed: PackedAdapter, level: number): void {

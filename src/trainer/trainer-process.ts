@@ -1,13 +1,16 @@
 // Entry of the trainer process: one claim of one job, and then it ends. Its only argument is the TrainerSpec as JSON, written
 // by the gateway that forks it. A parent that is gone ends it at once: nobody would take what it makes.
 
-import { asGatewayError, type ErrorCode } from '../errors.ts';
-import type { FromTrainer, ToTrainer, TrainerSpec } from '../jobs/messages.ts';
+import { asGatewayError } from '../errors.ts';
+import {
+  type FromTrainer,
+  passingCodes,
+  type ToTrainer,
+  type TrainerSpec,
+} from '../jobs/messages.ts';
 import { Pacer, type PacerClock } from './pacer.ts';
 import { trainFile } from './train-file.ts';
 
-/** The machine's doing, not the job's: another attempt may fare better. */
-const passing: readonly ErrorCode[] = ['DISK_FULL', 'INTERNAL', 'NO_CAPACITY'];
 /** Well below the lease. */
 const aliveMs = 2000;
 
@@ -40,7 +43,7 @@ async function run(): Promise<void> {
   } catch (error) {
     const { code, message } = asGatewayError(error);
     if (code === 'INTERNAL') process.stderr.write(`trainer: ${(error as Error).stack}\n`);
-    tell({ kind: 'failed', code, message, retry: passing.includes(code) });
+    tell({ kind: 'failed', code, message, retry: passingCodes.includes(code) });
   } finally {
     clearInterval(living);
     // Ends once everything has been sent; libuv's pools would keep it for a while.

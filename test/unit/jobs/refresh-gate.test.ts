@@ -83,7 +83,8 @@ describe('the gate', () => {
       'the tournament has no winner at a confidence of 0.95',
     ]);
     // Better than the live one, and worse than the one before that.
-    const { reasons } = judge(compared(better(0.3), { earlier: better(0.6) }), held);
+    const earlier = better(0.6).byRank.at(-1)!;
+    const { reasons } = judge(compared(better(0.3), { earlier }), held);
     expect(reasons).toEqual([expect.stringMatching(/^alpha-Rank gives it 0\.0000/)]);
   });
 

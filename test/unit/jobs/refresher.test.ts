@@ -62,7 +62,7 @@ function resultOf(
     ranks: [1, 2, 4, 8],
     before: lossesOf(examples, before),
     after: lossesOf(examples, after),
-    earlier: earlier === null ? null : lossesOf(examples, earlier),
+    earlier: earlier === null ? null : lossesOf(examples, earlier).byRank.at(-1)!,
   };
   return { directory: '', losses: [], baseLoss: null, aurac: null, comparison };
 }
