@@ -54,6 +54,26 @@ export function writeError(cause: unknown): GatewayError {
   return new GatewayError('INTERNAL', `what was trained cannot be written (${code})`, { cause });
 }
 
+/** One after another, as a checkpoint has them. */
+export function joinValues(parts: readonly Float32Array[]): Float32Array {
+  const joined = new Float32Array(parts.reduce((sum, { length }) => sum + length, 0));
+  let at = 0;
+  for (const values of parts) {
+    joined.set(values, at);
+    at += values.length;
+  }
+  return joined;
+}
+
+/** Into the parts that `joinValues` was given. */
+export function splitValues(joined: Float32Array, parts: readonly Float32Array[]): void {
+  let at = 0;
+  for (const values of parts) {
+    values.set(joined.subarray(at, at + values.length));
+    at += values.length;
+  }
+}
+
 /** Throws INVALID_REQUEST for a file that is damaged or none. */
 export function readCheckpoint(path: string): Checkpoint {
   const named = namePattern.exec(basename(path));

@@ -2,7 +2,6 @@
 // are worth moves the adapter (eggroll.ts). What is trained is B of each module; A stays as it began, so that no member's
 // weights are ever made (member-pages.ts). A step's loss is what its answers lack of the full score.
 
-import { createHash } from 'node:crypto';
 import { createRandom } from '../adapters/families/seeded-random.ts';
 import { generationOf, openPacked } from '../adapters/pack.ts';
 import type { Packed } from '../adapters/pack-pairs.ts';
@@ -14,7 +13,7 @@ import { moduleIndex } from '../model/decoder-config.ts';
 import { scrapCells } from '../model/step-inputs.ts';
 import { type AdapterRows, uniformRows } from '../model/stepper.ts';
 import { tensorName } from '../model/trained-delta.ts';
-import { type Checkpoint, refused } from './checkpoint.ts';
+import { type Checkpoint, joinValues, refused, splitValues } from './checkpoint.ts';
 import { addNoise, type PairNoise, pairNoise, pairWeights, shapeFitness } from './eggroll.ts';
 import { FamilyTraining } from './family-training.ts';
 import { clipGradients } from './gradient-norm.ts';
@@ -38,6 +37,7 @@ import {
   type Breathe,
   checkSizes,
   dataOf,
+  hashRun,
   optimizerOf,
   type RunRecipe,
   type SessionOptions,
@@ -68,6 +68,7 @@ export class EggrollSession implements Disposable {
   readonly #decoder: Decoder;
   readonly #pages: PageLayout;
   readonly #members: readonly AdapterRows[];
+  readonly #data: string;
   #recipe: RunRecipe;
   #optimizer: Optimizer;
   #step = 0;
@@ -79,6 +80,7 @@ export class EggrollSession implements Disposable {
     this.#options = options;
     this.#recipe = recipe;
     this.#method = method;
+    this.#data = dataOf(options);
     this.#reward = options.reward ?? rewardOf(method.reward);
     this.#tasks = options.training.map((example) => taskOf(example, text));
     this.#heldOut = options.heldOut.map((example) => taskOf(example, text));
@@ -140,9 +142,7 @@ export class EggrollSession implements Disposable {
 
   /** Names all that the result depends on. */
   get run(): string {
-    return createHash('sha256')
-      .update(JSON.stringify([this.#recipe, dataOf(this.#options)]))
-      .digest('hex');
+    return hashRun(this.#recipe, this.#data);
   }
 
   get memory(): Readonly<Record<string, number>> {
@@ -233,8 +233,7 @@ export class EggrollSession implements Disposable {
   /** The adapter as it is now. */
   publish(): Packed {
     const { base, recipe, start } = this.#options;
-    const from = start === null ? [] : [start.generation];
-    const about = { baseHash: base.hash, step: this.#step, from };
+    const about = { baseHash: base.hash, step: this.#step, start };
     return publishModules(recipe, this.#training.modules(), about);
   }
 
@@ -266,13 +265,7 @@ export class EggrollSession implements Disposable {
   }
 
   checkpoint(): Checkpoint {
-    const size = this.#trained.reduce((sum, { values }) => sum + values.length, 0);
-    const parameters = new Float32Array(size);
-    let at = 0;
-    for (const { values } of this.#trained) {
-      parameters.set(values, at);
-      at += values.length;
-    }
+    const parameters = joinValues(this.#trained.map(({ values }) => values));
     const { learningRate } = this.#recipe;
     const progress = { step: this.#step, skipped: false, taken: 0, accumulation: 1, learningRate };
     return { ...progress, run: this.run, parameters, optimizer: this.#optimizer.save() };
@@ -282,11 +275,10 @@ export class EggrollSession implements Disposable {
   restore({ step, run, parameters, optimizer }: Checkpoint): void {
     if (run !== this.run) throw refused('it is of another recipe, base or file');
     this.#optimizer.restore(optimizer);
-    let at = 0;
-    for (const { values } of this.#trained) {
-      values.set(parameters.subarray(at, at + values.length));
-      at += values.length;
-    }
+    splitValues(
+      parameters,
+      this.#trained.map(({ values }) => values),
+    );
     this.#step = step;
   }
 

@@ -3,7 +3,6 @@
 
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
-import type { Generation } from '../adapters/adapter.ts';
 import { type Family, type Site, streamOf, type Tensors } from '../adapters/families/family.ts';
 import { scaleOf } from '../adapters/families/matryoshka.ts';
 import { createRandom } from '../adapters/families/seeded-random.ts';
@@ -149,21 +148,23 @@ export function checkStart(recipe: Recipe, { manifest }: PackedAdapter, baseHash
 export interface PublishAbout {
   readonly baseHash: string;
   readonly step: number;
-  readonly from: readonly Generation[];
+  /** What training went on from. */
+  readonly start: PackedAdapter | null;
 }
 
 /** Throws INVALID_ADAPTER where a number is beyond what packed files hold. svfit as a lora: without a basis of its own. */
 export function publishModules(
   recipe: Recipe,
   modules: readonly TrainedModule[],
-  { baseHash, step, from }: PublishAbout,
+  { baseHash, step, start }: PublishAbout,
 ): Packed {
   const family = familyOf(recipe);
+  const from = start === null ? [] : [start.generation];
   const about = {
     kind: recipe.kind === 'svfit' ? 'lora' : recipe.kind,
     describe: family.describe,
     baseHash,
-    source: { format: 'rankgate', by: `${step} steps of training`, from: [...from] },
+    source: { format: 'rankgate', by: `${step} steps of training`, from },
   } as const;
   if (family.route !== null) return packRouted(modules, family, about);
   const order = recipe.order === 'svd' ? bySvd : asServed;

@@ -17,7 +17,7 @@ import type { DecoderWeights } from '../model/decoder.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
 import { TrainingDecoder } from '../model/training-decoder.ts';
 import { nextBatchSize } from './batch-growth.ts';
-import { type Checkpoint, refused } from './checkpoint.ts';
+import { type Checkpoint, joinValues, refused, splitValues } from './checkpoint.ts';
 import { ServedLoss } from './evaluation.ts';
 import { type Example, hashExamples } from './examples.ts';
 import { FamilyTraining, type Observer } from './family-training.ts';
@@ -139,9 +139,7 @@ export class TrainingSession implements Disposable {
 
   /** Names all that the result depends on. */
   get run(): string {
-    return createHash('sha256')
-      .update(JSON.stringify([this.#recipe, this.#data]))
-      .digest('hex');
+    return hashRun(this.#recipe, this.#data);
   }
 
   get #observer(): Observer {
@@ -223,12 +221,8 @@ export class TrainingSession implements Disposable {
   /** The adapter as it is now. */
   publish(): Packed {
     const { base, recipe, start } = this.#options;
-    const from = start === null ? [] : [start.generation];
-    return publishModules(recipe, this.#training.modules(), {
-      baseHash: base.hash,
-      step: this.#step,
-      from,
-    });
+    const about = { baseHash: base.hash, step: this.#step, start };
+    return publishModules(recipe, this.#training.modules(), about);
   }
 
   /** Held-out loss of the base; null without held-out examples. */
@@ -244,13 +238,7 @@ export class TrainingSession implements Disposable {
   }
 
   checkpoint(): Checkpoint {
-    const { state } = this.#training;
-    const parameters = new Float32Array(state.reduce((sum, { length }) => sum + length, 0));
-    let at = 0;
-    for (const values of state) {
-      parameters.set(values, at);
-      at += values.length;
-    }
+    const parameters = joinValues(this.#training.state);
     const optimizer = this.#optimizer.save();
     const { learningRate } = this.#recipe;
     const progress = { step: this.#step, skipped: this.#skipped, learningRate };
@@ -263,11 +251,7 @@ export class TrainingSession implements Disposable {
     const { step, skipped, taken, accumulation, run, parameters, optimizer } = checkpoint;
     if (run !== this.run) throw refused('it is of another recipe, base or file');
     this.#optimizer.restore(optimizer);
-    let at = 0;
-    for (const values of this.#training.state) {
-      values.set(parameters.subarray(at, at + values.length));
-      at += values.length;
-    }
+    splitValues(parameters, this.#training.state);
     this.#step = step;
     this.#skipped = skipped;
     this.#taken = taken;
@@ -313,6 +297,13 @@ function heldOutBatches(examples: readonly Example[], recipe: Recipe): Layout[] 
 export function dataOf({ base, training, heldOut, start }: SessionOptions): string {
   const hashes = [hashExamples(training), hashExamples(heldOut)];
   return JSON.stringify([base.hash, ...hashes, start?.generation ?? null]);
+}
+
+/** Of its recipe as it was decided, and of `dataOf`. */
+export function hashRun(recipe: RunRecipe, data: string): string {
+  return createHash('sha256')
+    .update(JSON.stringify([recipe, data]))
+    .digest('hex');
 }
 
 export function optimizerOf(recipe: Recipe, parameters: readonly Parameter[]): Optimizer {

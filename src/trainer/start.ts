@@ -30,9 +30,7 @@ export function startModules({
   start,
   modules = null,
 }: Start): TrainedModule[] {
-  if (recipe.init.kind === 'eva') {
-    return evaStart(base, recipe, momentsOf(base, recipe, training));
-  }
+  if (recipe.init.kind === 'eva') return evaStart({ base, recipe, training }, recipe.init);
   return Array.from({ length: base.config.blocks }, (_, block) =>
     recipe.targets
       .filter((projection) => modules?.has(moduleIndex(block, projection)) ?? true)
@@ -58,14 +56,13 @@ function siteOf(
   return { block, projection, ...shape, weight };
 }
 
-/** Of the rows that learn, in as many windows as have the tokens that the recipe names. */
-function momentsOf(
-  { config, weights, kernels }: TrainingBase,
-  recipe: Recipe,
-  training: readonly Example[],
-): Iterable<BlockMoments> {
-  const { windowTokens: windowRows, init } = recipe;
-  const most = init.kind === 'eva' ? Math.max(1, Math.floor(init.tokens / windowRows)) : 0;
+type From = Pick<Start, 'base' | 'recipe' | 'training'>;
+
+/** Of the rows that learn, in as many windows as have so many tokens. */
+function momentsOf({ base, recipe, training }: From, count: number): Iterable<BlockMoments> {
+  const { config, weights, kernels } = base;
+  const { windowTokens: windowRows } = recipe;
+  const most = Math.max(1, Math.floor(count / windowRows));
   const windows = packWindows(training, windowRows, null).slice(0, most);
   const sizes = { windows: windows.length, windowRows, weight: 1 };
   const { tokens, sequences, answers } = layOut(training, windows, sizes);
@@ -76,12 +73,12 @@ function momentsOf(
 
 /** Modules without a rank are not there. */
 function evaStart(
-  base: TrainingBase,
-  { rank, targets, init }: Recipe,
-  moments: Iterable<BlockMoments>,
+  from: From,
+  { rho, tokens }: Recipe['init'] & { readonly kind: 'eva' },
 ): TrainedModule[] {
-  const rho = init.kind === 'eva' ? init.rho : 1;
-  return evaModules(moments, { rank, rho, targets })
+  const { base, recipe } = from;
+  const { rank, targets } = recipe;
+  return evaModules(momentsOf(from, tokens), { rank, rho, targets })
     .filter(({ a }) => a.columns > 0)
     .map(({ block, projection, a }) => {
       const site = siteOf(base, block, projection);
