@@ -50,6 +50,17 @@ export function clientOf({ flags, terminal }: Invocation): (call: Call) => Promi
   return (call) => callGateway({ url, apiKey: defaults.apiKey, timeoutMs }, call);
 }
 
+/** Of a call that sends files of `total` bytes: a bar, unless the output is for a program. */
+export function uploadProgress(
+  { flags, terminal }: Invocation,
+  label: string,
+  total: number,
+): Pick<Call, 'onProgress'> {
+  if (flags.json) return {};
+  const report = createProgress(terminal.err, terminal.isTerminal);
+  return { onProgress: (bytes) => report({ label, done: Math.min(bytes, total), total }) };
+}
+
 /** A command that is one call to a running server. */
 export function clientCommand(
   positionals: readonly string[],
@@ -127,7 +138,8 @@ async function formOf(
   throw new CommandError(1, 'INVALID_ADAPTER', `there is no ${weightsFile} in ${directory}`);
 }
 
-async function callToAdd({ flags, positionals, terminal }: Invocation): Promise<Call> {
+async function callToAdd(invocation: Invocation): Promise<Call> {
+  const { flags, positionals } = invocation;
   const [name = '', source = ''] = positionals;
   const fields = {
     name,
@@ -145,10 +157,7 @@ async function callToAdd({ flags, positionals, terminal }: Invocation): Promise<
     (sum, value) => sum + (typeof value === 'string' ? value.length : value.size),
     0,
   );
-  const report = createProgress(terminal.err, terminal.isTerminal);
-  const onProgress = (bytes: number): void =>
-    report({ label: basename(source), done: Math.min(bytes, total), total });
-  return { ...call, body, ...(flags.json ? {} : { onProgress }) };
+  return { ...call, body, ...uploadProgress(invocation, basename(source), total) };
 }
 
 /** What arrived must be what was sent. */

@@ -167,9 +167,10 @@ function startRouter(
   let sentMs = Number.NEGATIVE_INFINITY;
   engine.onStep((report) => {
     router.observe(report);
-    const { costs } = router;
     const nowMs = systemClock.nowMs();
-    if (costs === null || nowMs - sentMs < costsMs) return;
+    if (nowMs - sentMs < costsMs) return;
+    const { costs } = router;
+    if (costs === null) return;
     sentMs = nowMs;
     engine.setCosts(costs);
   });

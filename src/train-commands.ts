@@ -13,10 +13,11 @@ import {
   json,
   numberOf,
   text,
+  uploadProgress,
   usageError,
 } from './adapter-commands.ts';
 import { type Call, CommandError } from './gateway-client.ts';
-import { createProgress, renderBar, sparkline } from './terminal.ts';
+import { renderBar, sparkline } from './terminal.ts';
 
 /** What is read of the server's answers. */
 interface JobView {
@@ -132,25 +133,14 @@ const unreadable =
     throw new CommandError(1, 'FILE_NOT_FOUND', `${path} cannot be read (${error.code})`);
   };
 
-async function sendFile(
-  { flags, terminal }: Invocation,
-  send: Send,
-  path: string,
-): Promise<string> {
+async function sendFile(invocation: Invocation, send: Send, path: string): Promise<string> {
   const { size } = await stat(path).catch(unreadable(path));
   const body = new FormData();
   body.set('purpose', 'fine-tune');
   body.set('file', await openAsBlob(path), basename(path));
-  const report = createProgress(terminal.err, terminal.isTerminal);
-  const onProgress = (bytes: number): void =>
-    report({ label: basename(path), done: Math.min(bytes, size), total: size });
-  const call = {
-    method: 'POST',
-    path: files,
-    body,
-    ...(flags.json ? {} : { onProgress }),
-  } as const;
-  return (await jsonOf<{ id: string }>(send(call))).id;
+  const progress = uploadProgress(invocation, basename(path), size);
+  const answer = send({ method: 'POST', path: files, body, ...progress });
+  return (await jsonOf<{ id: string }>(answer)).id;
 }
 
 async function baseModel(send: Send): Promise<string> {

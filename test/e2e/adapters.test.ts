@@ -4,10 +4,10 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { fly } from '../../src/adapters/families/fly.ts';
 import { createRandom } from '../../src/adapters/families/seeded-random.ts';
-import { runCommand } from '../../src/commands.ts';
 import { writeSafetensors } from '../../src/model/safetensors.ts';
 import { testSite, trainedTensors } from '../support/family-site.ts';
 import { type GatewayProcess, startGatewayProcess } from '../support/gateway-process.ts';
+import { type Ran, runAsScript } from '../support/run-command.ts';
 import { goldenDirectory } from '../support/tiny-base.ts';
 
 // The command line against the built gateway over the tiny model: uploads of two tenants, what each sees, and what is there
@@ -43,23 +43,11 @@ afterAll(async () => {
 
 type Who = keyof typeof keys;
 
-async function cli(
-  who: Who,
-  ...args: string[]
-): Promise<{ exitCode: number; out: string; err: string }> {
-  let [out, err] = ['', ''];
-  const exitCode = await runCommand(['adapters', ...args, '--json'], {
-    out: (text) => {
-      out += text;
-    },
-    err: (text) => {
-      err += text;
-    },
-    isTerminal: false,
-    environment: { RANKGATE_URL: gateway.url, RANKGATE_API_KEY: keys[who] },
+const cli = (who: Who, ...args: string[]): Promise<Ran> =>
+  runAsScript(['adapters', ...args, '--json'], {
+    RANKGATE_URL: gateway.url,
+    RANKGATE_API_KEY: keys[who],
   });
-  return { exitCode, out, err };
-}
 
 async function ask(
   who: Who,

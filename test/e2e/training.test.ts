@@ -3,9 +3,9 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import OpenAI, { toFile } from 'openai';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { runCommand } from '../../src/commands.ts';
 import type { GatewayProcess } from '../support/gateway-process.ts';
 import { createRng } from '../support/random.ts';
+import { runAsScript } from '../support/run-command.ts';
 import {
   answer,
   clientOf,
@@ -86,17 +86,10 @@ describe('training, from a file to an answer', () => {
     const [file, recipeFile] = [join(dataDir, 'talk.jsonl'), join(dataDir, 'recipe.json')];
     writeFileSync(file, examples);
     writeFileSync(recipeFile, JSON.stringify({ ...recipe, stepsMax: 3 }));
-    let [out, err] = ['', ''];
-    const exitCode = await runCommand(['train', file, '--suffix', 'cli', '--recipe', recipeFile], {
-      out: (text) => {
-        out += text;
-      },
-      err: (text) => {
-        err += text;
-      },
-      isTerminal: false,
-      environment: { RANKGATE_URL: gateway.url },
-    });
+    const { exitCode, out, err } = await runAsScript(
+      ['train', file, '--suffix', 'cli', '--recipe', recipeFile],
+      { RANKGATE_URL: gateway.url },
+    );
     expect(exitCode, err).toBe(0);
     expect(err).toContain('training has begun: 3 steps');
     const model = out.trim().split('\n').at(-1)!;

@@ -13,6 +13,7 @@ import {
   noUrgency,
   type RankChange,
   type Sampling,
+  type StepCosts,
   type StepReport,
 } from '../../src/engine/messages.ts';
 import { PrefixCache } from '../../src/engine/prefix-cache.ts';
@@ -27,6 +28,7 @@ import {
   fakePacked,
 } from './fake-stepper.ts';
 import { createManualClock, type ManualClock } from './manual-clock.ts';
+import { stepMs } from './simulator/machine.ts';
 
 export const greedy: Sampling = {
   temperature: 0,
@@ -135,6 +137,13 @@ export class LoopHarness {
     this.heard.set(request.id, heard);
     this.loop.submit(request, generated, rankChanges);
     return heard;
+  }
+
+  /** The clock moves by what steps cost from now on. */
+  advanceBy(costs: StepCosts): void {
+    this.onMessage = (message) => {
+      if (message.kind === 'step') this.clock.advance(stepMs(costs, message.report));
+    };
   }
 
   #hear(message: FromEngine): void {

@@ -5,9 +5,10 @@ import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { runCommand, usage } from '../../src/commands.ts';
+import { usage } from '../../src/commands.ts';
 import { curlOf } from '../../src/serve.ts';
 import { createProgress, renderProgress } from '../../src/terminal.ts';
+import { type Ran, runAsScript } from '../support/run-command.ts';
 
 interface Seen {
   readonly method: string | undefined;
@@ -65,21 +66,7 @@ afterEach(() => {
   rmSync(dir, { recursive: true, force: true });
 });
 
-async function run(...args: string[]): Promise<{ exitCode: number; out: string; err: string }> {
-  let out = '';
-  let err = '';
-  const exitCode = await runCommand(args, {
-    out: (text) => {
-      out += text;
-    },
-    err: (text) => {
-      err += text;
-    },
-    isTerminal: false,
-    environment,
-  });
-  return { exitCode, out, err };
-}
+const run = (...args: string[]): Promise<Ran> => runAsScript(args, environment);
 
 describe('the adapters commands', () => {
   it.each<[string[], Partial<Seen>]>([

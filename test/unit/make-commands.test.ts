@@ -4,7 +4,6 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { generationOf, openPacked, type PackedAdapter } from '../../src/adapters/pack.ts';
 import { importPacked } from '../../src/adapters/packed-import.ts';
-import { runCommand } from '../../src/commands.ts';
 import { sha256OfFile } from '../../src/model/file-hash.ts';
 import { openDecoder } from '../../src/model/open-decoder.ts';
 import { logitsPerToken } from '../support/generate.ts';
@@ -13,6 +12,7 @@ import { rewriteWeights, roundedTo } from '../support/gguf-rewrite.ts';
 import { writeAdapter } from '../support/load-adapter.ts';
 import { tinyPath } from '../support/open-test-decoder.ts';
 import { createRng } from '../support/random.ts';
+import { runAsScript } from '../support/run-command.ts';
 import { tinyBase } from '../support/tiny-base.ts';
 
 let folder: string;
@@ -44,14 +44,9 @@ beforeAll(() => {
 afterAll(() => rmSync(folder, { recursive: true }));
 
 async function rankgate(...args: string[]): Promise<{ code: number; out: string; err: string }> {
-  const [out, err]: [string[], string[]] = [[], []];
-  const code = await runCommand(args, {
-    out: (piece) => void out.push(piece),
-    err: (piece) => void err.push(piece),
-    isTerminal: false,
-    environment: { RANKGATE_DATA_DIR: join(folder, 'data') },
-  });
-  return { code, out: out.join(''), err: err.join('') };
+  const environment = { RANKGATE_DATA_DIR: join(folder, 'data') };
+  const { exitCode: code, out, err } = await runAsScript(args, environment);
+  return { code, out, err };
 }
 
 async function madeIn(directory: string, basePath: string): Promise<PackedAdapter> {

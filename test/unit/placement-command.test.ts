@@ -2,7 +2,7 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { runCommand } from '../../src/commands.ts';
+import { type Ran, runAsScript } from '../support/run-command.ts';
 
 let dir: string;
 beforeEach(() => {
@@ -10,27 +10,10 @@ beforeEach(() => {
 });
 afterEach(() => rmSync(dir, { recursive: true }));
 
-interface Ran {
-  readonly exitCode: number;
-  readonly out: string;
-  readonly err: string;
-}
-
 async function run(problem: unknown, ...flags: string[]): Promise<Ran> {
   const file = join(dir, 'problem.json');
   writeFileSync(file, typeof problem === 'string' ? problem : JSON.stringify(problem));
-  let [out, err] = ['', ''];
-  const exitCode = await runCommand(['placement', file, ...flags], {
-    out: (text) => {
-      out += text;
-    },
-    err: (text) => {
-      err += text;
-    },
-    isTerminal: false,
-    environment: {},
-  });
-  return { exitCode, out, err };
+  return runAsScript(['placement', file, ...flags]);
 }
 
 const problem = {

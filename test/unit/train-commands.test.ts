@@ -4,9 +4,9 @@ import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { runCommand } from '../../src/commands.ts';
 import { sparkline } from '../../src/terminal.ts';
 import { createFollower, timeText } from '../../src/train-commands.ts';
+import { type Ran, runAsScript } from '../support/run-command.ts';
 
 interface Seen {
   readonly call: string;
@@ -76,20 +76,7 @@ afterEach(() => {
   rmSync(dir, { recursive: true });
 });
 
-async function run(...args: string[]): Promise<{ exitCode: number; out: string; err: string }> {
-  let [out, err] = ['', ''];
-  const exitCode = await runCommand(args, {
-    out: (text) => {
-      out += text;
-    },
-    err: (text) => {
-      err += text;
-    },
-    isTerminal: false,
-    environment,
-  });
-  return { exitCode, out, err };
-}
+const run = (...args: string[]): Promise<Ran> => runAsScript(args, environment);
 
 const bodyOf = (call: string): string => seen.find((one) => one.call === call)!.body;
 

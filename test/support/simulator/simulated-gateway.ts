@@ -138,9 +138,10 @@ export class SimulatedGateway {
 
   /** As main.ts does. */
   #sendCosts(): void {
-    const { costs } = this.#router;
     const nowMs = this.#options.clock.nowMs();
-    if (costs === null || nowMs - this.#costsSentMs < costsMs) return;
+    if (nowMs - this.#costsSentMs < costsMs) return;
+    const { costs } = this.#router;
+    if (costs === null) return;
     this.#costsSentMs = nowMs;
     this.#options.sendCosts(costs);
   }

@@ -35,11 +35,7 @@ const widest = fakeGeneration(17);
 function timed(options: HarnessOptions = {}, isTold = true): LoopHarness {
   const harness = new LoopHarness({ speculation: 'off', ...options });
   if (isTold) harness.loop.setCosts(costs);
-  harness.onMessage = (message) => {
-    if (message.kind !== 'step') return;
-    const { decodeRows, prefillTokens, decodeRanks } = message.report;
-    harness.clock.advance(8 + 2 * decodeRows + prefillTokens + 0.5 * decodeRanks);
-  };
+  harness.advanceBy(costs);
   return harness;
 }
 

@@ -4,7 +4,7 @@ import { smallMachine } from '../../support/simulator/machine.ts';
 import { simulate } from '../../support/simulator/simulation.ts';
 import { createTraffic, smallTiers } from '../../support/simulator/traffic.ts';
 
-// Admission looks at 256 a tick. More than that wait, for more adapters than there is room for: an adapter may be loaded for
+// Admission looks at 64 a tick. More than that wait, for more adapters than there is room for: an adapter may be loaded for
 // somebody who is beyond its reach when the load is done.
 it('serves everybody of a queue that is longer than what admission looks at', async () => {
   const count = 320;

@@ -45,11 +45,7 @@ async function run(factor: number, isTold: boolean): Promise<number[]> {
     speculation: 'off',
   });
   if (isTold) harness.loop.setCosts(costs);
-  harness.onMessage = (message) => {
-    if (message.kind !== 'step') return;
-    const { decodeRows, prefillTokens } = message.report;
-    harness.clock.advance(8 + 2.5 * decodeRows + 2.5 * prefillTokens);
-  };
+  harness.advanceBy(costs);
   const all = [
     ...calm.flatMap((tenant, i) => arrivals(tenant, perSecond, i + 1)),
     ...arrivals('flood', perSecond * factor, 99),
