@@ -2,8 +2,10 @@ import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { StepWork as Work } from '../../../src/engine/messages.ts';
 import {
+  agreeing,
   estimate,
   ThreadGovernor,
+  trialSteps,
   waitMsMax,
   waitMsMin,
   watchSteps,
@@ -33,8 +35,8 @@ class Machine {
   slowdown = 1;
   /** As in a container. */
   hidesIdle = false;
-  /** The others are guests of the same host: this one's CPU time does not show what they take. */
-  hidesTheft = false;
+  /** The others want a core for moments only: they take time, and stop nobody for long. */
+  areBrief = false;
   readonly #cores: number;
   readonly #random: () => number;
   readonly governor: ThreadGovernor;
@@ -46,7 +48,7 @@ class Machine {
     this.governor = new ThreadGovernor(threadsMax, () => {
       const { threads } = this.governor;
       if (this.hidesIdle) return Number.POSITIVE_INFINITY;
-      return Math.max(0, cores - threads - (this.hidesTheft ? 0 : this.others));
+      return Math.max(0, cores - threads - this.others);
     });
   }
 
@@ -54,14 +56,14 @@ class Machine {
     const { threads } = this.governor;
     const rows = work.decodeRows + work.prefillTokens;
     const cost = 6 + 2.2 * rows + work.decodeRanks / 30 + work.kvCells / 9000;
-    const calmMs = cost * (0.15 + 0.85 / threads) * (0.9 + 0.2 * this.#random());
+    const calmMs = cost * share(threads) * (0.9 + 0.2 * this.#random());
     const { ms, cores } = this.#contend(threads, calmMs);
     this.nowMs += ms + 0.5;
     this.history.push({ nowMs: this.nowMs, threads });
     this.governor.observe({
       nowMs: this.nowMs,
       ms,
-      cpuMs: (this.hidesTheft ? 0.99 * threads : cores) * ms,
+      cpuMs: cores * ms,
       work,
     });
   }
@@ -80,7 +82,7 @@ class Machine {
       return { ms: calmMs / share, cores: share };
     }
     const shared = wanting - this.#cores; // cores on which two meet
-    const ms = calmMs * this.slowdown * (random < 0.3 ? 10 : 2);
+    const ms = calmMs * this.slowdown * (this.areBrief ? 1.3 : random < 0.3 ? 10 : 2);
     return { ms, cores: Math.max(0.5 * threads, threads - 0.5 * shared) };
   }
 
@@ -104,6 +106,8 @@ class Machine {
   }
 }
 
+/** Of a step's time on one thread. */
+const share = (threads: number): number => 0.15 + 0.85 / threads;
 const coreCounts = fc.constantFrom(2, 3, 4, 8, 16, 64);
 const seeds = fc.integer({ min: 0, max: 2 ** 31 });
 const mixed = (seed: number): (() => Work) => {
@@ -126,91 +130,72 @@ describe('ThreadGovernor', () => {
     );
   });
 
-  it('lowers within a few steps when others want the cores, and raises again after they have gone', () => {
+  it('goes down to what others leave, and up again when they have gone', () => {
     fc.assert(
       fc.property(coreCounts, seeds, fc.integer({ min: 1, max: 8 }), (cores, seed, wanted) => {
         const machine = new Machine(cores, seed);
-        const others = Math.min(wanted, cores);
+        const others = Math.min(wanted, (cores / 2) | 0);
         machine.run(mixed(seed), () => false, 200);
         machine.others = others;
-        const steps = machine.run(mixed(seed), () => machine.governor.threads < cores, 1000);
-        expect(steps).toBeLessThanOrEqual(windowSteps);
-        // As many as the others leave, or one when they leave none; of sixteen one may share its core unseen.
         const fits = Math.max(1, cores - others);
-        const most = fits + Math.floor(cores / 16);
-        machine.run(mixed(seed), () => machine.governor.threads <= most, 50 * windowSteps);
-        expect(machine.governor.threads).toBeLessThanOrEqual(most);
-        expect(machine.governor.threads).toBeGreaterThanOrEqual(Math.floor(fits / 2));
+        const most = fits + Math.floor(cores / 16); // of sixteen one may share its core unseen
+        const steps = machine.run(mixed(seed), () => machine.governor.threads <= most, 1000);
+        expect(steps).toBeLessThan(windowSteps + 2);
+        const at = machine.history.length;
+        machine.run(mixed(seed), () => false, 2000);
+        const during = machine.history.slice(at).map(({ threads }) => threads);
+        expect(during.filter((threads) => threads <= most).length).toBeGreaterThan(0.85 * 2000);
+        expect(Math.min(...during)).toBeGreaterThanOrEqual(Math.floor(fits / 2));
         machine.others = 0;
         const calmMs = machine.nowMs;
-        machine.run(mixed(seed), () => machine.governor.threads === cores);
-        expect(machine.nowMs - calmMs).toBeLessThan(7 * waitMsMax);
+        const isFast = ({ threads }: { threads: number }): boolean =>
+          share(threads) <= 1.12 * share(cores);
+        const lasts = 3 * trialSteps;
+        machine.run(
+          mixed(seed),
+          () => machine.history.length > lasts && machine.history.slice(-lasts).every(isFast),
+        );
+        expect(machine.nowMs - calmMs).toBeLessThan(2 * waitMsMax);
       }),
-      { numRuns: 100 },
+      { numRuns: 60 },
     );
   });
 
-  it('sees by the estimate alone what a hypervisor takes', () => {
-    const machine = new Machine(4, 11);
-    machine.hidesTheft = true;
-    machine.run(mixed(12), () => false, 300);
-    expect(machine.changes()).toEqual([]);
-    machine.others = 2;
-    const steps = machine.run(mixed(13), () => machine.governor.threads < 4, 1000);
-    expect(steps).toBeLessThanOrEqual(windowSteps);
-    const fromMs = machine.nowMs;
-    machine.run(mixed(14), () => machine.nowMs - fromMs > 300_000);
-    const during = machine.history.filter(({ nowMs }) => nowMs > fromMs);
-    const lowered = during.filter(({ threads }) => threads <= 2).length / during.length;
-    expect(lowered).toBeGreaterThan(0.8);
-  });
-
-  it('believes a machine that became slower, and keeps its threads', () => {
+  it('keeps its threads beside what wants a core for moments: they are faster all the same', () => {
     fc.assert(
-      fc.property(coreCounts, seeds, (cores, seed) => {
-        const machine = new Machine(cores, seed);
-        machine.run(
-          () => decode(2),
-          () => false,
-          300,
-        );
-        machine.slowdown = 3;
-        machine.run(
-          () => decode(2),
-          () => machine.nowMs > 60_000,
-        );
-        expect(machine.changes().length).toBeGreaterThan(0); // it was tried
-        expect(machine.changes().length).toBeLessThan(20);
-        const at = machine.history.length;
-        machine.run(
-          () => decode(2),
-          () => false,
-          2000,
-        );
-        const low = machine.history.slice(at).filter(({ threads }) => threads < cores);
-        expect(low.length).toBeLessThan(4 * windowSteps);
-      }),
-      { numRuns: 40 },
-    );
-  });
-
-  it('changes at most once in a window and tries ever more rarely what does not last', () => {
-    fc.assert(
-      fc.property(seeds, fc.integer({ min: 1, max: 3 }), (seed, others) => {
+      fc.property(seeds, (seed) => {
         const machine = new Machine(2, seed);
-        machine.others = others;
+        machine.others = 1;
+        machine.areBrief = true;
+        machine.run(mixed(seed), () => machine.nowMs > 300_000);
+        const fewer = machine.history.filter(({ threads }) => threads < 2).length;
+        expect(fewer).toBeGreaterThan(0); // it was tried
+        expect(fewer / machine.history.length).toBeLessThan(0.1);
+      }),
+      { numRuns: 30 },
+    );
+  });
+
+  it('does not take a machine that became slower for a contended one', () => {
+    const machine = new Machine(4, 11);
+    machine.run(mixed(12), () => false, 300);
+    machine.slowdown = 3;
+    machine.run(mixed(13), () => false, 2000);
+    expect(machine.changes()).toEqual([]);
+  });
+
+  it('tries ever more rarely what is no better', () => {
+    fc.assert(
+      fc.property(seeds, (seed) => {
+        const machine = new Machine(2, seed);
+        machine.others = 1;
         machine.hidesIdle = true;
         machine.run(mixed(seed), () => machine.nowMs > 300_000);
-        const changes = machine.changes();
-        const raises = changes.filter(({ from, to }) => to > from);
-        for (let i = 1; i < raises.length; i++) {
-          expect(raises[i]!.nowMs - raises[i - 1]!.nowMs).toBeGreaterThanOrEqual(waitMsMin);
-        }
-        // 1 + 2 + 4 + … + 64 s, then one every 64 s: at most 7 + 300 / 64 tries in 300 s.
-        expect(raises.length).toBeGreaterThanOrEqual(5);
-        expect(raises.length).toBeLessThanOrEqual(7 + Math.ceil(300_000 / waitMsMax));
         const raised = machine.history.filter(({ threads }) => threads === 2).length;
-        expect(raised).toBeLessThanOrEqual((raises.length + 1) * windowSteps);
+        // 1 + 2 + 4 + … + 64 s, then one every 64 s; before the first and after a misjudged one it is at two.
+        const trials = 7 + Math.ceil(300_000 / waitMsMax);
+        expect(raised).toBeGreaterThan(4 * trialSteps);
+        expect(raised).toBeLessThanOrEqual((trials + 4) * trialSteps + 2 * windowSteps);
       }),
       { numRuns: 40 },
     );
@@ -221,15 +206,13 @@ describe('ThreadGovernor', () => {
     machine.run(mixed(22), () => false, 100);
     machine.others = 2;
     machine.slowdown = 30; // two that share a core meet at every barrier
-    const steps = machine.run(
-      () => decode(8),
-      () => machine.governor.threads === 1,
-    );
-    expect(steps).toBeLessThanOrEqual(2);
+    const isOver = (): boolean => machine.history.slice(-4).every(({ threads }) => threads === 1);
+    expect(machine.run(() => decode(8), isOver)).toBeLessThanOrEqual(2 + 4 + 4);
     machine.slowdown = 1;
     const fromMs = machine.nowMs;
+    const from = machine.history.length;
     machine.run(mixed(23), () => machine.nowMs - fromMs > 100_000);
-    expect(machine.changes()).toHaveLength(1);
+    expect(machine.history.slice(from).every(({ threads }) => threads === 1)).toBe(true);
     machine.others = 0;
     machine.run(mixed(24), () => machine.governor.threads === 2);
     expect(machine.nowMs - fromMs).toBeLessThan(100_000 + 3 * waitMsMin);
@@ -284,8 +267,12 @@ describe('watchSteps', () => {
     };
     for (let i = 0; i < 50; i++) step(10, 4);
     expect(set).toEqual([]);
-    for (let i = 0; i < windowSteps; i++) step(40, 2.2);
-    expect(set).toEqual([2]);
-    expect(watch.threads).toBe(2);
+    for (let i = 0; i < agreeing; i++) step(40, 2.2);
+    expect(set).toEqual([]);
+    step(40, 2.2); // a trial begins with what it is compared with
+    expect(set).toEqual([1]);
+    for (let i = 1; i < 2 * trialSteps; i++) step(i % 2 === 0 ? 40 : 10, watch.threads);
+    expect(set.slice(-2)).toEqual([4, 1]);
+    expect(watch.threads).toBe(1);
   });
 });
