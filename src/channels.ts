@@ -17,7 +17,7 @@ export interface InferenceReport {
   readonly predictedMs: number | null;
   /** What that prediction is to be compared with; null when the answer is not complete. */
   readonly plannedToEndMs: number | null;
-  /** null when no budget was given or the answer is not complete. */
+  /** null when no time was stated, or the answer was given up before it could be late. */
   readonly budgetMet: boolean | null;
   readonly promptTokens: number;
   readonly completionTokens: number;
@@ -25,6 +25,9 @@ export interface InferenceReport {
   readonly queueMs: number | null;
   readonly ttftMs: number | null;
   readonly totalMs: number | null;
+  /** How often the governor lowered and raised the rank of a sequence. */
+  readonly rankFalls: number;
+  readonly rankRises: number;
   /** One per finished sequence. */
   readonly finishReasons: readonly string[];
 }
@@ -41,6 +44,8 @@ export interface RequestEnd {
   readonly stream: boolean;
   readonly tenant: string | null;
   readonly durationMs: number;
+  /** Whose budget it has; null: no tier was named. */
+  readonly tier: string | null;
   readonly inference: InferenceReport | null;
 }
 
@@ -61,11 +66,24 @@ export interface RefreshEnded {
   readonly outcome: string;
 }
 
+/** Something was offered to the archive: an evaluation, or what scores of answers came to. */
+export interface ArchiveOffered {
+  readonly from: 'evaluation' | 'feedback';
+  readonly status: string;
+}
+
+/** A request read its cell of the archive. */
+export interface ArchiveRead {
+  readonly match: 'exact' | 'nearest' | 'none';
+}
+
 export interface Events {
   readonly 'request-end': RequestEnd;
   readonly 'engine-restart': EngineRestart;
   readonly 'job-end': JobEnd;
   readonly 'refresh-end': RefreshEnded;
+  readonly 'archive-offer': ArchiveOffered;
+  readonly 'archive-read': ArchiveRead;
 }
 
 const channels = {
@@ -73,6 +91,8 @@ const channels = {
   'engine-restart': channel('rankgate:engine-restart'),
   'job-end': channel('rankgate:job-end'),
   'refresh-end': channel('rankgate:refresh-end'),
+  'archive-offer': channel('rankgate:archive-offer'),
+  'archive-read': channel('rankgate:archive-read'),
 } as const;
 
 export function publish<K extends keyof Events>(event: K, payload: Events[K]): void {

@@ -33,6 +33,8 @@ export interface LoadListener {
 const bytesPerTick = 12 * 1024 * 1024;
 
 export class AdapterLoader {
+  /** Loads of what was hot, and those that a sequence used while they were there. */
+  readonly prewarms: { made: number; used: number } = { made: 0, used: 0 };
   readonly #residency: Residency;
   readonly #listener: LoadListener;
   /** Empty: nothing is wanted. */
@@ -44,6 +46,8 @@ export class AdapterLoader {
   /** The set is nobody's yet: somebody is expected to want it. */
   #isWarming = false;
   #hot: readonly HotAdapter[] = [];
+  /** Prewarmed, and not used yet. */
+  readonly #unused: Set<ResidentKey> = new Set();
   /** Of those, the ones that were not tried yet; null: all were. */
   #toWarm: HotAdapter[] | null = null;
 
@@ -75,6 +79,8 @@ export class AdapterLoader {
   /** What is to be loaded before anybody wants it, the hottest first, until the next list. */
   prewarm(hot: readonly HotAdapter[]): void {
     this.#hot = hot;
+    const residents = new Set(this.#residency.list().map(({ generation }) => generation));
+    for (const key of this.#unused) if (!residents.has(key)) this.#unused.delete(key);
     this.#toWarm = [...hot];
     this.#touchHot();
   }
@@ -84,6 +90,11 @@ export class AdapterLoader {
     for (const { generation, rank } of this.#hot.toReversed()) {
       this.#residency.acquire(generation, rank)?.release();
     }
+  }
+
+  /** A sequence was admitted with these. */
+  noteUse(set: readonly Want[]): void {
+    for (const { key } of set) if (this.#unused.delete(key)) this.prewarms.used += 1;
   }
 
   /** After a tick's admission: starts on the next that is hot, unless a load is under way. Each is tried once. */
@@ -112,6 +123,10 @@ export class AdapterLoader {
         this.#progress = this.#load.advance(bytesPerTick);
         if (this.#progress === 'no-room' && this.#isWarming) this.#release();
         if (this.#progress !== 'done') return;
+        if (this.#isWarming) {
+          this.prewarms.made += 1;
+          this.#unused.add(this.#load.generation);
+        }
         this.#hold();
       }
       this.#load = this.#next();
@@ -153,7 +168,10 @@ export class AdapterLoader {
   #next(): AdapterLoad | null {
     for (const { key, rank } of this.#set.slice(this.#uses.length)) {
       const use = this.#residency.acquire(key, rank);
-      if (use === null) return this.#residency.beginLoad(key, this.#listener.wake, rank);
+      if (use === null) {
+        this.#unused.delete(key); // put out, or not enough of it
+        return this.#residency.beginLoad(key, this.#listener.wake, rank);
+      }
       this.#uses.push(use);
     }
     return null;

@@ -141,6 +141,7 @@ export class Admission {
       if (holdings !== null) {
         sequence.holdings = holdings;
         sequence.position = holdings.cells.cachedTokens;
+        this.#options.loader.noteUse(sequence.wants);
         return null;
       }
     } catch (error) {

@@ -126,7 +126,7 @@ export class EngineLoop {
   stats(): EngineStats {
     const { cache, stepper, residency, watch } = this.#options;
     const { tokensQueried, tokensHit } = cache.counters();
-    const { running, waiting, preemptions } = this.#roster;
+    const { running, waiting, preemptions, prewarms } = this.#roster;
     return {
       running: running.size,
       waiting,
@@ -135,6 +135,8 @@ export class EngineLoop {
       residents: residency.list(),
       adapterSlotsMax: residency.pagesMax,
       preemptions,
+      prewarms: prewarms.made,
+      prewarmsUsed: prewarms.used,
       threads: watch.threads,
       steps: this.#steps,
       tokensGenerated: this.#tokens,

@@ -180,6 +180,9 @@ export interface EngineStats {
   readonly adapterSlotsMax: number;
   /** Sequences that gave their cells to others, so far. */
   readonly preemptions: number;
+  /** Adapters loaded because they were hot, and those of them that a sequence found there, so far. */
+  readonly prewarms: number;
+  readonly prewarmsUsed: number;
   /** Of the kernels, now: fewer than configured while others want the cores. */
   readonly threads: number;
   readonly steps: number;

@@ -50,6 +50,10 @@ export class Roster {
     return this.#queue.size;
   }
 
+  get prewarms(): AdapterLoader['prewarms'] {
+    return this.#loader.prewarms;
+  }
+
   /** `generated` are tokens of its answer that the reader has already (sequence.ts): such a request was accepted before, so
    *  it is not refused for a full queue. */
   add(request: GenerateRequest, generated: Int32Array, rankChanges: readonly RankChange[]): void {

@@ -313,6 +313,8 @@ const noStats: EngineStats = {
   residents: [],
   adapterSlotsMax: 0,
   preemptions: 0,
+  prewarms: 0,
+  prewarmsUsed: 0,
   threads: 0,
   steps: 0,
   tokensGenerated: 0,

@@ -63,8 +63,7 @@ interface Sequence extends FlyingSequence {
 export class Answer {
   readonly request: AnswerRequest;
   readonly used: readonly UsedAdapter[];
-  /** When, and what it was planned from. */
-  readonly #plannedMs: number;
+  /** What it was planned from. */
   readonly #input: RouteInput;
   readonly #plan: Plan;
   readonly #promptTokens: number;
@@ -76,6 +75,8 @@ export class Answer {
   #first: Promise<IteratorResult<Tagged<EngineEvent>>> | null = null;
   /** Of a captured answer. */
   #text = '';
+  #rankFalls = 0;
+  #rankRises = 0;
   #ttftMs: number | null = null;
   #endedMs: number | null = null;
   #isComplete = false;
@@ -87,10 +88,10 @@ export class Answer {
     this.#deps = deps;
     this.request = request;
     this.#promptTokens = prompts.reduce((sum, prompt) => sum + prompt.length, 0);
-    this.#plannedMs = deps.clock.nowMs();
+    const spentMs = deps.clock.nowMs() - request.receivedMs;
     this.#input = {
       // Tokenising and waiting for it are the budget's loss.
-      budget: remaining(budget, this.#plannedMs - request.receivedMs),
+      budget: remaining(budget, spentMs),
       promptTokens: Math.max(...prompts.map((prompt) => prompt.length)),
       tokensMax,
       ...routedAs(target),
@@ -192,7 +193,7 @@ export class Answer {
       rankMean: this.#rankMean,
       predictedMs: this.#plan.prediction?.totalMs ?? null,
       plannedToEndMs: this.#isComplete ? (this.#longest.end?.totalMs ?? null) : null,
-      budgetMet: this.#isComplete ? this.#budgetMet() : null,
+      budgetMet: this.#budgetMet(),
       promptTokens: this.#promptTokens,
       completionTokens: sum((sequence) => sequence.completionTokens),
       // Sequences of one prompt share it: the first one's hit is the prompt's.
@@ -203,6 +204,8 @@ export class Answer {
       queueMs: this.#sequences.find(({ queueMs }) => queueMs !== null)?.queueMs ?? null,
       ttftMs: this.#ttftMs,
       totalMs: this.#totalMs,
+      rankFalls: this.#rankFalls,
+      rankRises: this.#rankRises,
       finishReasons: this.#sequences.flatMap(({ end }) => end?.reason ?? []),
     };
   }
@@ -268,7 +271,9 @@ export class Answer {
         sequence.cachedTokens = event.cachedTokens;
         break;
       case 'rank':
-        break; // its end tells the mean
+        if (event.reason === 'late') this.#rankFalls += 1;
+        else this.#rankRises += 1;
+        break;
       case 'piece':
         this.#ttftMs ??= this.#deps.clock.nowMs() - this.request.receivedMs;
         sequence.completionTokens += event.tokens.length;
@@ -291,10 +296,18 @@ export class Answer {
   }
 
   #budgetMet(): boolean | null {
+    if (!this.#isComplete) return this.#wasGivenUpLate() ? false : null;
     // Sequences run side by side: the longest one sets the pace that was seen.
     const tokens = this.#longest.completionTokens;
     const times = { totalMs: this.#totalMs ?? 0, ttftMs: this.#ttftMs ?? 0, tokens };
     return wasMet(this.request.budget, times);
+  }
+
+  /** Its time was over: late, whoever gave it up. Before that nothing is known. */
+  #wasGivenUpLate(): boolean {
+    const { budget, receivedMs } = this.request;
+    const agoMs = this.#deps.clock.nowMs() - receivedMs;
+    return budget.totalMs !== null && agoMs > budget.totalMs;
   }
 
   get #longest(): Sequence {
@@ -303,14 +316,12 @@ export class Answer {
 
   /** The engine's own times: ours stand still while the client does not read, and that says nothing of the machine. */
   #settle(): void {
-    const { router, clock } = this.#deps;
+    const { router } = this.#deps;
     const { budget } = this.#input;
     const judge = (met: boolean): void =>
       router.judge({ input: this.#input, plan: this.#plan, met, score: null });
     if (!this.#isComplete) {
-      // Given up when its time was over: late, whoever gave up. Before that nothing is known.
-      const ranMs = clock.nowMs() - this.#plannedMs;
-      if (budget.totalMs !== null && ranMs > budget.totalMs) judge(false);
+      if (this.#wasGivenUpLate()) judge(false);
       return;
     }
     const { completionTokens, end } = this.#longest;

@@ -6,6 +6,7 @@ import type { Context } from 'hono';
 import { z } from 'zod';
 import { rankMaxLimit, tenantOf } from '../adapters/adapter.ts';
 import type { Registry } from '../adapters/registry.ts';
+import { publish } from '../channels.ts';
 import { GatewayError } from '../errors.ts';
 import {
   type Archive,
@@ -105,11 +106,11 @@ export async function offerToArchive(c: Context<Env>, deps: ServerDeps): Promise
     return { row: rowOf(elite.adapter, one.domain, c.get('caller')), elite };
   });
   const isCurrent = currentIn(registry);
-  const data = offers.map(({ row, elite }) => ({
-    ...rowView(row),
-    cell: archive.map.cellOf(elite.latencyMs),
-    status: archive.map.offer(row, elite, isCurrent),
-  }));
+  const data = offers.map(({ row, elite }) => {
+    const status = archive.map.offer(row, elite, isCurrent);
+    publish('archive-offer', { from: 'evaluation', status });
+    return { ...rowView(row), cell: archive.map.cellOf(elite.latencyMs), status };
+  });
   await archive.save();
   return c.json({ object: 'list', data });
 }
@@ -186,6 +187,7 @@ export function readCell(
   for (const row of new Set([rowOf(null, domain, caller), `/${domain}`])) {
     const found = archive.map.read(row, budgetMs, isCurrent);
     if (found === null) continue;
+    publish('archive-read', { match: found.match });
     const { adapter, generation, rank } = found.elite;
     const headers = { 'x-archive-cell': `${domain}/${found.cell}`, 'x-archive-match': found.match };
     if (adapter === null) return { target, headers };
@@ -199,6 +201,7 @@ export function readCell(
     const rankLimit = budget.rank === null ? rank : null;
     return { target: { ...target, parts, system, rankLimit, release }, headers };
   }
+  publish('archive-read', { match: 'none' });
   return { target, headers: { 'x-archive-match': 'none' } };
 }
 

@@ -4,6 +4,7 @@
 
 import type { Context } from 'hono';
 import { z } from 'zod';
+import { publish } from '../channels.ts';
 import { currentIn } from './archive.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
@@ -43,9 +44,9 @@ export async function takeFeedback(c: Context<Env>, deps: ServerDeps): Promise<R
   if (only !== null) refresher?.noteScore(only.name, only.generation, score);
   deps.router.judge({ ...planned, met: null, score });
   const isOffered = candidate !== null && map.has(candidate.row);
-  const status = isOffered
-    ? map.offer(candidate.row, candidate.elite, currentIn(deps.registry))
-    : 'counted';
+  if (!isOffered) return c.json(counted(id, 'counted', isCaptured));
+  const status = map.offer(candidate.row, candidate.elite, currentIn(deps.registry));
+  publish('archive-offer', { from: 'feedback', status });
   return c.json(counted(id, status, isCaptured));
 }
 

@@ -53,8 +53,10 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
   let answer: Answer | null = null;
   try {
     const header = (name: string): string | null => c.req.header(name) ?? null;
-    const source = { latency: body.latency, header, tier: tierOf(c, body, target, deps) };
-    const budget = parseBudget(source, deps.config);
+    const record = c.get('record');
+    const tier = tierOf(c, body, target, deps);
+    const budget = parseBudget({ latency: body.latency, header, tier }, deps.config);
+    record.tier = tier; // a known one
     const prompts = await ask.encode();
     const prior = await priorOf(target, deps);
     const tokensMax = tokensMaxOf(prompts, ask, deps.engine.base.contextMax);
@@ -65,7 +67,6 @@ export async function generate(c: Context<Env>, deps: ServerDeps, ask: Ask): Pro
     if (domain !== undefined && target.parts.length === 0) {
       ({ target, headers } = readCell(target, { domain, budget, tokensMax, caller }, deps));
     }
-    const record = c.get('record');
     const request = {
       id: `${ask.idPrefix}${deps.random.id()}`,
       tenant: c.get('tenant'),

@@ -41,45 +41,77 @@ export function createMetrics(source: MetricsSource): Metrics {
   loopDelay.enable();
   let sees = (_name: string): boolean => false;
   addEngineState(page, source, (name) => sees(name));
-  page.gauge('rankgate_jobs', 'Fine-tuning jobs that are remembered, by state.', () =>
-    [...(source.training?.jobs.counts() ?? [])].map(([state, count]) => [{ state }, count]),
-  );
-  page.gauge(
-    'rankgate_capture_dropped_total',
-    'Answers that were not captured for want of room.',
-    () => (source.training === null ? [] : [[{}, source.training.refresher.capture.dropped]]),
-    'counter',
-  );
+  addTraining(page, source);
   page.gauge('rankgate_event_loop_delay_seconds', 'Delay of the event loop since the start.', () =>
     [0.5, 0.99, 1].map((quantile) => [
       { quantile: String(quantile) },
       loopDelay.percentile(quantile * 100) / 1e9,
     ]),
   );
-  const stopRequests = onEvent(
-    'request-end',
-    countRequests(page, { model_name: source.modelName }),
-  );
-  const restarts = page.counter('rankgate_engine_restarts_total', 'Deaths of the engine process.');
-  const ends = page.counter('rankgate_job_ends_total', 'Ends of jobs that were worked on.');
-  const stopJobs = onEvent('job-end', ({ state, code }) => ends({ state, code: code ?? '' }));
-  const refreshes = page.counter('rankgate_refreshes_total', 'Refreshes by what became of them.');
-  const stopRefreshes = onEvent('refresh-end', ({ outcome }) => refreshes({ outcome }));
-  const stopRestarts = onEvent('engine-restart', ({ reason }) => restarts({ reason }));
-  const stopErrors = addPredictionErrors(page, (name) => sees(name));
+  const stops = [
+    onEvent('request-end', countRequests(page, { model_name: source.modelName })),
+    onEvent('request-end', countDeadlines(page)),
+    ...countEvents(page),
+    addPredictionErrors(page, (name) => sees(name)),
+  ];
   return {
     render(visible) {
       sees = visible;
       return page.render();
     },
     close() {
-      stopRequests();
-      stopRestarts();
-      stopJobs();
-      stopRefreshes();
-      stopErrors();
+      for (const stop of stops) stop();
       loopDelay.disable();
     },
+  };
+}
+
+function addTraining(page: Page, { training }: MetricsSource): void {
+  page.gauge('rankgate_jobs', 'Fine-tuning jobs that are remembered, by state.', () =>
+    [...(training?.jobs.counts() ?? [])].map(([state, count]) => [{ state }, count]),
+  );
+  page.gauge(
+    'rankgate_capture_dropped_total',
+    'Answers that were not captured for want of room.',
+    () => (training === null ? [] : [[{}, training.refresher.capture.dropped]]),
+    'counter',
+  );
+}
+
+/** Returns the functions that stop it. */
+function countEvents(page: Page): Array<() => void> {
+  const restarts = page.counter('rankgate_engine_restarts_total', 'Deaths of the engine process.');
+  const ends = page.counter('rankgate_job_ends_total', 'Ends of jobs that were worked on.');
+  const refreshes = page.counter('rankgate_refreshes_total', 'Refreshes by what became of them.');
+  const offers = page.counter(
+    'rankgate_archive_offers_total',
+    'Candidates for cells of the archive; `new` and `improved` ones fill a cell.',
+  );
+  const reads = page.counter(
+    'rankgate_archive_reads_total',
+    'Requests with a domain: their cell was filled, the nearest was taken, or none was.',
+  );
+  return [
+    onEvent('engine-restart', ({ reason }) => restarts({ reason })),
+    onEvent('job-end', ({ state, code }) => ends({ state, code: code ?? '' })),
+    onEvent('refresh-end', ({ outcome }) => refreshes({ outcome })),
+    onEvent('archive-offer', ({ from, status }) => offers({ from, status })),
+    onEvent('archive-read', ({ match }) => reads({ match })),
+  ];
+}
+
+/** Tiers are configured, so they may be a label. */
+function countDeadlines(page: Page): (end: RequestEnd) => void {
+  const budgets = page.counter(
+    'rankgate_budget_total',
+    'Requests that stated times or had them of a tier (empty: of none): met, missed (given up late, too), or refused as too short.',
+  );
+  return function count({ tier, code, inference }) {
+    const met = inference?.budgetMet ?? null;
+    const isRefused = code === 'deadline_too_short';
+    if (!isRefused && met === null) return;
+    const outcome = isRefused ? 'refused' : met === true ? 'met' : 'missed';
+    budgets({ tier: tier ?? '', outcome });
   };
 }
 
@@ -124,19 +156,24 @@ function addEngineState(page: Page, source: MetricsSource, sees: (name: string) 
   read('gauge', 'vllm:kv_cache_usage_perc', 'Share of the cells in use, 0 to 1.', (now) =>
     now.kvCellsMax === 0 ? 0 : now.kvCellsUsed / now.kvCellsMax,
   );
-  const [queries, hits] = ['vllm:prefix_cache_queries_total', 'vllm:prefix_cache_hits_total'];
-  read('counter', queries, 'Prompt tokens looked up.', (now) => now.prefixTokensQueried);
-  read('counter', hits, 'Prompt tokens found there.', (now) => now.prefixTokensHit);
-  const drafts = 'vllm:spec_decode_num_draft_tokens_total';
-  const accepted = 'vllm:spec_decode_num_accepted_tokens_total';
-  read('counter', drafts, 'Tokens guessed ahead.', (now) => now.draftTokens);
-  read('counter', accepted, 'Guesses that came true.', (now) => now.draftTokensAccepted);
-  read(
-    'gauge',
-    'rankgate_threads',
-    'Threads of the kernels, fewer when others want the cores.',
-    (now) => now.threads,
-  );
+  const threads = 'Threads of the kernels, fewer when others want the cores.';
+  read('gauge', 'rankgate_threads', threads, (now) => now.threads);
+  // Since the engine process began.
+  const counted: ReadonlyArray<readonly [string, string, Exclude<keyof EngineStats, 'residents'>]> =
+    [
+      ['vllm:num_preemptions_total', 'Sequences that gave their cells to others.', 'preemptions'],
+      ['vllm:prefix_cache_queries_total', 'Prompt tokens looked up.', 'prefixTokensQueried'],
+      ['vllm:prefix_cache_hits_total', 'Prompt tokens found there.', 'prefixTokensHit'],
+      ['vllm:spec_decode_num_draft_tokens_total', 'Tokens guessed ahead.', 'draftTokens'],
+      [
+        'vllm:spec_decode_num_accepted_tokens_total',
+        'Guesses that came true.',
+        'draftTokensAccepted',
+      ],
+      ['rankgate_prewarms_total', 'Adapters loaded before anybody asked for them.', 'prewarms'],
+      ['rankgate_prewarms_used_total', 'Those that a request then used.', 'prewarmsUsed'],
+    ];
+  for (const [name, help, key] of counted) read('counter', name, help, (now) => now[key]);
   page.gauge('vllm:lora_requests_info', 'Resident adapters; the value is the time.', () => {
     const { residents, adapterSlotsMax } = engine.stats();
     const resident = new Set(residents.map((one) => one.generation));
@@ -192,7 +229,10 @@ function countRequests(page: Page, labels: Labels): (end: RequestEnd) => void {
   const queue = histogram('vllm:request_queue_time_seconds', 'Wait for cells.', durationBounds);
   const rank = histogram('rankgate_rank_chosen', 'Active ranks of adapter requests.', rankBounds);
   const reasons = page.counter('rankgate_plans_total', 'Plans by reason.');
-  const budgets = page.counter('rankgate_budget_total', 'Complete answers that had a budget.');
+  const changes = page.counter(
+    'rankgate_rank_changes_total',
+    'Ranks changed on the way: late (lowered) or slack (raised).',
+  );
   const error = histogram(
     'rankgate_prediction_error_ratio',
     '|actual/predicted − 1|.',
@@ -207,6 +247,8 @@ function countRequests(page: Page, labels: Labels): (end: RequestEnd) => void {
       success({ ...labels, finished_reason: reason });
     }
     newTokens(labels, inference.completionTokens);
+    if (inference.rankFalls > 0) changes({ reason: 'late' }, inference.rankFalls);
+    if (inference.rankRises > 0) changes({ reason: 'slack' }, inference.rankRises);
     if (inference.queueMs !== null) {
       queue(inference.queueMs / 1000);
       promptTokens(labels, inference.promptTokens);
@@ -218,9 +260,6 @@ function countRequests(page: Page, labels: Labels): (end: RequestEnd) => void {
     const sequences = inference.finishReasons.length;
     const later = completionTokens / sequences - 1; // tokens after the first, per sequence
     if (later > 0) perToken((totalMs - ttftMs) / later / 1000);
-    if (inference.budgetMet !== null) {
-      budgets({ outcome: inference.budgetMet ? 'met' : 'missed' });
-    }
     if (predictedMs !== null && predictedMs > 0) error(Math.abs(plannedToEndMs / predictedMs - 1));
   };
 }

@@ -11,6 +11,7 @@ export class RequestRecord {
   readonly receivedMs: number;
   route = 'unknown';
   tenant: string | null = null;
+  tier: string | null = null;
   /** True once the answer is a stream, whose end is not the handler's return. */
   isStream = false;
   /** Asked at the end, when the figures are complete. */
@@ -42,6 +43,7 @@ export class RequestRecord {
       stream: this.isStream,
       tenant: this.tenant,
       durationMs: this.#deps.clock.nowMs() - this.receivedMs,
+      tier: this.tier,
       inference: this.report?.() ?? null,
     };
     publish('request-end', end);

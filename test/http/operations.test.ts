@@ -1,5 +1,7 @@
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { publish } from '../../src/channels.ts';
+import { GatewayError } from '../../src/errors.ts';
+import { scoresPerCandidate } from '../../src/router/archive-scores.ts';
 import {
   createHarness,
   generationA,
@@ -105,6 +107,9 @@ describe('/metrics', () => {
       residents: [{ generation: generationA, rank: 16, bytes: 1, uses: 0 }],
       prefixTokensQueried: 70,
       prefixTokensHit: 30,
+      preemptions: 6,
+      prewarms: 4,
+      prewarmsUsed: 3,
     };
     const page = await metrics();
     for (const line of [
@@ -114,6 +119,10 @@ describe('/metrics', () => {
       'vllm:kv_cache_usage_perc{model_name="tiny-base"} 0.43',
       'vllm:prefix_cache_queries_total{model_name="tiny-base"} 70',
       'vllm:prefix_cache_hits_total{model_name="tiny-base"} 30',
+      '# TYPE vllm:num_preemptions_total counter',
+      'vllm:num_preemptions_total{model_name="tiny-base"} 6',
+      'rankgate_prewarms_total{model_name="tiny-base"} 4',
+      'rankgate_prewarms_used_total{model_name="tiny-base"} 3',
       'rankgate_adapters{tier="slot"} 2',
     ]) {
       expect(page.split('\n')).toContain(line);
@@ -176,8 +185,8 @@ describe('/metrics', () => {
       'rankgate_rank_chosen_bucket{model_name="tiny-base",le="16"} 3',
       'rankgate_plans_total{reason="reduced"} 1',
       'rankgate_plans_total{reason="full"} 2',
-      'rankgate_budget_total{outcome="met"} 1',
-      'rankgate_budget_total{outcome="missed"} 1',
+      'rankgate_budget_total{tier="",outcome="met"} 1',
+      'rankgate_budget_total{tier="",outcome="missed"} 1',
       // 250 ms against a prediction of 120.5 ms.
       'rankgate_prediction_error_ratio_bucket{model_name="tiny-base",le="1"} 0',
       'rankgate_prediction_error_ratio_bucket{model_name="tiny-base",le="2"} 3',
@@ -185,6 +194,105 @@ describe('/metrics', () => {
     ]) {
       expect(lines).toContain(line);
     }
+  });
+
+  /** Of one family. */
+  async function samples(family: string): Promise<string[]> {
+    return (await metrics()).split('\n').filter((line) => line.startsWith(`${family}{`));
+  }
+
+  it('counts by tier whether stated times were kept', async () => {
+    let tookMs = 200;
+    harness.engine.script = async function* (request) {
+      harness.clock.advance(tookMs);
+      yield startEvent();
+      yield pieceEvent('ab', request);
+      yield endEvent(2);
+    };
+    const instant = '/v1/tiers/instant/chat/completions'; // 300 ms
+    await harness.post(instant, ask);
+    await harness.post(chat, { ...ask, service_tier: 'quality' }); // states no time
+    await harness.post(chat, { ...ask, service_tier: 'nonesuch' });
+    tookMs = 400;
+    await harness.post(instant, ask);
+    await harness.post(chat, { ...ask, model: 'support:instant' });
+    const strict = { ...ask, latency: { total_ms: 5, strict: true } };
+    await harness.post(chat, strict);
+    await harness.post(instant, strict);
+    expect(await samples('rankgate_budget_total')).toEqual([
+      'rankgate_budget_total{tier="instant",outcome="met"} 1',
+      'rankgate_budget_total{tier="instant",outcome="missed"} 2',
+      'rankgate_budget_total{tier="",outcome="refused"} 1',
+      'rankgate_budget_total{tier="instant",outcome="refused"} 1',
+    ]);
+  });
+
+  it.each([
+    [300, []],
+    [301, ['rankgate_budget_total{tier="instant",outcome="missed"} 1']],
+  ])('counts an answer that is given up after %d of 300 ms as %j', async (ms, lines) => {
+    harness.engine.script = () => new EventFeed();
+    const controller = new AbortController();
+    const answering = harness.fetch('POST', chat, {
+      headers: { 'content-type': 'application/json' },
+      body: JSON.stringify({ ...ask, service_tier: 'instant' }),
+      signal: controller.signal,
+    });
+    await settleTasks();
+    harness.clock.advance(ms);
+    controller.abort();
+    expect((await answering).status).toBe(499);
+    expect(await samples('rankgate_budget_total')).toEqual(lines);
+  });
+
+  it('counts the ranks that were changed on the way, also of an answer that failed', async () => {
+    harness.engine.script = async function* (request) {
+      yield startEvent();
+      yield { kind: 'rank', rank: 2, reason: 'late' };
+      yield pieceEvent('a', request);
+      yield { kind: 'rank', rank: 1, reason: 'late' };
+      yield { kind: 'rank', rank: 4, reason: 'slack' };
+      if (request.tokensMax === 1) throw new GatewayError('ENGINE_FAILED', 'down');
+      yield endEvent(1);
+    };
+    await harness.post(chat, ask);
+    await harness.post(chat, { ...ask, max_tokens: 1 });
+    expect(await samples('rankgate_rank_changes_total')).toEqual([
+      'rankgate_rank_changes_total{reason="late"} 4',
+      'rankgate_rank_changes_total{reason="slack"} 2',
+    ]);
+    expect(JSON.parse(harness.logs[0]!)).toMatchObject({ rankFalls: 2, rankRises: 1 });
+  });
+
+  it('counts what was offered to the archive, and how cells were read', async () => {
+    const candidate = { domain: 'law', adapter: 'support', rank: 8, latency_ms: 100 };
+    for (const objective of [0.5, 0.9, 0.2]) {
+      await harness.post('/v1/adapters/archive', { candidates: [{ ...candidate, objective }] });
+    }
+    const base = { ...ask, model: 'tiny-base' };
+    for (const [domain, ms] of [
+      ['law', 100],
+      ['law', 5000],
+      ['law', 100],
+      ['code', 100],
+    ] as const) {
+      await harness.post(chat, { ...base, domain, latency: { total_ms: ms } });
+    }
+    for (let i = 0; i < scoresPerCandidate; i++) {
+      const answer = (await (await harness.post(chat, { ...ask, domain: 'law' })).json()) as Json;
+      await harness.post('/v1/feedback', { request_id: answer.id, score: 1 });
+    }
+    expect(await samples('rankgate_archive_offers_total')).toEqual([
+      'rankgate_archive_offers_total{from="evaluation",status="new"} 1',
+      'rankgate_archive_offers_total{from="evaluation",status="improved"} 1',
+      'rankgate_archive_offers_total{from="evaluation",status="not-better"} 1',
+      'rankgate_archive_offers_total{from="feedback",status="new"} 1',
+    ]);
+    expect(await samples('rankgate_archive_reads_total')).toEqual([
+      'rankgate_archive_reads_total{match="exact"} 2',
+      'rankgate_archive_reads_total{match="nearest"} 1',
+      'rankgate_archive_reads_total{match="none"} 1',
+    ]);
   });
 
   it('tells how far off predictions were, of all and of the adapters that one may see', async () => {

@@ -337,6 +337,8 @@ export class FakeEngine implements Engine {
       })),
       adapterSlotsMax: 8,
       preemptions: 0,
+      prewarms: 0,
+      prewarmsUsed: 0,
       threads: 2,
       steps: this.#steps,
       tokensGenerated: this.#tokens,

@@ -94,6 +94,8 @@ export class ScriptedEngine implements Engine {
       residents: [],
       adapterSlotsMax: 8,
       preemptions: 0,
+      prewarms: 0,
+      prewarmsUsed: 0,
       threads: 2,
       steps: 0,
       tokensGenerated: 0,

@@ -114,6 +114,7 @@ describe('prewarming', () => {
     await harness.drain();
     expect(opened).toEqual([a]);
     expect(harness.heard.get('same')!.failure).toBeNull();
+    expect(harness.loop.stats()).toMatchObject({ prewarms: 1, prewarmsUsed: 1 });
   });
 
   it('goes on after one that cannot be read, and tries it once', async () => {
@@ -130,6 +131,26 @@ describe('prewarming', () => {
     expect(resident(harness)).toEqual([b]);
     expect(tries).toBe(1);
     expect(harness.messages.filter(({ kind }) => kind === 'failed')).toEqual([]);
+  });
+
+  it('counts what it loaded, and what of that was used while it was there', async () => {
+    const harness = open(2);
+    const counts = (): number[] => {
+      const { prewarms, prewarmsUsed } = harness.loop.stats();
+      return [prewarms, prewarmsUsed];
+    };
+    await ask(harness, c); // loaded for itself
+    harness.loop.prewarm([hot(a), hot(b)]);
+    await harness.ticks(60);
+    expect(counts()).toEqual([2, 0]);
+    await ask(harness, a);
+    await ask(harness, a);
+    expect(counts()).toEqual([2, 1]);
+    harness.loop.prewarm([]);
+    for (const one of [c, d]) await ask(harness, one);
+    expect(new Set(resident(harness))).toEqual(new Set([c, d]));
+    await ask(harness, b); // loaded again, for itself
+    expect(counts()).toEqual([2, 1]);
   });
 
   it('is forgotten with the next list', async () => {
