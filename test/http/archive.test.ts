@@ -1,38 +1,26 @@
-import { createHash } from 'node:crypto';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { GatewayError } from '../../src/errors.ts';
 import { scoresPerCandidate } from '../../src/router/archive-scores.ts';
-import type { ApiKey } from '../../src/server/auth.ts';
 import { fakeGeneration, fakeManifest } from '../support/fake-registry.ts';
 import {
+  type Answer,
   createHarness,
   generationA,
   generationB,
   type Harness,
   type Json,
   nothingLeft,
+  tenantKeys,
 } from '../support/http-harness.ts';
 import { echoScript } from '../support/scripted-engine.ts';
 
 // Shared: `support` (rank 16) and the base. One adapter of each of two tenants.
 
 const path = '/v1/adapters/archive';
-const key = (text: string, access: ApiKey['access'], tenant: string | null): ApiKey => ({
-  digest: createHash('sha256').update(text).digest(),
-  access,
-  tenant,
-});
-const apiKeys = [
-  key('operator', 'admin', null),
-  key('plain', 'inference', null),
-  key('acme-admin', 'admin', 'acme'),
-  key('acme-use', 'inference', 'acme'),
-  key('rival-admin', 'admin', 'rival'),
-];
 
 let harness: Harness;
 beforeEach(() => {
-  harness = createHarness({ apiKeys });
+  harness = createHarness({ apiKeys: tenantKeys });
   harness.registry.store(fakeGeneration('c3'), fakeManifest(8), 500);
   harness.registry.create('acme/mine', generationB);
   harness.registry.create('rival/secret', fakeGeneration('c3'));
@@ -42,32 +30,7 @@ afterEach(() => {
   harness.close();
 });
 
-interface Answer {
-  readonly status: number;
-  readonly headers: Headers;
-  readonly body: Json;
-}
-
-interface Sending {
-  readonly body?: unknown;
-  readonly headers?: Record<string, string>;
-}
-
-async function call(
-  who: string,
-  method: string,
-  path: string,
-  { body, headers = {} }: Sending = {},
-): Promise<Answer> {
-  const response = await harness.fetch(method, path, {
-    headers: { authorization: `Bearer ${who}`, 'content-type': 'application/json', ...headers },
-    ...(body === undefined ? {} : { body: JSON.stringify(body) }),
-  });
-  const text = await response.text();
-  const isJson = response.headers.get('content-type')?.startsWith('application/json');
-  const { status } = response;
-  return { status, headers: response.headers, body: isJson ? JSON.parse(text) : text };
-}
+const call: Harness['call'] = (...given) => harness.call(...given);
 
 const evaluated = (over: object = {}) => ({
   domain: 'law',

@@ -1,28 +1,20 @@
-import { createHash } from 'node:crypto';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import type { ApiKey } from '../../src/server/auth.ts';
 import { fakeGeneration, fakeManifest } from '../support/fake-registry.ts';
-import { createHarness, type Harness, type Json, nothingLeft } from '../support/http-harness.ts';
+import {
+  type Answer,
+  createHarness,
+  type Harness,
+  type Json,
+  nothingLeft,
+  tenantKeys,
+} from '../support/http-harness.ts';
 import { createTestTraining, type TestTraining } from '../support/test-training.ts';
-
-const key = (text: string, access: ApiKey['access'], tenant: string | null): ApiKey => ({
-  digest: createHash('sha256').update(text).digest(),
-  access,
-  tenant,
-});
-const apiKeys = [
-  key('operator', 'admin', null),
-  key('plain', 'inference', null),
-  key('acme-admin', 'admin', 'acme'),
-  key('acme-use', 'inference', 'acme'),
-  key('rival-admin', 'admin', 'rival'),
-];
 
 let training: TestTraining;
 let harness: Harness;
 beforeEach(() => {
   training = createTestTraining({ bytesMax: 1_000_000, filesMax: 50 });
-  harness = createHarness({ apiKeys }, training);
+  harness = createHarness({ apiKeys: tenantKeys }, training);
   harness.registry.store(fakeGeneration('c3'), fakeManifest(8), 500);
   harness.registry.create('acme/mine', fakeGeneration('c3'));
 });
@@ -33,18 +25,9 @@ afterEach(() => {
   training[Symbol.dispose]();
 });
 
-interface Answer {
-  readonly status: number;
-  readonly body: Json;
-}
+const call = (who: string, method: string, path: string, body?: unknown): Promise<Answer> =>
+  harness.call(who, method, path, { body });
 
-async function call(who: string, method: string, path: string, body?: unknown): Promise<Answer> {
-  const response = await harness.fetch(method, path, {
-    headers: { authorization: `Bearer ${who}`, 'content-type': 'application/json' },
-    ...(body === undefined ? {} : { body: JSON.stringify(body) }),
-  });
-  return { status: response.status, body: await response.json() };
-}
 const turn = (who: string, name: string, capture: string): Promise<Answer> =>
   call(who, 'PUT', `/v1/adapters/${encodeURIComponent(name)}/capture`, { capture });
 const state = async (name = 'support', who = 'operator'): Promise<Json> =>
@@ -138,7 +121,7 @@ describe('capture', () => {
     await feedback('acme-use', id);
     expect(await state()).toMatchObject({ scored: 1 });
     const refused = await call('acme-use', 'PUT', '/v1/capture', { refused: true });
-    expect(refused).toEqual({ status: 200, body: { object: 'capture', refused: true } });
+    expect(refused).toMatchObject({ status: 200, body: { object: 'capture', refused: true } });
     expect(await state()).toMatchObject({ scored: 0 });
     for (const who of ['acme-use', 'acme-admin']) {
       const answer = await ask(who, { store: true });

@@ -2,29 +2,23 @@ import { createHash } from 'node:crypto';
 import { readdirSync } from 'node:fs';
 import { mkdir, open, rm } from 'node:fs/promises';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import type { ApiKey } from '../../src/server/auth.ts';
 import { createAddFile } from '../../src/server/files.ts';
-import { createHarness, type Harness, type Json, nothingLeft } from '../support/http-harness.ts';
+import {
+  type Answer,
+  createHarness,
+  type Harness,
+  type Json,
+  nothingLeft,
+  tenantKeys,
+} from '../support/http-harness.ts';
 import { newJob } from '../support/job-stores.ts';
 import { createTestTraining, type TestTraining } from '../support/test-training.ts';
-
-const key = (text: string, access: ApiKey['access'], tenant: string | null): ApiKey => ({
-  digest: createHash('sha256').update(text).digest(),
-  access,
-  tenant,
-});
-const apiKeys = [
-  key('operator', 'admin', null),
-  key('acme-admin', 'admin', 'acme'),
-  key('acme-use', 'inference', 'acme'),
-  key('rival-admin', 'admin', 'rival'),
-];
 
 let training: TestTraining;
 let harness: Harness;
 beforeEach(() => {
   training = createTestTraining();
-  harness = createHarness({ uploadRoot: training.uploadRoot, apiKeys }, training);
+  harness = createHarness({ uploadRoot: training.uploadRoot, apiKeys: tenantKeys }, training);
 });
 afterEach(() => {
   expect(readdirSync(training.uploadRoot), 'a folder was left').toEqual([]);
@@ -32,6 +26,8 @@ afterEach(() => {
   harness.close();
   training[Symbol.dispose]();
 });
+
+const call: Harness['call'] = (...given) => harness.call(...given);
 
 const example = (answer: string): string =>
   JSON.stringify({
@@ -41,38 +37,6 @@ const example = (answer: string): string =>
     ],
   });
 const good = `${example('one')}\n\n${example('two')}\n`;
-
-interface Answer {
-  readonly status: number;
-  readonly body: Json;
-  readonly headers: Headers;
-}
-
-async function call(
-  who: string,
-  method: string,
-  path: string,
-  sent: { body?: FormData | string; headers?: Record<string, string> } = {},
-): Promise<Answer> {
-  const encoded = new Response(sent.body ?? null);
-  const type = encoded.headers.get('content-type');
-  const bytes = new Uint8Array(await encoded.arrayBuffer());
-  const response = await harness.fetch(method, path, {
-    headers: {
-      authorization: `Bearer ${who}`,
-      ...(type === null ? {} : { 'content-type': type }),
-      ...sent.headers,
-    },
-    ...(sent.body === undefined ? {} : { body: bytes }),
-  });
-  const text = await response.text();
-  const isJson = /^application\/json(?:;|$)/.test(response.headers.get('content-type') ?? '');
-  return {
-    status: response.status,
-    body: isJson ? JSON.parse(text) : text,
-    headers: response.headers,
-  };
-}
 
 function form(...parts: readonly (readonly [string, string, string?])[]): FormData {
   const data = new FormData();

@@ -1,35 +1,23 @@
-import { createHash } from 'node:crypto';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { parseRecipe } from '../../src/jobs/recipe.ts';
-import type { ApiKey } from '../../src/server/auth.ts';
 import {
+  type Answer,
   createHarness,
   generationA,
   generationB,
   type Harness,
   type Json,
   nothingLeft,
+  tenantKeys,
 } from '../support/http-harness.ts';
 import { progressAt } from '../support/job-stores.ts';
 import { createTestTraining, type TestTraining } from '../support/test-training.ts';
-
-const key = (text: string, access: ApiKey['access'], tenant: string | null): ApiKey => ({
-  digest: createHash('sha256').update(text).digest(),
-  access,
-  tenant,
-});
-const apiKeys = [
-  key('operator', 'admin', null),
-  key('acme-admin', 'admin', 'acme'),
-  key('acme-use', 'inference', 'acme'),
-  key('rival-admin', 'admin', 'rival'),
-];
 
 let training: TestTraining;
 let harness: Harness;
 beforeEach(() => {
   training = createTestTraining();
-  harness = createHarness({ apiKeys }, training);
+  harness = createHarness({ apiKeys: tenantKeys }, training);
   const insert = training.db.sql("INSERT INTO files VALUES (?, ?, ?, 'f', 1, 1, 'x', 0)");
   insert.run(1, 'file-1', '');
   insert.run(2, 'file-acme', 'acme');
@@ -40,20 +28,10 @@ afterEach(() => {
   training[Symbol.dispose]();
 });
 
-interface Answer {
-  readonly status: number;
-  readonly body: Json;
-}
+const call = (who: string, method: string, path: string, body?: unknown): Promise<Answer> =>
+  harness.call(who, method, path, { body });
 
 const jobs = '/v1/fine_tuning/jobs';
-
-async function call(who: string, method: string, path: string, body?: unknown): Promise<Answer> {
-  const response = await harness.fetch(method, path, {
-    headers: { authorization: `Bearer ${who}`, 'content-type': 'application/json' },
-    ...(body === undefined ? {} : { body: JSON.stringify(body) }),
-  });
-  return { status: response.status, body: await response.json() };
-}
 
 const minimal = { model: 'tiny-base', training_file: 'file-1' };
 const create = (more: object = {}, who = 'operator'): Promise<Answer> =>

@@ -1,41 +1,29 @@
-import { createHash } from 'node:crypto';
 import { mkdirSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import type { ApiKey } from '../../src/server/auth.ts';
 import { fakeGeneration, fakeManifest } from '../support/fake-registry.ts';
 import {
+  type Answer,
   createHarness,
   generationA,
   generationB,
   type Harness,
   type Json,
   nothingLeft,
+  tenantKeys,
 } from '../support/http-harness.ts';
 
 // One shared adapter, `support`, and one of each of two tenants. Nobody's answer may tell one tenant of another's.
 
 const theirs = fakeGeneration('c3');
-const key = (text: string, access: ApiKey['access'], tenant: string | null): ApiKey => ({
-  digest: createHash('sha256').update(text).digest(),
-  access,
-  tenant,
-});
-const apiKeys = [
-  key('operator', 'admin', null),
-  key('plain', 'inference', null),
-  key('acme-admin', 'admin', 'acme'),
-  key('acme-use', 'inference', 'acme'),
-  key('rival-admin', 'admin', 'rival'),
-];
 
 let harness: Harness;
 let root: string;
 beforeEach(() => {
   root = mkdtempSync(join(tmpdir(), 'rankgate-tenants-'));
   mkdirSync(join(root, 'one'));
-  harness = createHarness({ apiKeys, adaptersRoot: root, runtimeLoraUpdating: true });
+  harness = createHarness({ apiKeys: tenantKeys, adaptersRoot: root, runtimeLoraUpdating: true });
   harness.registry.store(theirs, fakeManifest(8), 500);
   harness.registry.create('acme/mine', generationB);
   harness.registry.create('rival/secret', theirs);
@@ -46,20 +34,8 @@ afterEach(() => {
   rmSync(root, { recursive: true });
 });
 
-interface Answer {
-  readonly status: number;
-  readonly body: Json;
-}
-
-async function call(who: string, method: string, path: string, body?: unknown): Promise<Answer> {
-  const response = await harness.fetch(method, path, {
-    headers: { authorization: `Bearer ${who}`, 'content-type': 'application/json' },
-    ...(body === undefined ? {} : { body: JSON.stringify(body) }),
-  });
-  const text = await response.text();
-  const isJson = response.headers.get('content-type')?.startsWith('application/json');
-  return { status: response.status, body: isJson ? JSON.parse(text) : text };
-}
+const call = (who: string, method: string, path: string, body?: unknown): Promise<Answer> =>
+  harness.call(who, method, path, { body });
 
 const chat = (model: string) => ({ model, messages: [{ role: 'user', content: 'Hi' }] });
 const idsOf = ({ body }: Answer): string[] => body.data.map((one: Json) => one.id ?? one.name);

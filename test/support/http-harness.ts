@@ -22,14 +22,24 @@ export const generationA: Generation = fakeGeneration('a1');
 export const generationB: Generation = fakeGeneration('b2');
 
 export const keyPlain = { inference: 'sk-inference', admin: 'sk-admin' } as const;
+const keyOf = (text: string, access: ApiKey['access'], tenant: string | null): ApiKey => ({
+  digest: createHash('sha256').update(text).digest(),
+  access,
+  tenant,
+});
 export const apiKeys: readonly ApiKey[] = [
-  { digest: sha256(keyPlain.inference), access: 'inference', tenant: null },
-  { digest: sha256(keyPlain.admin), access: 'admin', tenant: null },
+  keyOf(keyPlain.inference, 'inference', null),
+  keyOf(keyPlain.admin, 'admin', null),
 ];
 
-function sha256(text: string): Uint8Array {
-  return createHash('sha256').update(text).digest();
-}
+/** The operator's and two tenants', each by the name that it is given as. */
+export const tenantKeys: readonly ApiKey[] = [
+  keyOf('operator', 'admin', null),
+  keyOf('plain', 'inference', null),
+  keyOf('acme-admin', 'admin', 'acme'),
+  keyOf('acme-use', 'inference', 'acme'),
+  keyOf('rival-admin', 'admin', 'rival'),
+];
 
 const noTimes = { totalMs: null, ttftMs: null, perTokenMs: null };
 
@@ -79,6 +89,8 @@ export interface Harness {
   /** `failure`: what its next saves reject with. */
   readonly archive: ArchiveDeps & { saves: number; failure: GatewayError | null };
   fetch(method: string, path: string, options?: FetchOptions): Promise<Response>;
+  /** With the key `who`. */
+  call(who: string, method: string, path: string, sending?: Sending): Promise<Answer>;
   post(path: string, body: unknown, headers?: Record<string, string>): Promise<Response>;
   /** Nothing of any request is left behind. */
   leftovers(): object;
@@ -91,6 +103,19 @@ export interface FetchOptions {
   readonly signal?: AbortSignal;
   /** The socket's peer; a loopback address unless told. null: no socket at all. */
   readonly peer?: string | null;
+}
+
+export interface Sending {
+  /** A form and a text as they are, anything else as JSON. */
+  readonly body?: unknown;
+  readonly headers?: Record<string, string>;
+}
+
+export interface Answer {
+  readonly status: number;
+  readonly headers: Headers;
+  /** Parsed where it is JSON, else the text. */
+  readonly body: Json;
 }
 
 /** The real app over fakes. The policy is a table: rank 4 with a total budget, every rank without, or the fixed one. */
@@ -180,6 +205,17 @@ export function createHarness(
     judged,
     archive,
     fetch,
+    call: async (who, method, path, { body, headers = {} } = {}) => {
+      const sent = await encode(body);
+      const response = await fetch(method, path, {
+        headers: { authorization: `Bearer ${who}`, 'content-type': sent.type, ...headers },
+        ...(sent.bytes === null ? {} : { body: sent.bytes }),
+      });
+      const text = await response.text();
+      const isJson = /^application\/json(?:;|$)/.test(response.headers.get('content-type') ?? '');
+      const { status } = response;
+      return { status, headers: response.headers, body: isJson ? JSON.parse(text) : text };
+    },
     post: (path, body, headers = {}) =>
       fetch('POST', path, {
         headers: { 'content-type': 'application/json', ...headers },
@@ -194,6 +230,14 @@ export function createHarness(
     }),
     close: () => metrics.close(),
   };
+}
+
+async function encode(body: unknown): Promise<{ type: string; bytes: Uint8Array | null }> {
+  const isRaw = typeof body === 'string' || body instanceof FormData;
+  if (body === undefined) return { type: 'application/json', bytes: null };
+  const encoded = isRaw ? new Response(body) : Response.json(body);
+  const bytes = new Uint8Array(await encoded.arrayBuffer());
+  return { type: encoded.headers.get('content-type')!, bytes };
 }
 
 export const nothingLeft = { live: 0, leases: 0, flying: 0, timers: 0, listeners: 0 };
