@@ -11,6 +11,7 @@ import { type Summary, summarise } from '../test/support/simulator/summary.ts';
 import type { Arrival } from '../test/support/simulator/traffic.ts';
 import type { Heard } from './deadline-client.ts';
 import { median, quantile, type Report, round, type Series, seriesOf } from './measure.ts';
+import { addSummaries } from './summary-series.ts';
 
 export interface Run {
   /** Who chose ranks: `guarded`, `rank R`, `rank 1`. */
@@ -80,9 +81,9 @@ export async function summariseDeadline(
     figures[`met_share_${percent}`] = one.measured.metShare;
     figures[`fidelity_to_oracle_${percent}`] = fidelityToOracle(one);
     figures[`goodput_${percent}`] = one.measured.goodput / Math.max(...goodputs);
-    add(series, `${percent} guarded`, one.measured);
-    add(series, `${percent} simulated guarded`, one.simulated);
-    add(series, `${percent} hindsight`, one.hindsight);
+    addSummaries(series, `${percent} guarded`, [one.measured]);
+    addSummaries(series, `${percent} simulated guarded`, [one.simulated]);
+    addSummaries(series, `${percent} hindsight`, [one.hindsight]);
     addOwn(series, `${percent} guarded`, one.run);
     const { errorMedian, errorP90 } = one.simulated;
     if (errorMedian !== null && errorP90 !== null) {
@@ -92,7 +93,8 @@ export async function summariseDeadline(
   }
   for (const run of runs.filter(({ name }) => name !== 'guarded')) {
     const label = `${Math.round(100 * run.load)} ${run.name}`;
-    add(series, label, summarise(scenarioOf(measured, run), resultOf(measured, run)));
+    const summary = summarise(scenarioOf(measured, run), resultOf(measured, run));
+    addSummaries(series, label, [summary]);
   }
   const rounded = Object.entries(figures).map(([key, value]) => [key, round(value)] as const);
   return {
@@ -199,27 +201,6 @@ function neighbourFigures({ alone, beside }: DeadlineRuns['neighbours']): Record
     noisy_neighbour_requests: beside.length,
     noisy_neighbour_refused: beside.length - answeredOf({ heard: beside }).length,
   };
-}
-
-const shown = [
-  ['met_share', '1', (one: Summary) => one.metShare],
-  ['quality', '1', (one: Summary) => one.quality],
-  ['fidelity', '1', (one: Summary) => one.fidelityMean],
-  ['rank', 'ranks', (one: Summary) => one.rankMean],
-  ['goodput', '1/s', (one: Summary) => one.goodput],
-  ['ttft_p50', 'ms', (one: Summary) => one.ttftMsP50],
-  ['ttft_p99', 'ms', (one: Summary) => one.ttftMsP99],
-  ['total_p50', 'ms', (one: Summary) => one.totalMsP50],
-  ['total_p99', 'ms', (one: Summary) => one.totalMsP99],
-  ['requests', '1', (one: Summary) => one.requests],
-  ['feasible', '1', (one: Summary) => one.feasible],
-  ['answered', '1', (one: Summary) => one.answered],
-] as const;
-
-function add(series: Record<string, Series>, label: string, summary: Summary): void {
-  for (const [name, unit, read] of shown) {
-    series[`${label}: ${name}`] = seriesOf(unit, [read(summary)]);
-  }
 }
 
 /** What a run says of itself beside its summary. */

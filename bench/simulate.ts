@@ -19,6 +19,7 @@ import {
   type Traffic,
 } from '../test/support/simulator/traffic.ts';
 import { type Report, round, type Series, seriesOf } from './measure.ts';
+import { addSummaries } from './summary-series.ts';
 
 export interface SimulateSizes {
   readonly seeds: number;
@@ -160,18 +161,6 @@ function refusals({ requests, answered }: Summary): number {
   return requests - answered;
 }
 
-const shown = [
-  ['met_share', '1', (one: Summary) => one.metShare],
-  ['quality', '1', (one: Summary) => one.quality],
-  ['fidelity', '1', (one: Summary) => one.fidelityMean],
-  ['rank', 'ranks', (one: Summary) => one.rankMean],
-  ['goodput', '1/s', (one: Summary) => one.goodput],
-  ['ttft_p50', 'ms', (one: Summary) => one.ttftMsP50],
-  ['ttft_p99', 'ms', (one: Summary) => one.ttftMsP99],
-  ['total_p50', 'ms', (one: Summary) => one.totalMsP50],
-  ['total_p99', 'ms', (one: Summary) => one.totalMsP99],
-] as const;
-
 /** A series per load, contestant and figure, over the seeds; figures for the policies. */
 function reportOf(compared: readonly Compared[], more: Readonly<Record<string, number>>): Report {
   const series: Record<string, Series> = {};
@@ -180,10 +169,8 @@ function reportOf(compared: readonly Compared[], more: Readonly<Record<string, n
     const runs = compared.filter((one) => one.label === label);
     const names = runs[0]!.summaries.map(({ contestant }) => contestant);
     for (const [i, name] of names.entries()) {
-      for (const [figure, unit, read] of shown) {
-        const values = runs.map(({ summaries }) => read(summaries[i]!));
-        series[`${label} ${name}: ${figure}`] = seriesOf(unit, values);
-      }
+      const own = runs.map(({ summaries }) => summaries[i]!);
+      addSummaries(series, `${label} ${name}`, own);
     }
     for (const { name } of policies) {
       const of = (figure: string): number => series[`${label} ${name}: ${figure}`]!.median;
