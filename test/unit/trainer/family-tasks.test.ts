@@ -21,16 +21,11 @@ import { queryableConstants, queryableDelta } from '../../../src/trainer/queryab
 import { RankGrowth } from '../../../src/trainer/rank-growth.ts';
 import { normalColumns, relativeError, testSite } from '../../support/family-site.ts';
 import { ModuleProgram } from '../../support/module-program.ts';
+import { type Batch, threeRegimes } from '../../support/three-regimes.ts';
 import { tinyBase } from '../../support/tiny-base.ts';
 
 // Tasks with known answers, learnt by the graphs on ggml in f32 with the trainer's own optimiser: algorithms.md sections 2, 3, 6, 18
 // and 28.
-
-interface Batch {
-  readonly x: Columns; // [in, T]
-  /** What the module must add to the base. */
-  readonly target: Columns; // [out, T]
-}
 
 const adamw = { name: 'adamw', beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weightDecay: 0 } as const;
 
@@ -114,27 +109,6 @@ function learnerOf(
 
 describe('queryable', () => {
   const site = testSite({ in: 16, out: 16 });
-
-  /** One of three maps, by which of three directions the token is most in. */
-  function threeRegimes(random: Random): (source: Random, count: number) => Batch {
-    const v = normalColumns(random, 4, 16, 1 / 4);
-    const u = normalColumns(random, 4, 16, 1 / 4);
-    const maps = Array.from({ length: 3 }, () => normalColumns(random, 4, 4));
-    const directions = normalColumns(random, 3, 4);
-    return (source, count) => {
-      const x = normalColumns(source, count, 16);
-      const h = transposedTimes(v, x); // [4, T]
-      const scores = transposedTimes(directions, h); // [3, T]
-      const images = maps.map((m) => times(m, h));
-      const mixed = { ...h, data: new Float64Array(h.data.length) };
-      for (let t = 0; t < count; t++) {
-        const column = Array.from(scores.data.subarray(3 * t, 3 * t + 3));
-        const regime = column.indexOf(Math.max(...column));
-        mixed.data.set(images[regime]!.data.subarray(4 * t, 4 * t + 4), 4 * t);
-      }
-      return { x, target: times(u, mixed) };
-    };
-  }
 
   function learn(learner: Learner, draw: ReturnType<typeof threeRegimes>, steps: number): number {
     const random = createRandom(4n);

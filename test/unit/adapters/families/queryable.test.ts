@@ -16,7 +16,7 @@ import {
   routerOf,
   withMoreAtoms,
 } from '../../../../src/adapters/families/queryable.ts';
-import { createRandom, type Random } from '../../../../src/adapters/families/seeded-random.ts';
+import { createRandom } from '../../../../src/adapters/families/seeded-random.ts';
 import { type Columns, jacobiSvd } from '../../../../src/adapters/orthogonal.ts';
 import {
   createAdam,
@@ -28,6 +28,7 @@ import {
   testSite,
   trainedTensors,
 } from '../../../support/family-site.ts';
+import { threeRegimes } from '../../../support/three-regimes.ts';
 
 // algorithms.md section 6: the three-regime task and the invariants.
 
@@ -261,47 +262,24 @@ function length(m: Columns, j: number): number {
   return Math.hypot(...columnsOf(m, j, 1).data);
 }
 
-interface Task {
-  draw(random: Random, count: number): { readonly x: Columns; readonly y: Columns };
-}
-
-/** y = U·M_g·V·x, g the largest of three directions of V·x. */
-function threeRegimes(random: Random): Task {
-  const v = normalColumns(random, 4, 16, 1 / 4);
-  const u = normalColumns(random, 4, 16, 1 / 4);
-  const maps = Array.from({ length: 3 }, () => normalColumns(random, 4, 4));
-  const directions = normalColumns(random, 3, 4);
-  return {
-    draw(source, count) {
-      const inputs = normalColumns(source, count, 16);
-      const h = transposedTimes(v, inputs); // [4, T]
-      const scores = transposedTimes(directions, h); // [3, T]
-      const images = maps.map((m) => times(m, h));
-      const mixed = { ...h, data: new Float64Array(h.data.length) };
-      for (let t = 0; t < count; t++) {
-        const column = Array.from(scores.data.subarray(3 * t, 3 * t + 3));
-        const regime = column.indexOf(Math.max(...column));
-        mixed.data.set(images[regime]!.data.subarray(4 * t, 4 * t + 4), 4 * t);
-      }
-      return { x: inputs, y: times(u, mixed) };
-    },
-  };
-}
-
 /** Adam on fresh batches; the error on others, as a share of the target's size. */
-function train(kind: Family, task: Task, steps: number): { tensors: Tensors; error: number } {
+function train(
+  kind: Family,
+  draw: ReturnType<typeof threeRegimes>,
+  steps: number,
+): { tensors: Tensors; error: number } {
   const random = createRandom(4n);
   const where = testSite({ in: 16, out: 16 });
   const trained = kind.init(where, random);
   const adam = createAdam(trained, kind.trained, 0.02);
   for (let step = 0; step < steps; step++) {
-    const batch = task.draw(random, 64);
+    const batch = draw(random, 64);
     const { y, gradient } = pass(kind, where, trained, batch.x);
-    const d = { ...y, data: y.data.map((value, i) => (value - batch.y.data[i]!) / 64) };
+    const d = { ...y, data: y.data.map((value, i) => (value - batch.target.data[i]!) / 64) };
     adam(gradient(d).tensors, Math.min(1, (2 * (steps - step)) / steps));
   }
-  const test = task.draw(createRandom(5n), 2000);
+  const test = draw(createRandom(5n), 2000);
   const { y } = pass(kind, where, trained, test.x);
-  const error = y.data.reduce((sum, value, i) => sum + (value - test.y.data[i]!) ** 2, 0);
-  return { tensors: trained, error: error / sumOfProducts(test.y, test.y) };
+  const error = y.data.reduce((sum, value, i) => sum + (value - test.target.data[i]!) ** 2, 0);
+  return { tensors: trained, error: error / sumOfProducts(test.target, test.target) };
 }
