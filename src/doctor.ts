@@ -117,7 +117,7 @@ export async function measureWeights(config: Config, model: ModelFile): Promise<
   let drawn = 0;
   const draw = (): number => drawUniform(measuredSeed, drawn++);
   const text = { start: bos ?? 0, tokens: measuredTokens, draw };
-  keepFidelity(options, await measureFidelity(options, text));
+  await keepFidelity(options, await measureFidelity(options, text));
 }
 
 async function weightsState(config: Config, model: ModelFile | null): Promise<string> {

@@ -27,17 +27,26 @@ export async function sha256OfFile(path: string, signal?: AbortSignal): Promise<
   return hash.digest('hex');
 }
 
-/** temp → fsync → rename → fsync of the directory: after a crash the old file or the new one, never a half. */
+let writes = 0; // so that two writers of one file do not share what is unfinished
+
+/** temp → fsync → rename → fsync of the directory: after a crash the old file or the new one, never a half. A write that
+ *  fails leaves nothing behind. */
 export async function writeFileDurably(path: string, contents: string | Uint8Array): Promise<void> {
-  const partial = `${path}.${process.pid}.partial`;
-  const file = await open(partial, 'w');
+  writes += 1;
+  const partial = `${path}.${process.pid}.${writes}.partial`;
   try {
-    await file.writeFile(contents);
-    await file.sync();
-  } finally {
-    await file.close();
+    const file = await open(partial, 'w');
+    try {
+      await file.writeFile(contents);
+      await file.sync();
+    } finally {
+      await file.close();
+    }
+    await renameDurably(partial, path);
+  } catch (error) {
+    await rm(partial, { force: true }).catch(() => {});
+    throw error;
   }
-  await renameDurably(partial, path);
 }
 
 export async function renameDurably(from: string, to: string): Promise<void> {

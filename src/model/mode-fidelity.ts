@@ -3,9 +3,11 @@
 // --measure), kept beside the converted weights under all that it depends on.
 
 import { createHash } from 'node:crypto';
-import { mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { readFileSync } from 'node:fs';
+import { mkdir } from 'node:fs/promises';
+import { dirname, join } from 'node:path';
 import { z } from 'zod';
+import { writeFileDurably } from './file-hash.ts';
 import { type OpenDecoderOptions, openDecoder } from './open-decoder.ts';
 import { scrapCells } from './step-inputs.ts';
 import type { Stepper } from './stepper.ts';
@@ -113,16 +115,13 @@ export function keptFidelity(options: FidelityOptions): ModeFidelity | null {
   }
 }
 
-export function keepFidelity(options: FidelityOptions, fidelity: ModeFidelity): void {
+/** Rejects when it cannot be kept: whoever asked for it waited long. */
+export async function keepFidelity(
+  options: FidelityOptions,
+  fidelity: ModeFidelity,
+): Promise<void> {
   const path = pathOf(options);
   if (path === null) return;
-  const part = `${path}.${process.pid}.part`;
-  try {
-    mkdirSync(join(path, '..'), { recursive: true });
-    writeFileSync(part, JSON.stringify(fidelity), { mode: 0o600 });
-    renameSync(part, path);
-  } catch (error) {
-    rmSync(part, { force: true });
-    throw error;
-  }
+  await mkdir(dirname(path), { recursive: true });
+  await writeFileDurably(path, JSON.stringify(fidelity));
 }

@@ -3,7 +3,8 @@
 // names the ways that are within its bound (weights.ts).
 
 import { createHash } from 'node:crypto';
-import { mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
+import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
 import {
@@ -13,6 +14,7 @@ import {
   linearWays,
   type WeightType,
 } from '../kernels/kernels.ts';
+import { writeFileDurably } from './file-hash.ts';
 
 /** Rows of a decoding step of one and of eight streams, and of a prompt's panel. */
 const rowCounts = [1, 8, 32] as const;
@@ -108,13 +110,11 @@ export async function keptTimes(
     // Not there yet, or damaged: measured again.
   }
   const times = await measure();
-  const part = `${path}.${process.pid}.part`;
   try {
-    mkdirSync(directory, { recursive: true });
-    writeFileSync(part, JSON.stringify(times), { mode: 0o600 });
-    renameSync(part, path);
+    await mkdir(directory, { recursive: true });
+    await writeFileDurably(path, JSON.stringify(times));
   } catch {
-    rmSync(part, { force: true }); // a full disk costs the next start the measurement
+    // A full disk costs the next start the measurement.
   }
   return times;
 }

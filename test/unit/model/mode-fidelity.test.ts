@@ -43,22 +43,21 @@ describe('measureFidelity', () => {
     expect(divergence(q, p)).toBeCloseTo(0.25 * Math.log(0.5) + 0.75 * Math.log(1.5), 6);
   });
 
-  it('is kept by file, mode and backend; what is damaged was never measured', () => {
+  it('is kept by file, mode and backend; what is damaged was never measured', async () => {
     const cacheDirectory = mkdtempSync(join(tmpdir(), 'rankgate-fidelity-'));
     try {
       const kept = { ...options, cacheDirectory: join(cacheDirectory, 'new') };
       const fidelity = { kl: 0.5, tokens: 3, description: 'x' };
       expect(keptFidelity(kept)).toBeNull();
-      keepFidelity(kept, fidelity);
+      await keepFidelity(kept, fidelity);
       expect(keptFidelity(kept)).toEqual(fidelity);
       expect(keptFidelity({ ...kept, mode: 'fast' })).toBeNull();
       expect(keptFidelity({ ...kept, modelHash: '0' })).toBeNull();
-      keepFidelity(kept, { ...fidelity, tokens: 0 });
+      await keepFidelity(kept, { ...fidelity, tokens: 0 });
       expect(keptFidelity(kept)).toBeNull();
       writeFileSync(join(cacheDirectory, 'file'), '');
-      expect(() =>
-        keepFidelity({ ...kept, cacheDirectory: join(cacheDirectory, 'file') }, fidelity),
-      ).toThrow();
+      const nowhere = { ...kept, cacheDirectory: join(cacheDirectory, 'file') };
+      await expect(keepFidelity(nowhere, fidelity)).rejects.toThrow();
     } finally {
       rmSync(cacheDirectory, { recursive: true });
     }
