@@ -16,6 +16,10 @@ const aliveMs = 2000;
 
 const clock: PacerClock = {
   nowMs: () => performance.now(),
+  cpuMs() {
+    const { user, system } = process.cpuUsage();
+    return (user + system) / 1000;
+  },
   after(ms, callback) {
     const timer = setTimeout(callback, ms);
     return () => clearTimeout(timer);
