@@ -3,7 +3,7 @@
 // which implementation stands behind each contract.
 
 import { randomInt, randomUUID } from 'node:crypto';
-import { mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { createBlobStore } from './adapters/blobs.ts';
 import { createImporter } from './adapters/importer.ts';
@@ -19,6 +19,7 @@ import type { TextService } from './engine/text.ts';
 import { createTextService } from './engine/text-service.ts';
 import { openArchive } from './kept-archive.ts';
 import { readDecoderConfig } from './model/decoder-config.ts';
+import { writeFileDurably } from './model/file-hash.ts';
 import { openGguf } from './model/gguf.ts';
 import { type ModelFile, modelNameOf } from './model/model-source.ts';
 import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
@@ -178,13 +179,8 @@ function startRouter(
 }
 
 /** What cannot be kept is learned again: a full disk is no reason to stop serving or to close by halves. */
-function saveLatency(router: Router, path: string): void {
-  try {
-    writeFileSync(`${path}.part`, router.save());
-    renameSync(`${path}.part`, path);
-  } catch {
-    // The next save may have room.
-  }
+async function saveLatency(router: Router, path: string): Promise<void> {
+  await writeFileDurably(path, router.save()).catch(() => {}); // the next save may have room
 }
 
 /** A first answer that nobody asked for: it records the programs that serving needs first and gives the latency model
@@ -303,14 +299,14 @@ export async function startGateway(config: Config, model: ModelFile): Promise<Ga
     const archive = openArchive(paths.archive, (message) => process.emitWarning(message));
     const saveArchive = (): Promise<void> => archive.save().catch(() => {}); // the next save may have room
     const saving = setInterval(() => {
-      saveLatency(router, paths.latency);
+      void saveLatency(router, paths.latency);
       void saveArchive();
     }, saveMs);
     saving.unref();
-    closers.push(() => {
+    closers.push(async () => {
       clearInterval(saving);
-      saveLatency(router, paths.latency);
-      return saveArchive();
+      await saveLatency(router, paths.latency);
+      await saveArchive();
     });
     const warm = warmUp(engine);
     if (isNew) await warm; // what was learned before predicts well enough meanwhile
