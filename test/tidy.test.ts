@@ -35,7 +35,6 @@ const entries = [
   'trainer/queryable-graph.ts', // likewise
   'model/training-decoder.ts', // bench trainstep; the trainer's when it is there
   'adapters/families/lora.ts', // what the trainer of step 4 makes: imports come as PEFT
-  'adapters/families/queryable.ts', // no import of banks and labels yet; served from packed files
 ];
 /** Folders of the gateway process: they must not reach native tensor code (design.md section 1). */
 const gatewayFolders = ['server', 'router', 'jobs'];

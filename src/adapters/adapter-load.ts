@@ -4,6 +4,7 @@
 
 import { GatewayError } from '../errors.ts';
 import type { AtomBank } from '../model/stepper.ts';
+import { isBlendKey } from './blend-key.ts';
 import type { PackedAdapter } from './pack.ts';
 import { checkBase, checkBasis, writePages } from './page-writing.ts';
 import {
@@ -24,6 +25,8 @@ export interface LoadHost {
   readonly loading: Map<ResidentKey, Load>;
   beginLoad(key: ResidentKey, onProgress: () => void, rank: number): AdapterLoad;
   has(resident: Resident, rank: number): boolean;
+  /** Whether another blend may have so many pages now. Throws CONTENDED when there are as many as there may be. */
+  makeBlendRoom(pages: number): boolean;
   /** null: no room now. */
   takePages(count: number, owner: Resident | null): readonly number[] | null;
   givePages(pages: readonly number[]): void;
@@ -160,7 +163,9 @@ export class Load implements AdapterLoad {
     const known = this.#host.residents.get(this.generation) ?? null;
     const resident = known ?? createResident(this.generation, this.#partsOf(files));
     const from = resident.pages.length;
-    const pages = this.#host.takePages(resident.maker.pagesFor(rank) - from, known);
+    const count = resident.maker.pagesFor(rank) - from;
+    const mayTake = !isBlendKey(this.generation) || this.#host.makeBlendRoom(count);
+    const pages = mayTake ? this.#host.takePages(count, known) : null;
     if (pages === null) return;
     resident.isGrowing = true;
     const plan = writePages(stepper, packed, from, pages);
@@ -173,7 +178,9 @@ export class Load implements AdapterLoad {
       const message = `${packed.manifest.rankMax} ranks beside a bank of ${used.r}`;
       throw new GatewayError('ADAPTER_CORRUPT', message);
     }
-    const maker = createRowMaker(packed, this.#host.options.stepper.config.blocks, used);
+    const atoms = bank?.floats.get('atoms'); // as many as its own bank has, whatever that has grown to
+    const sizes = used === null ? null : { K: atoms!.shape[0]!, dq: used.dq };
+    const maker = createRowMaker(packed, this.#host.options.stepper.config.blocks, sizes);
     return { maker, basis: null, labels: packed.floats.get('labels') ?? null };
   }
 

@@ -113,15 +113,16 @@ function differs({ from, base }: FilePair, name: string): boolean {
   return theirs.some((value, i) => value !== ours[i]);
 }
 
-/** A tensor of a model file, finite, in f32. */
-export function numbersOf(file: GgufFile, name: string): Float32Array {
-  const tensor = file.tensors.get(name)!;
+/** A tensor of a model file, finite, in f32; or one row of it. */
+export function numbersOf(file: GgufFile, name: string, row: number | null = null): Float32Array {
+  const { shape, offset, bytes, ...tensor } = file.tensors.get(name)!;
   const type = tensor.type.toLowerCase();
   if (!(type in dtypeLayout) || type.startsWith('i')) {
     throw new GatewayError('UNSUPPORTED', `${name}: weights of type ${tensor.type}`);
   }
-  const numbers = new Float32Array(elementCount(tensor.shape));
-  dequantizeRows(type as WeightType, file.read(tensor.offset, tensor.bytes), numbers);
+  const numbers = new Float32Array(row === null ? elementCount(shape) : shape[0]!);
+  const size = (bytes / elementCount(shape)) * numbers.length;
+  dequantizeRows(type as WeightType, file.read(offset + (row ?? 0) * size, size), numbers);
   const bad = numbers.find((value) => !Number.isFinite(value));
   if (bad !== undefined) throw new GatewayError('INVALID_MODEL_FILE', `${name} has ${bad}`);
   return numbers;

@@ -8,6 +8,8 @@ import type { ResidentKey } from './residency.ts';
 export interface HostTier {
   open(key: ResidentKey): Promise<PackedAdapter<ResidentKey>>;
   has(key: ResidentKey): boolean;
+  /** The keys of what it has, unless they are as they were at the call before. */
+  changed(): readonly ResidentKey[] | null;
   readonly bytes: number;
 }
 
@@ -26,18 +28,23 @@ const entryBytes = 512;
 
 export function createHostTier({ bytesMax, read, onDispose }: HostTierOptions): HostTier {
   const reading = new Map<ResidentKey, Promise<PackedAdapter<ResidentKey>>>();
+  let isTold = true;
   const files =
     bytesMax === 0
       ? null
       : new LRUCache<ResidentKey, PackedAdapter<ResidentKey>>({
           maxSize: bytesMax,
           sizeCalculation: ({ bytes }) => bytes + entryBytes,
-          dispose: (_, key, reason) => onDispose?.(key, reason),
+          dispose: (_, key, reason) => {
+            isTold = false;
+            onDispose?.(key, reason);
+          },
         });
   const readOnce = async (key: ResidentKey): Promise<PackedAdapter<ResidentKey>> => {
     try {
       const packed = await read(key);
       files?.set(key, packed);
+      isTold = false;
       return packed;
     } finally {
       reading.delete(key);
@@ -52,6 +59,11 @@ export function createHostTier({ bytesMax, read, onDispose }: HostTierOptions): 
       return promise;
     },
     has: (key) => files?.has(key) ?? false,
+    changed() {
+      if (isTold || files === null) return null;
+      isTold = true;
+      return [...files.keys()];
+    },
     get bytes() {
       return files?.calculatedSize ?? 0;
     },

@@ -8,14 +8,15 @@ import { openGguf } from '../model/gguf.ts';
 import type { Generation } from './adapter.ts';
 import { blobPath, createBlobStore } from './blobs.ts';
 import { packNative } from './native-import.ts';
-import { readPacked } from './pack.ts';
+import { type PackedAdapter, readPacked } from './pack.ts';
 import { type LevelRule, type Packed, type SqueezeTarget, squeezePacked } from './pack-pairs.ts';
-import { type PackedPeft, packPeft, unpackPeft } from './pack-peft.ts';
+import { packPeft, unpackPeft } from './pack-peft.ts';
 import { importPacked, packedConfig } from './packed-import.ts';
 import { isCovered } from './page-writing.ts';
 import type { AdapterBase } from './peft.ts';
 import { readPeftDirectory } from './peft-directory.ts';
-import type { ImportedAdapter, PeftFiles } from './registry.ts';
+import { exportQueryable, isQueryable, packQueryable } from './queryable-directory.ts';
+import type { ExportedFiles, ImportedAdapter } from './registry.ts';
 
 export type ImportJob =
   | {
@@ -48,9 +49,9 @@ export type ImportAnswer =
       readonly kind: 'imported';
       readonly adapter: ImportedAdapter;
       /** What it needs, when that is new: to be registered first. */
-      readonly basis: Omit<ImportedAdapter, 'warnings'> | null;
+      readonly shared: Omit<ImportedAdapter, 'warnings'> | null;
     }
-  | { readonly kind: 'exported'; readonly files: PeftFiles }
+  | { readonly kind: 'exported'; readonly files: ExportedFiles }
   | {
       readonly kind: 'failed';
       readonly code: ErrorCode;
@@ -63,13 +64,26 @@ export type ImportAnswer =
 async function answer(job: ImportJob): Promise<ImportAnswer> {
   const { blobDirectory } = job;
   if (job.kind === 'import') return importDirectory(job);
-  const packed = await readPacked(blobPath(blobDirectory, job.generation), job.generation);
+  const read = readerOf(blobDirectory);
+  const packed = await read(job.generation);
   if (job.kind === 'squeeze') {
     const squeezed = squeezePacked(packed, job.target);
     const adapter = { ...(await store(squeezed, blobDirectory)), warnings: [] };
-    return { kind: 'imported', adapter, basis: null };
+    return { kind: 'imported', adapter, shared: null };
   }
-  return { kind: 'exported', files: unpackPeft(packed, job.rank, job.base) };
+  const { kind, options, rankMax } = packed.manifest;
+  if (kind !== 'queryable') {
+    return { kind: 'exported', files: unpackPeft(packed, job.rank, job.base) };
+  }
+  if (job.rank !== rankMax) {
+    const message = `rank is ${job.rank}; a queryable adapter mixes all of its ${rankMax}`;
+    throw new GatewayError('INVALID_REQUEST', message, { param: 'rank' });
+  }
+  return { kind: 'exported', files: exportQueryable(packed, await read(options.needs!)) };
+}
+
+function readerOf(directory: string): (generation: Generation) => Promise<PackedAdapter> {
+  return (generation) => readPacked(blobPath(directory, generation), generation);
 }
 
 type DirectoryJob = ImportJob & { readonly kind: 'import' };
@@ -77,17 +91,15 @@ type DirectoryJob = ImportJob & { readonly kind: 'import' };
 async function importDirectory(job: DirectoryJob): Promise<ImportAnswer> {
   const { base, acceptBaseName, levels, blobDirectory } = job;
   const { format, ...input } = await readPeftDirectory(job.directory);
-  const put = async ({ warnings, ...packed }: PackedPeft): Promise<ImportedAdapter> => ({
-    ...(await store(packed, blobDirectory)),
-    warnings,
-  });
   if (format === 'peft') {
-    const adapter = await put(packPeft({ ...input, base, acceptBaseName }, levels));
-    return { kind: 'imported', adapter, basis: null };
+    const { warnings, ...packed } = packPeft({ ...input, base, acceptBaseName }, levels);
+    const adapter = { ...(await store(packed, blobDirectory)), warnings };
+    return { kind: 'imported', adapter, shared: null };
   }
   if (input.config.trim() === packedConfig.trim()) {
     const packed = importPacked(input.config, input.weights, base);
-    return { kind: 'imported', adapter: await put({ ...packed, warnings: [] }), basis: null };
+    const adapter = { ...(await store(packed, blobDirectory)), warnings: [] };
+    return { kind: 'imported', adapter, shared: null };
   }
   return importNative(job, input);
 }
@@ -100,24 +112,39 @@ async function importNative(
     throw new GatewayError('UNSUPPORTED', 'rankgate.json: the base file is not at hand');
   }
   using baseFile = openGguf(modelPath);
-  let basis: Omit<ImportedAdapter, 'warnings'> | null = null;
-  const native = { ...input, base, baseFile, levels };
-  const packed = await packNative({
-    ...native,
-    async findBasis(modules) {
-      for (const generation of bases) {
-        const { manifest } = await readPacked(blobPath(blobDirectory, generation), generation);
-        if (manifest.baseHash === base.hash && isCovered(modules, manifest)) return generation;
-      }
-      return null;
-    },
-    async storeBasis(made) {
-      basis = await store(made, blobDirectory);
-      return basis.generation;
-    },
-  });
+  let shared: Omit<ImportedAdapter, 'warnings'> | null = null;
+  const read = readerOf(blobDirectory);
+  const storeShared = async (made: Packed): Promise<Generation> => {
+    shared = await store(made, blobDirectory);
+    return shared.generation;
+  };
+  const native = { ...input, base, baseFile, storeShared };
+  const packed = isQueryable(input.config)
+    ? await packQueryable({
+        ...native,
+        async readBank(generation) {
+          const bank = await read(generation).catch(noneWhenAbsent);
+          const isOurs = bank?.manifest.kind === 'bank' && bank.manifest.baseHash === base.hash;
+          return isOurs ? bank : null;
+        },
+      })
+    : await packNative({
+        ...{ ...native, levels },
+        async findBasis(modules) {
+          for (const generation of bases) {
+            const { manifest } = await read(generation);
+            if (manifest.baseHash === base.hash && isCovered(modules, manifest)) return generation;
+          }
+          return null;
+        },
+      });
   const adapter = { ...(await store(packed, blobDirectory)), warnings: [] };
-  return { kind: 'imported', adapter, basis };
+  return { kind: 'imported', adapter, shared };
+}
+
+function noneWhenAbsent(error: unknown): null {
+  if (error instanceof GatewayError && error.code === 'ADAPTER_NOT_FOUND') return null;
+  throw error;
 }
 
 async function store(

@@ -9,7 +9,13 @@ import type { BlobStore } from './blobs.ts';
 import type { ImportAnswer, ImportJob } from './import-worker.ts';
 import type { SqueezeTarget } from './pack-pairs.ts';
 import type { AdapterBase } from './peft.ts';
-import type { ImportedAdapter, Importer, ImportOptions, PeftFiles, Registry } from './registry.ts';
+import type {
+  ExportedFiles,
+  ImportedAdapter,
+  Importer,
+  ImportOptions,
+  Registry,
+} from './registry.ts';
 
 export interface ImporterOptions {
   readonly base: AdapterBase;
@@ -58,7 +64,7 @@ class ThreadedImporter implements Importer {
     );
   }
 
-  async exportPeft(generation: Generation, rank: number): Promise<PeftFiles> {
+  async exportPeft(generation: Generation, rank: number): Promise<ExportedFiles> {
     const { base, blobDirectory } = this.#options;
     if (!isGeneration(generation)) {
       throw new GatewayError('ADAPTER_NOT_FOUND', 'not a generation');
@@ -85,13 +91,13 @@ class ThreadedImporter implements Importer {
     for (let attempt = 1; ; attempt++) {
       const answer = await this.#run(job);
       if (answer.kind !== 'imported') throw new GatewayError('INTERNAL', `got ${answer.kind}`);
-      const { adapter, basis } = answer;
+      const { adapter, shared } = answer;
       // The same generation may have been removed while the thread's message was under way. From here to `store` nothing
       // can come between.
       if (blobs.has(adapter.generation) || attempt === attemptsMax) {
-        for (const { generation, manifest, bytes } of basis === null
+        for (const { generation, manifest, bytes } of shared === null
           ? [adapter]
-          : [basis, adapter]) {
+          : [shared, adapter]) {
           registry.store(generation, manifest, bytes);
         }
         return adapter;

@@ -1,7 +1,7 @@
 // An adapter in its family's own numbers: rankgate.json says the kind and its options, adapter_model.safetensors has
 // `blk.{block}.{projection}.{tensor}` of [count, length] with the family's names, rows in the base's own order. What is a
 // low-rank pair once it is published is packed like any other; what is not is packed as its family serves it. Queryable
-// adapters need a bank and their labels' embeddings, and are not read here.
+// adapters have a bank beside them: queryable-directory.ts.
 
 import { z } from 'zod';
 import { GatewayError } from '../errors.ts';
@@ -32,8 +32,8 @@ import type { AdapterBase } from './peft.ts';
 import type { ServedModule } from './served.ts';
 import { rankCurve, type SqueezedModule, squeezeModule } from './squeeze.ts';
 
-const rank = z.int().min(1).max(rankMaxLimit);
-const alpha = z.number().positive().max(1e6);
+export const rank: z.ZodInt = z.int().min(1).max(rankMaxLimit);
+export const alpha: z.ZodNumber = z.number().positive().max(1e6);
 const schema = z.discriminatedUnion('kind', [
   z.strictObject({
     kind: z.literal('matryoshka'),
@@ -79,14 +79,14 @@ export interface NativeInput {
   readonly levels: LevelRule;
   /** A stored basis that has all of these, or null. */
   readonly findBasis: (modules: readonly ServedModule[]) => Promise<Generation | null>;
-  readonly storeBasis: (basis: Packed) => Promise<Generation>;
+  readonly storeShared: (basis: Packed) => Promise<Generation>;
 }
 
 /** Throws INVALID_ADAPTER, or what the families throw. Minutes where singular vectors of the base are wanted. */
 export async function packNative(input: NativeInput): Promise<Packed> {
-  const options = parseOptions(input.config);
+  const options = parseOptions(input.config, schema);
   const family = familyOf(options);
-  const modules = readModules(input, family);
+  const modules = readModules(input, family, new Map(readSafetensors(input.weights).tensors));
   const about = {
     kind: family.kind,
     describe: family.describe,
@@ -104,14 +104,15 @@ export async function packNative(input: NativeInput): Promise<Packed> {
   return packPairs(pairs, { ...about, levels });
 }
 
-function parseOptions(config: string): Options {
+/** rankgate.json as a kind has it. Throws INVALID_ADAPTER. */
+export function parseOptions<T>(config: string, wanted: z.ZodType<T>): T {
   let value: unknown;
   try {
     value = JSON.parse(config);
   } catch (cause) {
     throw new GatewayError('INVALID_ADAPTER', 'rankgate.json is not JSON', { cause });
   }
-  const { success, data, error } = schema.safeParse(value);
+  const { success, data, error } = wanted.safeParse(value);
   if (success) return data;
   const { path, message } = error.issues[0]!;
   const where = path.length === 0 ? '' : ` ${path.join('.')}`;
@@ -146,9 +147,12 @@ export interface NativeModule {
   readonly tensors: Tensors;
 }
 
-/** In the base's order. Every tensor must belong to a module of the base. */
-function readModules({ weights, base, baseFile }: NativeInput, family: Family): NativeModule[] {
-  const left = new Map(readSafetensors(weights).tensors);
+/** Takes its tensors out of `left`, in the base's order. Every one that is there must belong to a module of the base. */
+export function readModules(
+  { base, baseFile }: Pick<NativeInput, 'base' | 'baseFile'>,
+  family: Pick<Family, 'kind' | 'axes'>,
+  left: Map<string, SafetensorsTensor>,
+): NativeModule[] {
   const count = left.size;
   const modules: NativeModule[] = [];
   for (let block = 0; block < base.config.blocks; block++) {
@@ -245,7 +249,7 @@ async function packSvfit(
   const served = modules.map(({ site, tensors }) => family.serve(site, tensors));
   const needs =
     (await input.findBasis(served)) ??
-    (await input.storeBasis(packBasis(modules, options.rank, about)));
+    (await input.storeShared(packBasis(modules, options.rank, about)));
   const packer = createPacker();
   const energies: number[] = [];
   for (const module of served) {

@@ -9,7 +9,7 @@ import type { PackedAdapter } from './pack.ts';
 import { type LevelRule, packPairs, prefixOf, ranksAt } from './pack-pairs.ts';
 import { type PeftInput, readPeft } from './peft.ts';
 import { formatTensorName, moduleName, peftRowOrder, targetName } from './peft-names.ts';
-import type { PeftFiles } from './registry.ts';
+import type { ExportedFiles } from './registry.ts';
 import { squeezeModule } from './squeeze.ts';
 
 export interface PackedPeft {
@@ -40,7 +40,11 @@ export function packPeft(input: PeftInput, levels: LevelRule = 'uniform'): Packe
 
 /** The ranks of level `rank`, in f32 values that equal the served f16 ones. alpha = r, so that PEFT's scale is 1.
  *  Throws UNSUPPORTED for kinds that are no pairs, INVALID_REQUEST for a rank that is not there. */
-export function unpackPeft(packed: PackedAdapter, rank: number, base: DecoderConfig): PeftFiles {
+export function unpackPeft(
+  packed: PackedAdapter,
+  rank: number,
+  base: DecoderConfig,
+): ExportedFiles {
   const { manifest } = packed;
   if (!pairKinds.includes(manifest.kind)) {
     const message = `a ${manifest.kind} adapter is more than low-rank pairs: PEFT would compute something else`;
@@ -62,6 +66,7 @@ export function unpackPeft(packed: PackedAdapter, rank: number, base: DecoderCon
     tensors.set(formatTensorName(module, 'B'), f32Tensor(rows, [module.out, module.rank]));
   }
   return {
+    configName: 'adapter_config.json',
     config: `${JSON.stringify(exportedConfig({ ...manifest, modules: served }, base), null, 2)}\n`,
     weights: writeSafetensors(tensors, new Map([['format', 'pt']])),
   };

@@ -83,6 +83,17 @@ export function atomBankOf({ generation, manifest, floats }: PackedAdapter<Resid
   };
 }
 
+/** Whether `bank` is `other`, or `other` and more atoms: then what routes among the atoms of `other` needs no other bank. */
+export function beginsWith(bank: AtomBank, other: AtomBank): boolean {
+  const isSame = (x: Float32Array, y: Float32Array): boolean =>
+    x.length === y.length && x.every((value, i) => value === y[i]);
+  return (
+    bank.blockLayers === other.blockLayers &&
+    (['query', 'summary', 'context'] as const).every((name) => isSame(bank[name], other[name])) &&
+    isSame(bank.atoms.subarray(0, other.atoms.length), other.atoms)
+  );
+}
+
 function allModules({ config }: Pick<Stepper, 'config'>): readonly ModuleRef[] {
   const modules: ModuleRef[] = [];
   for (let block = 0; block < config.blocks; block++) {

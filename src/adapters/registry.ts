@@ -76,8 +76,9 @@ export interface Importer {
   /** A PEFT directory (adapter_config.json + adapter_model.safetensors). Throws INVALID_ADAPTER, BASE_MISMATCH,
    *  DISK_FULL. Registers the generation with the registry; names are the caller's business. */
   importPeft(directory: string, options?: ImportOptions): Promise<ImportedAdapter>;
-  /** The PEFT files of the prefix of uniform rank `rank`, as they would be served. Throws ADAPTER_NOT_FOUND. */
-  exportPeft(generation: Generation, rank: number): Promise<PeftFiles>;
+  /** The PEFT files of level `rank`, as it would be served; of a queryable adapter, whole, its own files. Throws
+   *  ADAPTER_NOT_FOUND, or UNSUPPORTED for a kind that has neither. */
+  exportPeft(generation: Generation, rank: number): Promise<ExportedFiles>;
   /** A stored adapter with fewer ranks, as a generation of its own. Throws ADAPTER_NOT_FOUND, or UNSUPPORTED for a kind whose
    *  ranks are no plain pairs. The caller leases `generation` meanwhile. */
   squeeze(generation: Generation, target: SqueezeTarget): Promise<ImportedAdapter>;
@@ -99,6 +100,10 @@ export interface ImportedAdapter {
 }
 
 export interface PeftFiles {
-  readonly config: string; // adapter_config.json
+  readonly config: string;
   readonly weights: Uint8Array; // adapter_model.safetensors
+}
+
+export interface ExportedFiles extends PeftFiles {
+  readonly configName: 'adapter_config.json' | 'rankgate.json';
 }

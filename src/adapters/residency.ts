@@ -13,9 +13,9 @@ import { projections } from '../model/decoder-config.ts';
 import type { AdapterRows, AtomBank, Stepper } from '../model/stepper.ts';
 import { type Generation, type PackedKind, pageRanks } from './adapter.ts';
 import { Load, type LoadHost } from './adapter-load.ts';
-import type { BlendKey } from './blend-key.ts';
+import { type BlendKey, isBlendKey } from './blend-key.ts';
 import type { Floats, PackedAdapter } from './pack.ts';
-import { atomBankOf, type PageMemory } from './page-writing.ts';
+import { atomBankOf, beginsWith, type PageMemory } from './page-writing.ts';
 import type { RowMaker, RowsSource } from './rows.ts';
 
 /** What can be resident: a packed file, or what is made of several when it is asked for. */
@@ -77,7 +77,7 @@ export interface Residency {
   acquire(generation: ResidentKey, rank?: number): ResidentUse | null;
   /** One load per generation: a second call returns the first's, which goes on to the larger rank. What is resident
    *  answers `done` at once, and is kept although it was to be unloaded. `onProgress` is called when the file has been
-   *  read or failed to be. */
+   *  read or failed to be. Throws CONTENDED for a blend beyond those that may be there. */
   beginLoad(generation: ResidentKey, onProgress: () => void, rank?: number): AdapterLoad;
   /** Forgets a resident generation at its last use, at once when there is none. One that is loading is forgotten after
    *  the use that it is loaded for. */
@@ -94,6 +94,8 @@ export interface ResidencyOptions {
   readonly baseHash: string;
   /** Reads and verifies a packed file (pack.ts, readPacked), or makes a blend. */
   readonly open: (generation: ResidentKey) => Promise<PackedAdapter<ResidentKey>>;
+  /** Merged blends that are resident at once. */
+  readonly blendsMax?: number;
   /** Of what residents keep outside the pages. */
   readonly floatBytesMax?: number;
   readonly onDispose?: (generation: ResidentKey, reason: DisposalReason) => void;
@@ -114,8 +116,13 @@ export interface Resident {
   isGrowing: boolean;
 }
 
+/** `covers` gains a bank when it is found to be the beginning of this one. */
+type GrowingBank = AtomBank & { readonly covers: Set<string> };
+
 /** Guess: 1,000 svfit adapters of rank 64 of the default model, with their rows, take 108 MB. */
 const floatBytesMaxDefault = 256 * 1024 * 1024;
+/** Guess. */
+const blendsMaxDefault = 32;
 /** Ranks whose rows are kept per resident; a sequence keeps its own. */
 const rowsKept = 8;
 
@@ -131,7 +138,7 @@ class PagedResidency implements Residency, LoadHost {
   readonly residents: Map<ResidentKey, Resident> = new Map();
   readonly loading: Map<ResidentKey, Load> = new Map();
   #pinned: ReadonlySet<ResidentKey> = new Set();
-  #bank: AtomBank | null = null;
+  #bank: GrowingBank | null = null;
 
   constructor(options: ResidencyOptions) {
     this.options = options;
@@ -201,6 +208,7 @@ class PagedResidency implements Residency, LoadHost {
       running.want(rank, onProgress);
       return running;
     }
+    if (isBlendKey(generation)) this.makeBlendRoom(0); // before seconds are spent on merging it
     const load = new Load(this, generation);
     this.loading.set(generation, load);
     load.want(rank, onProgress);
@@ -262,6 +270,31 @@ class PagedResidency implements Residency, LoadHost {
     return this.#free.splice(this.#free.length - count, count).reverse();
   }
 
+  /** What requests merge they think up, without end: blends have a number and, unless there is but one, half of the pages,
+   *  and put each other out. Throws CONTENDED while as many as there may be are in use. */
+  makeBlendRoom(pages: number): boolean {
+    const { blendsMax = blendsMaxDefault } = this.options;
+    const left = [...this.residents.values()].filter(({ key }) => isBlendKey(key));
+    const unused = left.filter((one) => this.#isEvictable(one));
+    const used = left.length - unused.length;
+    if (used >= blendsMax) {
+      const message = `${used} merged blends are in use, no more are served at once`;
+      throw new GatewayError('CONTENDED', message);
+    }
+    const pagesMax = Math.ceil(this.pagesMax / 2);
+    const fits = (): boolean =>
+      left.length === 0 || (left.length < blendsMax && pageCount(left) + pages <= pagesMax);
+    const gone: Resident[] = [];
+    for (const one of unused) {
+      if (fits()) break;
+      left.splice(left.indexOf(one), 1);
+      gone.push(one);
+    }
+    if (!fits()) return false;
+    for (const one of gone) this.dispose(one, 'evicted');
+    return true;
+  }
+
   givePages(pages: readonly number[]): void {
     this.#free.push(...pages);
   }
@@ -284,20 +317,36 @@ class PagedResidency implements Residency, LoadHost {
     this.#unloadIfDue(resident);
   }
 
-  /** Makes this bank the one of the stepper. Throws UNSUPPORTED while sequences use another. */
+  /** Makes this bank, or the one there that begins with it, the one of the stepper. A bank that is there may grow under
+   *  those who use it. Throws UNSUPPORTED while sequences use an unrelated one. */
   useBank(packed: PackedAdapter<ResidentKey>): AtomBank {
-    if (this.#bank?.id === packed.generation) return this.#bank;
+    const now = this.#bank;
+    if (now !== null && (now.id === packed.generation || now.covers.has(packed.generation))) {
+      return now;
+    }
+    const bank = { ...atomBankOf(packed), covers: new Set<string>() };
+    if (now !== null && beginsWith(now, bank)) {
+      now.covers.add(bank.id);
+      return now;
+    }
+    if (now !== null && beginsWith(bank, now)) {
+      for (const id of [now.id, ...now.covers]) bank.covers.add(id);
+    } else {
+      this.#dropBankUsers();
+    }
+    this.options.stepper.setAtomBank(bank);
+    this.#bank = bank;
+    return bank;
+  }
+
+  #dropBankUsers(): void {
     const old = [...this.residents.values()].filter(
       ({ maker }) => maker.manifest.kind === 'queryable',
     );
     if (old.some((resident) => resident.uses > 0 || this.#isPinned(resident))) {
       throw new GatewayError('UNSUPPORTED', 'adapters of another atom bank are in use or pinned');
     }
-    const bank = atomBankOf(packed);
     for (const resident of old) this.dispose(resident, 'bank-replaced');
-    this.options.stepper.setAtomBank(bank);
-    this.#bank = bank;
-    return bank;
   }
 
   dispose(resident: Resident, reason: DisposalReason): void {

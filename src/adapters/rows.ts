@@ -110,7 +110,7 @@ function spreadOut(
   return spread;
 }
 
-/** Atoms that came to the bank after the adapter was made are no choice of its. */
+/** Keys may be fewer than atoms: those that came to the bank later are no choice of the adapter's. */
 function atomsOf(
   { options }: AdapterManifest,
   floats: ReadonlyMap<FloatName, Floats>,
@@ -122,10 +122,8 @@ function atomsOf(
     const message = `keys [${keys.shape.join(', ')}] do not fit a bank of [${K}, ${dq}]`;
     throw new GatewayError('ADAPTER_CORRUPT', message);
   }
-  const padded = new Float32Array(K * dq);
-  padded.set(keys.values);
-  const bias = new Float32Array(K).fill(never, own);
-  return { bank: options.needs!, keys: padded, bias, topK: Math.min(options.topK!, own) };
+  const bias = new Float32Array(own);
+  return { bank: options.needs!, keys: keys.values, bias, topK: Math.min(options.topK!, own) };
 }
 
 /** Something that has rows at each of its ranks: a resident in use (residency.ts). */

@@ -3,7 +3,7 @@
 // Never sleeps while there is work, never polls while there is none.
 
 import type { Generation } from '../adapters/adapter.ts';
-import type { Residency } from '../adapters/residency.ts';
+import type { Residency, ResidentKey } from '../adapters/residency.ts';
 import { GatewayError } from '../errors.ts';
 import type { RowMath } from '../kernels/row-math.ts';
 import type { Stepper, StepResult } from '../model/stepper.ts';
@@ -48,6 +48,8 @@ export interface LoopOptions {
   readonly speculation?: SpeculationWish;
   /** Plain JavaScript's when there is none. */
   readonly rowMath?: RowMath;
+  /** HostTier.changed; there is none when absent. */
+  readonly hosted?: () => readonly ResidentKey[] | null;
   /** Must not throw; called within a tick, in order. */
   readonly emit: (message: FromEngine) => void;
 }
@@ -147,6 +149,11 @@ export class EngineLoop {
     };
   }
 
+  #statsToTell(): EngineStats {
+    const hosted = this.#options.hosted?.() ?? null;
+    return hosted === null ? this.stats() : { ...this.stats(), hosted };
+  }
+
   #wake(): void {
     if (this.#isScheduled || this.#isStopped) return;
     this.#isScheduled = true;
@@ -163,7 +170,7 @@ export class EngineLoop {
     this.#outbox.flush(); // a start is out before the step that may kill the process: supervisor.ts counts on it
     const isRunning = this.#roster.running.size > 0;
     if (isRunning) this.#step();
-    else this.#outbox.stats(this.stats());
+    else this.#outbox.stats(this.#statsToTell());
     const { prospects } = this.#roster;
     const isMoving = isRunning || this.#roster.waiting !== waiting;
     if (!isMoving && prospects === 'stuck') this.#roster.giveUp();
@@ -194,7 +201,7 @@ export class EngineLoop {
     } catch (error) {
       this.#stepAlone(batch, error);
     }
-    this.#outbox.step({ ms: clock.nowMs() - startMs, ...workOf(batch) }, this.stats());
+    this.#outbox.step({ ms: clock.nowMs() - startMs, ...workOf(batch) }, this.#statsToTell());
   }
 
   /** A step that throws has computed nothing. One bad sequence must not fail the rest, so each is tried by itself. */

@@ -177,6 +177,8 @@ export interface EngineStats {
   readonly kvCellsUsed: number;
   readonly kvCellsMax: number;
   readonly residents: readonly ResidentAdapter[];
+  /** Packed files that are kept in memory beside the pages. Absent in a message: as it was told before. */
+  readonly hosted?: readonly ResidentKey[];
   readonly adapterSlotsMax: number;
   /** Sequences that gave their cells to others, so far. */
   readonly preemptions: number;

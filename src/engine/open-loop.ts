@@ -139,6 +139,7 @@ export async function openLoop(
       rowMath: await openRowMath(config.backend),
       watch: watchThreads(config.threads, setThreads, clock),
       emit,
+      hosted: () => host.changed(),
     });
   } catch (error) {
     decoder[Symbol.dispose]();

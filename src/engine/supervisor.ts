@@ -233,13 +233,18 @@ export class Supervisor implements Engine {
         this.#dispatch();
         break;
       case 'step':
-        this.#stats = message.stats;
+        this.#takeStats(message.stats);
         for (const listener of this.#stepListeners) listener(message.report);
         break;
       case 'stats':
-        this.#stats = message.stats;
+        this.#takeStats(message.stats);
         break;
     }
+  }
+
+  #takeStats(stats: EngineStats): void {
+    const { hosted = [] } = this.#stats;
+    this.#stats = { hosted, ...stats };
   }
 
   #becomeReady(base: BaseInfo): void {

@@ -13,8 +13,8 @@ import {
 
 /** What native/routing.c has room for: pages of a row; ranks, atoms and numbers of a query; summaries (ggml's sources of a node). */
 const pagesMax = 32;
-const routedMax = 256;
-const earlierMax = 6;
+export const routedMax = 256;
+export const earlierMax = 6;
 
 type Numbers = Float32Array | Int32Array;
 /** A backend's way to the numbers of a tensor. */

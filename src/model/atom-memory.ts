@@ -6,6 +6,7 @@ import type { Kernels, StoredTensor } from '../kernels/kernels.ts';
 import type { AtomBank } from './stepper.ts';
 
 export interface StoredBank extends Pick<AtomBank, 'id' | 'r' | 'dq' | 'K' | 'blockLayers'> {
+  readonly covers: ReadonlySet<string>;
   readonly atoms: StoredTensor; // [K, r, r]
   readonly query: StoredTensor; // [dq, r]
   readonly summary: StoredTensor; // [r, r]
@@ -30,7 +31,7 @@ export class AtomMemory {
   /** Throws SHAPE_MISMATCH for numbers that do not fit the sizes, UNSUPPORTED after too many sizes. The bank before stays
    *  until `fill`. */
   reserve(bank: AtomBank): StoredBank {
-    const { id, r, dq, K, blockLayers } = bank;
+    const { id, r, dq, K, blockLayers, covers = new Set() } = bank;
     const shapes = { atoms: [K, r, r], query: [dq, r], summary: [r, r], context: [dq, r] } as const;
     const isWhole = [r, dq, K, blockLayers].every((size) => Number.isInteger(size) && size >= 1);
     for (const name of memoryNames) {
@@ -41,7 +42,7 @@ export class AtomMemory {
         `atom bank ${id}: ${name} wants ${shapes[name].join('×')} finite numbers, got ${bank[name].length}`,
       );
     }
-    return { id, r, dq, K, blockLayers, ...this.#memory(shapes) };
+    return { id, r, dq, K, blockLayers, covers, ...this.#memory(shapes) };
   }
 
   fill(room: StoredBank | null, bank: AtomBank | null): void {

@@ -50,12 +50,13 @@ export class Results implements StepResult {
     const { segment, rowStart } = this.#placed(index);
     if (segment.adapter === null || segment.adapter.atoms === null) return null;
     const { K, blockLayers } = this.#bank!;
+    const own = segment.adapter.atoms.bias.length;
     const row = rowStart + segment.tokens.length - 1 - (segment.drafts ?? 0);
-    const weights = new Float32Array(Math.ceil(this.#config.blocks / blockLayers) * K);
-    for (let at = 0; at < weights.length; at += K) {
+    const weights = new Float32Array(Math.ceil(this.#config.blocks / blockLayers) * own);
+    for (let at = 0; at < weights.length; at += own) {
       // Before the atoms' weights is that of the ranks as they are: 0 in a row with atoms.
-      const own = weights.subarray(at, at + K);
-      this.#step.program.read(`atoms${at / K}`, row * (1 + K) + 1, own);
+      const to = weights.subarray(at, at + own);
+      this.#step.program.read(`atoms${at / own}`, row * (1 + K) + 1, to);
     }
     return weights;
   }

@@ -42,8 +42,9 @@ export interface RankGroup {
 
 /** A token's mix of shared maps of the use's first r ranks, chosen per block of layers (Ops.routeAtoms). */
 export interface AtomRouting {
-  /** The bank's id: the one that the stepper has. */
+  /** The id of the bank that the stepper has, or of one that it covers. */
   readonly bank: string;
+  /** Of the bank's first K atoms; the others are no choice. */
   readonly keys: Float32Array; // [K, dq]
   /** [K], added to the logits: instruction and prior. */
   readonly bias: Float32Array;
@@ -53,6 +54,8 @@ export interface AtomRouting {
 /** What all queryable adapters of a base share (algorithms.md section 6). */
 export interface AtomBank {
   readonly id: string;
+  /** Ids of banks that this one begins with, atom for atom: what is for them is computed with it. It may gain some. */
+  readonly covers?: ReadonlySet<string>;
   readonly atoms: Float32Array; // [K, r, r]
   readonly query: Float32Array; // [dq, r], W_q
   readonly summary: Float32Array; // [r, r], W_s
@@ -89,7 +92,7 @@ export interface StepResult {
   /** [V] f32 after the last token that is no draft, or after draft `draft` (1 = the first); valid until the next step.
    *  Throws when the segment did not want them. */
   logits(segment: number, draft?: number): Float32Array;
-  /** [blocks of layers, K]: the bank's atoms as the last token that is no draft weighted them; null without `atoms`. */
+  /** [blocks of layers, K]: the use's atoms as the last token that is no draft weighted them; null without `atoms`. */
   atomWeights(segment: number): Float32Array | null;
 }
 

@@ -21,7 +21,9 @@ export interface UseTableSize {
   readonly hasAtoms: boolean;
 }
 
-export type BankSizes = Pick<AtomBank, 'id' | 'r' | 'dq' | 'K'>;
+export type BankSizes = Pick<AtomBank, 'id' | 'covers' | 'r' | 'dq' | 'K'>;
+/** Added to the logit of an atom that is no choice. Finite, so that no product with it is NaN. */
+const never = -1e30;
 
 export interface UseLimits {
   readonly config: Pick<DecoderConfig, 'blocks'>;
@@ -84,12 +86,12 @@ export function checkUse(adapter: AdapterRows, limits: UseLimits): void {
 }
 
 function checkAtoms({ pages, atoms }: AdapterRows, bank: BankSizes | null): void {
-  if (bank === null || atoms!.bank !== bank.id) {
+  if (bank === null || (atoms!.bank !== bank.id && bank.covers?.has(atoms!.bank) !== true)) {
     refuse(`atoms of bank ${atoms!.bank}, the bank here is ${bank?.id ?? 'none'}`);
   }
   const { keys, bias, topK } = atoms!;
-  const fits = keys.length === bank.K * bank.dq && bias.length === bank.K;
-  if (!fits || !isCount(topK, 1, bank.K) || bank.r > pages.length * ranksPerPage) {
+  const fits = bias.length <= bank.K && keys.length === bias.length * bank.dq;
+  if (!fits || !isCount(topK, 1, bias.length) || bank.r > pages.length * ranksPerPage) {
     refuse(
       `${topK} of ${bank.K} atoms of rank ${bank.r} with keys of ${bank.dq}: got ${keys.length} numbers of keys, ` +
         `${bias.length} of bias, ${pages.length} pages`,
@@ -241,6 +243,7 @@ function writeAtoms(
   uses.forEach(({ atoms }, i) => {
     if (atoms === null) return;
     keys.set(atoms.keys, (i + 1) * K * dq);
+    bias.fill(never, (i + 1) * K, (i + 2) * K);
     bias.set(atoms.bias, (i + 1) * K);
     topK[i + 1] = atoms.topK;
   });

@@ -124,7 +124,7 @@ export async function exportAdapter(c: Context<Env>, deps: ServerDeps): Promise<
   const folder = `${record.name.replace(/^.*\//, '')}-r${rank}`;
   const archive = packTar(
     [
-      { name: `${folder}/adapter_config.json`, bytes: Buffer.from(files.config) },
+      { name: `${folder}/${files.configName}`, bytes: Buffer.from(files.config) },
       { name: `${folder}/adapter_model.safetensors`, bytes: files.weights },
     ],
     record.updatedS,
@@ -186,7 +186,8 @@ function describeGeneration(generation: Generation, { registry, engine }: Server
   const stored = registry.stored(generation);
   if (stored === null) throw new GatewayError('INTERNAL', `${generation} is named, not stored`);
   const { manifest, bytes } = stored;
-  const resident = engine.stats().residents.find((one) => one.generation === generation);
+  const { residents, hosted = [] } = engine.stats();
+  const resident = residents.find((one) => one.generation === generation);
   return {
     kind: manifest.kind,
     describe: manifest.describe,
@@ -203,7 +204,7 @@ function describeGeneration(generation: Generation, { registry, engine }: Server
     leases: registry.leases(generation),
     residency:
       resident === undefined
-        ? { tier: 'disk' }
+        ? { tier: hosted.includes(generation) ? 'host' : 'disk' }
         : { tier: 'slot', rank: resident.rank, bytes: resident.bytes, uses: resident.uses },
     source: sourceView(manifest.source),
   };

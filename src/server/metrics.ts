@@ -159,20 +159,21 @@ function addEngineState(page: Page, source: MetricsSource, sees: (name: string) 
   const threads = 'Threads of the kernels, fewer when others want the cores.';
   read('gauge', 'rankgate_threads', threads, (now) => now.threads);
   // Since the engine process began.
-  const counted: ReadonlyArray<readonly [string, string, Exclude<keyof EngineStats, 'residents'>]> =
+  const counted: ReadonlyArray<
+    readonly [string, string, Exclude<keyof EngineStats, 'residents' | 'hosted'>]
+  > = [
+    ['vllm:num_preemptions_total', 'Sequences that gave their cells to others.', 'preemptions'],
+    ['vllm:prefix_cache_queries_total', 'Prompt tokens looked up.', 'prefixTokensQueried'],
+    ['vllm:prefix_cache_hits_total', 'Prompt tokens found there.', 'prefixTokensHit'],
+    ['vllm:spec_decode_num_draft_tokens_total', 'Tokens guessed ahead.', 'draftTokens'],
     [
-      ['vllm:num_preemptions_total', 'Sequences that gave their cells to others.', 'preemptions'],
-      ['vllm:prefix_cache_queries_total', 'Prompt tokens looked up.', 'prefixTokensQueried'],
-      ['vllm:prefix_cache_hits_total', 'Prompt tokens found there.', 'prefixTokensHit'],
-      ['vllm:spec_decode_num_draft_tokens_total', 'Tokens guessed ahead.', 'draftTokens'],
-      [
-        'vllm:spec_decode_num_accepted_tokens_total',
-        'Guesses that came true.',
-        'draftTokensAccepted',
-      ],
-      ['rankgate_prewarms_total', 'Adapters loaded before anybody asked for them.', 'prewarms'],
-      ['rankgate_prewarms_used_total', 'Those that a request then used.', 'prewarmsUsed'],
-    ];
+      'vllm:spec_decode_num_accepted_tokens_total',
+      'Guesses that came true.',
+      'draftTokensAccepted',
+    ],
+    ['rankgate_prewarms_total', 'Adapters loaded before anybody asked for them.', 'prewarms'],
+    ['rankgate_prewarms_used_total', 'Those that a request then used.', 'prewarmsUsed'],
+  ];
   for (const [name, help, key] of counted) read('counter', name, help, (now) => now[key]);
   page.gauge('vllm:lora_requests_info', 'Resident adapters; the value is the time.', () => {
     const { residents, adapterSlotsMax } = engine.stats();
@@ -186,13 +187,15 @@ function addEngineState(page: Page, source: MetricsSource, sees: (name: string) 
     return [[series, source.clock.unixMs() / 1000]];
   });
   page.gauge('rankgate_adapters', 'Adapters by where their weights are.', () => {
-    const resident = new Set(engine.stats().residents.map((one) => one.generation));
-    const records = source.registry.list();
-    const inSlots = records.filter((record) => resident.has(record.generation)).length;
-    return [
-      [{ tier: 'slot' }, inSlots],
-      [{ tier: 'disk' }, records.length - inSlots],
-    ];
+    const { residents, hosted = [] } = engine.stats();
+    const resident = new Set(residents.map((one) => one.generation));
+    const inMemory = new Set(hosted);
+    const count = { slot: 0, host: 0, disk: 0 };
+    for (const { generation } of source.registry.list()) {
+      if (resident.has(generation)) count.slot += 1;
+      else count[inMemory.has(generation) ? 'host' : 'disk'] += 1;
+    }
+    return Object.entries(count).map(([tier, value]) => [{ tier }, value]);
   });
 }
 

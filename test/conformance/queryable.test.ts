@@ -185,4 +185,28 @@ describe.each(['reference', 'ggml'] as const)('queryable adapters on %s', (backe
     const before = beside(randomAtoms(bank, 2, 5));
     expect(beside(randomAtoms(bank, 4, 6))).toEqual(before);
   });
+
+  it('atoms added to the bank change no answer of who has no keys for them, beside who has', () => {
+    const few = { ...bank, id: 'few', K: 3, atoms: bank.atoms.subarray(0, 3 * 64) };
+    const own = queried(randomAtoms(few, 2, 1));
+    decoder.setAtomBank(few);
+    const before = run(own);
+    const grown = { ...bank, id: 'grown', covers: new Set(['few']) };
+    decoder.setAtomBank(grown);
+    const result = decoder.step([
+      segment(own),
+      segment(queried(randomAtoms(grown, 4, 2)), prompt, 1),
+    ]);
+    expect(result.atomWeights(0)).toHaveLength(3 * few.K);
+    expect(result.atomWeights(1)).toHaveLength(3 * grown.K);
+    result.atomWeights(0)!.forEach((share, i) => {
+      expect(Math.abs(share - before.weights[i]!)).toBeLessThan(1e-6);
+    });
+    result.logits(0).forEach((logit, i) => {
+      expect(Math.abs(logit - before.logits[i]!)).toBeLessThan(1e-5);
+    });
+    // What is for the bank as it was is no use of one that does not begin with it.
+    decoder.setAtomBank({ ...bank, id: 'other' });
+    expect(() => run(own)).toThrow(/atoms of bank few, the bank here is other/);
+  });
 });

@@ -228,6 +228,18 @@ describe('the life of an adapter', () => {
     expect(JSON.stringify(list.body)).not.toContain(directory);
   });
 
+  it('is shown in memory when its file is, and no slot has it', async () => {
+    const tier = async () => ((await call('GET', '/v1/adapters/support')).body as Json).residency;
+    expect(await tier()).toEqual({ tier: 'disk' });
+    harness.engine.figures = { hosted: [generationA] };
+    expect(await tier()).toEqual({ tier: 'host' });
+    const page = await (await harness.fetch('GET', '/metrics')).text();
+    expect(page).toContain('rankgate_adapters{tier="host"} 1\n');
+    const slot = { generation: generationA, rank: 8, bytes: 1, uses: 0 };
+    harness.engine.figures = { hosted: [generationA], residents: [slot] };
+    expect(await tier()).toMatchObject({ tier: 'slot', rank: 8 });
+  });
+
   it('is swapped under If-Match, rolled back and removed', async () => {
     const put = (generation: string, headers: Record<string, string> = {}) =>
       call('PUT', '/v1/adapters/support', { generation }, headers);

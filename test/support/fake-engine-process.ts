@@ -3,6 +3,7 @@
 
 import { existsSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { createHostTier } from '../../src/adapters/host-tier.ts';
 import { createResidency } from '../../src/adapters/residency.ts';
 import { systemClock } from '../../src/engine/clock.ts';
 import { EngineLoop } from '../../src/engine/engine-loop.ts';
@@ -60,6 +61,10 @@ else {
       return Promise.reject(new GatewayError('INVALID_MODEL_FILE', 'planted'));
     }
     const stepper = new FakeStepper({ cells: 64 * 16, pages: 12, onStep });
+    const host = createHostTier({
+      bytesMax: 1e8,
+      read: (key) => Promise.resolve(fakePacked(key, fakeRankOf(key))),
+    });
     return Promise.resolve(
       new EngineLoop({
         base: fakeBaseInfo(),
@@ -67,7 +72,7 @@ else {
         residency: createResidency({
           stepper,
           baseHash: fakeBaseHash,
-          open: (generation) => Promise.resolve(fakePacked(generation, fakeRankOf(generation))),
+          open: (key) => host.open(key),
         }),
         cache: new PrefixCache({ pool: new KvPool(stepper.cells), tenantShareMax: 0.5 }),
         limits: {
@@ -80,6 +85,7 @@ else {
         clock: systemClock,
         watch: { threads: 1, begin() {}, end() {} },
         emit,
+        hosted: () => host.changed(),
       }),
     );
   });

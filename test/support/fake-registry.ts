@@ -2,11 +2,11 @@ import { type AdapterManifest, type Generation, noOptions } from '../../src/adap
 import type { SqueezeTarget } from '../../src/adapters/pack-pairs.ts';
 import type {
   AdapterRecord,
+  ExportedFiles,
   ImportedAdapter,
   Importer,
   ImportOptions,
   Lease,
-  PeftFiles,
   Registry,
   StoredGeneration,
 } from '../../src/adapters/registry.ts';
@@ -213,8 +213,9 @@ export class FakeImporter implements Importer {
     return this.next;
   }
 
-  async exportPeft(generation: Generation, rank: number): Promise<PeftFiles> {
+  async exportPeft(generation: Generation, rank: number): Promise<ExportedFiles> {
     return {
+      configName: 'adapter_config.json',
       config: JSON.stringify({ r: rank, generation }),
       weights: new Uint8Array(1000).fill(rank),
     };

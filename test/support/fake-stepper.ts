@@ -170,20 +170,28 @@ export class FakeStepper implements Stepper {
   /** One block of layers; the first atoms, equally. */
   #atomWeights({ adapter }: Segment): Float32Array | null {
     if (adapter === null || adapter.atoms === null) return null;
-    const { topK } = adapter.atoms;
-    return Float32Array.from({ length: this.#bank!.K }, (_, k) => (k < topK ? 1 / topK : 0));
+    const { topK, bias } = adapter.atoms;
+    return Float32Array.from({ length: bias.length }, (_, k) => (k < topK ? 1 / topK : 0));
   }
 
   #fingerprint({ pages, rank, scale, gates, routing, atoms }: AdapterRows): number {
     if (gates === null && routing === null && pages.length !== Math.ceil(rank / 8))
       throw new Error(`${pages.length} pages, rank ${rank}`);
     let hash = mix(rank, scale * 1000);
-    if (atoms !== null && atoms.bank !== this.#bank?.id) throw new Error(`bank ${atoms.bank}`);
+    if (
+      atoms !== null &&
+      this.#bank?.covers?.has(atoms.bank) !== true &&
+      atoms.bank !== this.#bank?.id
+    )
+      throw new Error(`bank ${atoms.bank}`);
     const groups = (routing?.groups ?? []).flatMap((group) => Object.values(group) as number[]);
     const numbers = [gates, routing?.bias, Float32Array.from(groups), atoms?.keys, atoms?.bias];
     for (const some of numbers) hash = mix(hash, some == null ? 0 : hashOf(some));
     hash = mix(hash, atoms?.topK ?? 0);
-    if (atoms !== null) hash = mix(hash, hashOf(this.#bank!.atoms));
+    if (atoms !== null) {
+      const { atoms: all, K } = this.#bank!;
+      hash = mix(hash, hashOf(all.subarray(0, (atoms.bias.length * all.length) / K)));
+    }
     for (const page of pages) {
       const modules = this.#modules[page];
       if (modules === undefined || page === 0) throw new Error(`page ${page}`);

@@ -12,6 +12,7 @@ import {
   type FloatName,
   type Floats,
   generationOf,
+  openPacked,
 } from '../../src/adapters/pack.ts';
 import type { ServedModule } from '../../src/adapters/served.ts';
 import { projectionShape, projections } from '../../src/model/decoder-config.ts';
@@ -110,4 +111,19 @@ export function makePacked(made: MadeOptions): MadeFile {
     floats,
   );
   return { generation: generationOf(bytes), manifest, bytes };
+}
+
+/** The bank and `count` atoms more. */
+export function grownBank(bank: MadeFile, count: number): MadeFile {
+  const { floats, manifest } = openPacked(bank.bytes, bank.generation);
+  const { shape, values } = floats.get('atoms')!;
+  const [before = 0, r = 0] = shape;
+  const rng = createRng(before + count);
+  const all = Float32Array.from({ length: (before + count) * r * r }, (_, i) =>
+    i < values.length ? values[i]! : 2 * rng.next() - 1,
+  );
+  const atoms = { shape: [before + count, r, r], values: all };
+  const { modules, ...about } = manifest;
+  const { bytes, ...made } = createPacker().finish(about, new Map([...floats, ['atoms', atoms]]));
+  return { generation: generationOf(bytes), bytes, ...made };
 }

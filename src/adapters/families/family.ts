@@ -142,7 +142,11 @@ export function slice(family: Family, tensors: Tensors, rank: number): Tensors {
 }
 
 /** Throws INVALID_ADAPTER unless the module has the family's tensors, all of fitting sizes and finite. */
-export function checkTensors(family: Family, site: Site, tensors: Tensors): void {
+export function checkTensors(
+  family: Pick<Family, 'kind' | 'axes'>,
+  site: Site,
+  tensors: Tensors,
+): void {
   const sizes = new Map<Axis, number>([
     ['in', site.in],
     ['out', site.out],

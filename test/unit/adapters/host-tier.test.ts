@@ -2,6 +2,7 @@ import { describe, expect, it } from 'vitest';
 import type { Generation } from '../../../src/adapters/adapter.ts';
 import { createHostTier } from '../../../src/adapters/host-tier.ts';
 import { openPacked } from '../../../src/adapters/pack.ts';
+import type { ResidentKey } from '../../../src/adapters/residency.ts';
 import { makePacked } from '../../support/make-packed.ts';
 
 const files = [1, 2, 3].map((seed) => makePacked({ kind: 'lora', rank: 8, seed }));
@@ -56,6 +57,24 @@ describe('createHostTier', () => {
     expect(answers.map(({ status }) => status)).toEqual(['rejected', 'rejected']);
     await expect(tier.open(missing)).rejects.toThrow('no such file');
     expect(reads).toEqual([one, missing, missing]);
+  });
+
+  it('tells what it has whenever that has changed', async () => {
+    const { tier } = setUp(2 * bytesEach + 2000);
+    const told = (): Set<ResidentKey> | null => {
+      const keys = tier.changed();
+      return keys === null ? null : new Set(keys);
+    };
+    expect(told()).toBeNull();
+    await tier.open(one);
+    expect(told()).toEqual(new Set([one]));
+    await tier.open(one);
+    expect(told()).toBeNull();
+    for (const key of [two, three]) await tier.open(key);
+    expect(told()).toEqual(new Set([two, three]));
+    const none = setUp(0);
+    await none.tier.open(one);
+    expect(none.tier.changed()).toBeNull();
   });
 
   it('keeps nothing of 0 bytes, and no file that is larger than all of it', async () => {

@@ -268,7 +268,6 @@ describe('an adapter in its family’s own numbers', () => {
     ['no JSON', '{', () => {}, /rankgate.json is not JSON/],
     ['no kind', {}, () => {}, /rankgate.json kind/],
     ['a kind that is not there', { kind: 'dora' }, () => {}, /rankgate.json kind/],
-    ['queryable', { kind: 'queryable' }, () => {}, /rankgate.json kind/],
     ['an option that it does not have', { ...config, alpha: 2 }, () => {}, /"alpha"/],
     ['an option out of range', { ...config, top_k: 0 }, () => {}, /rankgate.json top_k/],
     ['more ranks to choose than there are', { ...config, top_k: 9 }, () => {}, /topK 9/],

@@ -11,7 +11,7 @@ import {
   type ResidentUse,
 } from '../../../src/adapters/residency.ts';
 import { GatewayError } from '../../../src/errors.ts';
-import { type MadeFile, makePacked, tinyModules } from '../../support/make-packed.ts';
+import { grownBank, type MadeFile, makePacked, tinyModules } from '../../support/make-packed.ts';
 import { PageMemory } from '../../support/page-memory.ts';
 import { tinyBase } from '../../support/tiny-base.ts';
 
@@ -217,7 +217,7 @@ describe('svfit', () => {
 });
 
 describe('queryable', () => {
-  it('has its bank in the stepper, and keys padded to it', async () => {
+  it('has its bank in the stepper, and may have fewer keys than that has atoms', async () => {
     const [one, two] = [asking(x, 5), asking(x, 6, 2)];
     const { residency, memory } = setUp(6, [x, y, one, two]);
     const first = await use(residency, one);
@@ -225,9 +225,8 @@ describe('queryable', () => {
     expect(first.labels?.shape).toEqual([3, 64]);
     const { atoms } = (await use(residency, two)).rows(8);
     expect(atoms).toMatchObject({ bank: x.generation, topK: 2 });
-    expect([...atoms!.bias.subarray(0, 2)]).toEqual([0, 0]);
-    expect(atoms!.bias[2]).toBeLessThan(-1e29);
-    expect(atoms!.keys).toHaveLength(12);
+    expect([...atoms!.bias]).toEqual([0, 0]);
+    expect(atoms!.keys).toHaveLength(8);
     // Whatever the rank: atoms mix them all.
     expect(first.rows(1)).toMatchObject({ rank: 8, pages: [1] });
   });
@@ -242,6 +241,50 @@ describe('queryable', () => {
     expect(memory.bank?.id).toBe(y.generation);
     expect(disposed).toContainEqual([asking(x, 5).generation, 'bank-replaced']);
     expect(residency.acquire(asking(x, 5).generation)).toBeNull();
+  });
+
+  it('keeps what is for a bank that grows, also while it is in use', async () => {
+    const larger = grownBank(x, 2);
+    const [old, late, young] = [asking(x, 5), asking(x, 6), asking(larger, 7, 5)];
+    const { residency, memory, disposed } = setUp(6, [
+      x,
+      y,
+      larger,
+      old,
+      late,
+      young,
+      asking(y, 8),
+    ]);
+    const first = await use(residency, old);
+    const rows = first.rows(8);
+    const second = await use(residency, young);
+    expect(memory.bank).toMatchObject({ id: larger.generation, K: 5 });
+    expect(memory.bank?.covers).toEqual(new Set([x.generation]));
+    expect(second.rows(8).atoms).toMatchObject({ bank: larger.generation });
+    expect(first.rows(8)).toBe(rows);
+    // Whoever comes later for the bank as it was needs no other.
+    expect((await use(residency, late)).rows(8).atoms).toMatchObject({ bank: x.generation });
+    expect(memory.bank?.id).toBe(larger.generation);
+    expect(disposed).toEqual([]);
+    await expect(loaded(residency, asking(y, 8))).rejects.toMatchObject({ code: 'UNSUPPORTED' });
+  });
+
+  it('finds that the bank which is there begins with another', async () => {
+    const larger = grownBank(x, 1);
+    const { residency, memory } = setUp(6, [x, larger, asking(x, 5), asking(larger, 6)]);
+    await use(residency, asking(larger, 6));
+    expect(memory.bank?.covers?.size).toBe(0);
+    const { atoms } = (await use(residency, asking(x, 5))).rows(8);
+    expect(memory.bank?.id).toBe(larger.generation);
+    expect(memory.bank?.covers?.has(atoms!.bank)).toBe(true);
+  });
+
+  it('has no more keys than its own bank, whatever that has grown to', async () => {
+    const larger = grownBank(x, 2);
+    const greedy = asking(x, 5, 4);
+    const { residency } = setUp(6, [x, larger, greedy, asking(larger, 6)]);
+    await use(residency, asking(larger, 6));
+    await expect(loaded(residency, greedy)).rejects.toMatchObject({ code: 'ADAPTER_CORRUPT' });
   });
 
   it.each<[string, MadeFile]>([

@@ -98,7 +98,7 @@ describe('blends in the loop', () => {
       opened.push(key);
       return Promise.resolve(fakePacked(key, fakeRankOf(key)));
     };
-    const harness = new LoopHarness({ open });
+    const harness = new LoopHarness({ open, pages: 40 });
     const parts = [
       [one, 8, 0.5],
       [two, 4, 1],

@@ -337,6 +337,8 @@ describe('Supervisor: a living engine', () => {
     await until(() => engine.stats().residents.length === 1, 'residency in the figures');
     engine.unload(fakeGeneration(5));
     await until(() => engine.stats().residents.length === 0, 'unloaded');
+    // Its file stays in the engine's memory, which the engine says once.
+    expect(engine.stats().hosted).toContain(fakeGeneration(5));
   });
 
   it('aborts before the first token, during prefill and during decode; all is given back', async () => {
