@@ -9,7 +9,7 @@ import {
   pageRanks,
 } from '../adapters/adapter.ts';
 import { pairKinds } from '../adapters/manifest.ts';
-import type { Lease, Registry } from '../adapters/registry.ts';
+import type { AdapterRecord, Lease, Registry } from '../adapters/registry.ts';
 import type { AdapterUse, Merge } from '../engine/messages.ts';
 import { GatewayError } from '../errors.ts';
 import type { Plan, RouteInput } from '../router/policy.ts';
@@ -100,6 +100,12 @@ function checkDistinct(parts: readonly TargetPart[]): void {
   throw invalidRequest(`${param}: is the same generation as one before it`, param);
 }
 
+/** null: it is not there, or no repair of the base. */
+export function systemRecord(name: string, registry: Registry): AdapterRecord | null {
+  const record = registry.find(name);
+  return record?.manifest.kind === 'eora' ? record : null;
+}
+
 /** None when the request names it itself. Missing is the operator's mistake: answers without it would be others. */
 function leaseSystem(
   name: string | null,
@@ -107,7 +113,7 @@ function leaseSystem(
   registry: Registry,
 ): Lease | null {
   if (name === null) return null;
-  if (registry.find(name)?.manifest.kind !== 'eora') {
+  if (systemRecord(name, registry) === null) {
     const message = 'the configured system adapter is not there, or is not of kind eora';
     throw new GatewayError('NO_CAPACITY', message);
   }
