@@ -35,6 +35,8 @@ rankgate adapters alias ALIAS NAME
 rankgate adapters pin NAME
 rankgate adapters unpin NAME
 rankgate adapters squeeze NAME --rank K | --variance V [--expect GENERATION]
+rankgate adapters squeeze DIRECTORY --calib FILE.txt --output DIRECTORY [--rank K | --variance V] [--levels uniform]
+                      [--accept-base-name NAME] [--model …] [--config file] …
 rankgate adapters export NAME [--rank K] [--output FILE]
 rankgate adapters rm NAME [--expect GENERATION]
 rankgate adapters extract --from FILE.gguf --base FILE.gguf --rank K | --energy E --output DIRECTORY [--levels uniform]
@@ -49,8 +51,9 @@ rankgate jobs cancel ID
 rankgate doctor [--measure] [--config file] …
 rankgate --version
 A name is shared, or TENANT/NAME. add sends the directory's files; with --on-server it names one inside the server's root.
-extract and compensate compute here, for minutes; add takes the directory that they make. The other adapters commands, train
-and jobs talk to a running server: --url, or RANKGATE_URL; RANKGATE_API_KEY. ^C ends the following of a job, not the job.
+extract, compensate and squeeze with a text compute here, for minutes; add takes the directory that they make. The other
+adapters commands, train and jobs talk to a running server: --url, or RANKGATE_URL; RANKGATE_API_KEY. ^C ends the following of
+a job, not the job.
 Every command takes --json.
 `;
 

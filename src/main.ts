@@ -5,6 +5,7 @@
 import { randomInt, randomUUID } from 'node:crypto';
 import { mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
+import { baseNamesOf } from './adapters/base-name.ts';
 import { createBlobStore } from './adapters/blobs.ts';
 import { createImporter } from './adapters/importer.ts';
 import type { Importer, Registry } from './adapters/registry.ts';
@@ -138,8 +139,7 @@ async function startEngine(config: Config, model: ModelFile, paths: Paths): Prom
 function readBase(model: ModelFile, cells: number): { names: string[]; contextMax: number } {
   using file = openGguf(model.path);
   const { metadata } = file;
-  const named = ['general.name', 'general.basename'].filter((key) => metadata.has(key));
-  const names = [model.label, ...named.map((key) => metadata.string(key))];
+  const names = baseNamesOf(model.label, metadata);
   return { names, contextMax: contextMaxOf(readDecoderConfig(file).contextLength, cells) };
 }
 

@@ -3,8 +3,9 @@
 
 import { mkdir, readFile, writeFile } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
-import type { AdapterManifest } from './adapters/adapter.ts';
-import { calibrationTokensMax } from './adapters/calibration.ts';
+import { type AdapterManifest, rankMaxLimit } from './adapters/adapter.ts';
+import { baseNamesOf } from './adapters/base-name.ts';
+import { type CalibrationInput, calibrate, calibrationTokensMax } from './adapters/calibration.ts';
 import { compensateModules } from './adapters/eora.ts';
 import {
   changedOutsideModules,
@@ -12,8 +13,16 @@ import {
   extractModules,
   type FilePair,
 } from './adapters/extract.ts';
-import { type LevelRule, type PairSource, packPairs } from './adapters/pack-pairs.ts';
+import {
+  type LevelRule,
+  type PairSource,
+  packPairs,
+  type SqueezeTarget,
+  squeezeTo,
+} from './adapters/pack-pairs.ts';
 import { packedConfig } from './adapters/packed-import.ts';
+import { type PeftAdapter, readPeft } from './adapters/peft.ts';
+import { readPeftDirectory } from './adapters/peft-directory.ts';
 import { GatewayError } from './errors.ts';
 import { createKernels } from './kernels/create-kernels.ts';
 import { readDecoderConfig } from './model/decoder-config.ts';
@@ -70,35 +79,97 @@ export async function makeExtraction(options: ExtractOptions): Promise<Extractio
   return { ...made, share, warnings: left.length === 0 ? [] : [warning] };
 }
 
-export interface CompensationOptions extends MakeOptions {
-  readonly referencePath: string;
-  /** Text whose inputs say where precision matters. */
+/** A text whose inputs say what matters. */
+interface Calibration {
   readonly calibrationPath: string;
+  readonly threads: number;
+}
+
+export interface CompensationOptions extends MakeOptions, Calibration {
+  readonly referencePath: string;
   readonly rank: number;
   readonly seed: number;
-  readonly threads: number;
 }
 
 export async function makeCompensation(options: CompensationOptions): Promise<MadeAdapter> {
   using from = openGguf(options.referencePath);
   using base = openGguf(options.basePath);
   const files: FilePair = { from, base };
-  const config = readDecoderConfig(base);
-  const tokenizer = createTokenizer(readTokenizerSource(base.metadata));
-  const text = await readFile(options.calibrationPath, 'utf8');
-  const tokens = tokenizer
-    .encodeText(text, Math.max(text.length, 1)) // a token has at least one character
-    .subarray(0, calibrationTokensMax);
-  const { rank, seed, threads } = options;
-  using kernels = await createKernels('ggml', { threads, f32Activations: true });
-  const weights = loadWeights(base, config, { kernels, mode: 'faithful', cache: null });
-  const modules = compensateModules(files, { config, weights, kernels, tokens }, { rank, seed });
+  const { rank, seed } = options;
+  const input = await calibrationOf(base, options);
+  using _kernels = input.kernels;
+  const { tokens } = input;
+  const modules = compensateModules(files, input, { rank, seed });
   const made = await make(options, base, modules, {
     kind: 'eora',
     describe: `what quantisation took from the base, rank ${rank}, by ${tokens.length} tokens of a text`,
     by: `compensate by eora at rank ${rank}, seed ${seed}`,
   });
   return { ...made, warnings: [] };
+}
+
+async function calibrationOf(
+  base: GgufFile,
+  { calibrationPath, threads }: Calibration,
+): Promise<CalibrationInput> {
+  const config = readDecoderConfig(base);
+  const tokenizer = createTokenizer(readTokenizerSource(base.metadata));
+  const text = await readFile(calibrationPath, 'utf8');
+  const tokens = tokenizer
+    .encodeText(text, Math.max(3 * text.length, 1)) // of UTF-8's bytes, each at most a token
+    .subarray(0, calibrationTokensMax);
+  const kernels = await createKernels('ggml', { threads, f32Activations: true });
+  const weights = loadWeights(base, config, { kernels, mode: 'faithful', cache: null });
+  return { config, weights, kernels, tokens };
+}
+
+export interface OrderingOptions extends MakeOptions, Calibration {
+  /** Of a LoRA as PEFT writes it. */
+  readonly directory: string;
+  readonly baseLabel: string;
+  readonly acceptBaseName: string | null;
+  /** null: all ranks stay. */
+  readonly target: SqueezeTarget | null;
+}
+
+/** The LoRA with its ranks in the order of what they do to outputs on the text. */
+export async function makeOrdered(options: OrderingOptions): Promise<MadeAdapter> {
+  using base = openGguf(options.basePath);
+  const { format, ...files } = await readPeftDirectory(options.directory);
+  if (format !== 'peft') {
+    throw new GatewayError('UNSUPPORTED', 'only a LoRA as PEFT writes it is ordered by a text');
+  }
+  const { baseLabel, acceptBaseName, target } = options;
+  const names = baseNamesOf(baseLabel, base.metadata);
+  const hash = await sha256OfFile(options.basePath);
+  const ours = { config: readDecoderConfig(base), hash, names };
+  const adapter = readPeft({ ...files, base: ours, acceptBaseName });
+  const input = await calibrationOf(base, options);
+  using _kernels = input.kernels;
+  const made = await make(options, base, orderedModules(adapter, input, target), {
+    kind: 'lora',
+    describe: `low-rank pairs, ranks ordered by what they do to outputs on ${input.tokens.length} tokens of a text`,
+    by: `squeeze by outputs to ${target === null ? 'all ranks' : Object.entries(target)[0]!.join(' ')}`,
+  });
+  return { ...made, warnings: adapter.warnings };
+}
+
+/** Block by block: its inputs are measured when its first module is asked for. */
+function* orderedModules(
+  adapter: PeftAdapter,
+  input: CalibrationInput,
+  target: SqueezeTarget | null,
+): Generator<PairSource, void> {
+  let block = 0;
+  for (const covariances of calibrate(input)) {
+    for (const module of adapter.modules.filter((one) => one.block === block)) {
+      const covariance = covariances[module.projection];
+      const all = { rank: rankMaxLimit };
+      const squeeze = () => squeezeTo(adapter.read(module), target ?? all, covariance);
+      yield { module, squeeze };
+    }
+    block += 1;
+  }
 }
 
 interface About {

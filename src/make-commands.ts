@@ -1,6 +1,7 @@
 // `rankgate adapters extract` and `compensate`: what they are asked for, and what they print.
 
 import {
+  adapterCommands,
   type Command,
   type Invocation,
   json,
@@ -10,7 +11,8 @@ import {
 } from './adapter-commands.ts';
 import { rankMaxLimit } from './adapters/adapter.ts';
 import type { ExtractTarget } from './adapters/extract.ts';
-import { configFlags, loadConfig } from './config.ts';
+import type { SqueezeTarget } from './adapters/pack-pairs.ts';
+import { type Config, configFlags, loadConfig } from './config.ts';
 import type { MadeAdapter, MakeOptions } from './make-adapter.ts';
 import { fetchModel } from './serve.ts';
 
@@ -96,7 +98,63 @@ function rankFor(share: number, { manifest }: MadeAdapter, whole: number): numbe
   return level < 0 ? null : level + 1;
 }
 
+/** What is left of the flags when a command has taken its own. */
+function configOf({ flags, terminal }: Invocation): Config {
+  const settings = Object.entries(flags).filter(([name]) => Object.hasOwn(configFlags, name));
+  return loadConfig({ flags: Object.fromEntries(settings), environment: terminal.environment });
+}
+
+/** With a text it is squeezed here, from a directory; else by the server, by name. */
+const squeezeByName = adapterCommands['adapters squeeze']!;
+const textFlags = {
+  ...configFlags,
+  ...making,
+  rank: { type: 'string' },
+  variance: { type: 'string' },
+  calib: { type: 'string' },
+  'accept-base-name': { type: 'string' },
+} as const;
+
+function squeezeTargetOf(invocation: Invocation): SqueezeTarget | null {
+  const rank = rankOf(invocation);
+  const variance = numberOf(invocation.flags.variance, '--variance');
+  if (rank !== undefined && variance !== undefined)
+    throw usageError('one of --rank and --variance is wanted');
+  if (rank !== undefined) return { rank };
+  if (variance === undefined) return null;
+  if (variance > 0 && variance <= 1) return { variance };
+  throw usageError(`--variance: want more than 0 and at most 1, got ${variance}`);
+}
+
+async function squeezeByText(invocation: Invocation): Promise<void> {
+  const { flags, positionals, terminal } = invocation;
+  const options = {
+    ...makeOptions(invocation),
+    directory: positionals[0]!,
+    calibrationPath: wanted(invocation, 'calib'),
+    acceptBaseName: text(flags['accept-base-name']) ?? null,
+    target: squeezeTargetOf(invocation),
+  };
+  const config = configOf(invocation);
+  const { path: basePath, label: baseLabel } = await fetchModel(config, terminal);
+  const { threads } = config;
+  const { makeOrdered } = await import('./make-adapter.ts'); // loads the kernels
+  show(await makeOrdered({ ...options, basePath, baseLabel, threads }), invocation, {}, '');
+}
+
 export const makeCommands: Readonly<Record<string, Command>> = {
+  'adapters squeeze': {
+    flags: { ...squeezeByName.flags, ...textFlags },
+    positionals: squeezeByName.positionals,
+    async run(invocation) {
+      const isByText = invocation.flags.calib !== undefined;
+      const own = isByText ? textFlags : squeezeByName.flags;
+      const stranger = Object.keys(invocation.flags).find((name) => !Object.hasOwn(own, name));
+      if (stranger !== undefined)
+        throw usageError(`--${stranger} does not go ${isByText ? 'with' : 'without'} --calib`);
+      await (isByText ? squeezeByText(invocation) : squeezeByName.run(invocation));
+    },
+  },
   'adapters extract': {
     flags: {
       ...making,
@@ -143,10 +201,6 @@ export const makeCommands: Readonly<Record<string, Command>> = {
       const { flags, terminal } = invocation;
       const method = text(flags.method) ?? 'eora';
       if (method !== 'eora') throw usageError(`--method: eora is there, ${method} is not`);
-      const own = ['output', 'levels', 'reference', 'calib', 'method', 'rank', 'seed'];
-      const settings = Object.fromEntries(
-        Object.entries(flags).filter(([name]) => !own.includes(name)),
-      );
       const options = {
         ...makeOptions(invocation),
         referencePath: wanted(invocation, 'reference'),
@@ -154,7 +208,7 @@ export const makeCommands: Readonly<Record<string, Command>> = {
         rank: rankOf(invocation) ?? 32,
         seed: countOf(invocation, 'seed', 2 ** 32 - 1) ?? 0,
       };
-      const config = loadConfig({ flags: settings, environment: terminal.environment });
+      const config = configOf(invocation);
       const { path: basePath } = await fetchModel(config, terminal);
       const { threads } = config;
       const { makeCompensation } = await import('./make-adapter.ts'); // loads the kernels

@@ -1,6 +1,8 @@
 // Does the base model that an adapter's config names clearly differ from ours? Names are free text: they decide a refusal
 // only when they disagree on the family or the size, and nothing is ever fetched by them (faults.md B32).
 
+import type { GgufMetadata } from '../model/gguf-values.ts';
+
 export type NameVerdict = 'same' | 'unclear' | 'other';
 
 /** `theirs` is base_model_name_or_path; `ours` are the base's names: general.name, general.basename, its file's label. */
@@ -33,4 +35,10 @@ function mayBeOne(ours: readonly string[], theirs: readonly string[]): boolean {
   const ourSize = ours.find((word) => size.test(word));
   const theirSize = theirs.find((word) => size.test(word));
   return ourSize === undefined || theirSize === undefined || ourSize === theirSize;
+}
+
+/** Under which a base is known: its label (its file's name, or what it was fetched as), and what its file says. */
+export function baseNamesOf(label: string, metadata: GgufMetadata): string[] {
+  const named = ['general.name', 'general.basename'].filter((key) => metadata.has(key));
+  return [label, ...named.map((key) => metadata.string(key))];
 }

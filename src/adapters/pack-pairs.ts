@@ -13,6 +13,7 @@ import {
 } from './adapter.ts';
 import { planLevels } from './levels.ts';
 import { pairKinds } from './manifest.ts';
+import type { Columns } from './orthogonal.ts';
 import { createPacker, type PackedAdapter } from './pack.ts';
 import { moduleName } from './peft-names.ts';
 import { servedPair } from './served.ts';
@@ -129,9 +130,15 @@ export function squeezePacked(packed: PackedAdapter, target: SqueezeTarget): Pac
   );
 }
 
-function squeezeTo(module: LoraModule, target: SqueezeTarget): SqueezedModule {
-  if ('rank' in target) return squeezeModule(module, { rankMax: target.rank });
-  return firstRanks(squeezeModule(module), target.variance);
+/** `covariance`, of the module's inputs: what is kept is energy in outputs. */
+export function squeezeTo(
+  module: LoraModule,
+  target: SqueezeTarget,
+  covariance?: Columns, // [in, in]
+): SqueezedModule {
+  const by = covariance === undefined ? {} : { covariance };
+  if ('rank' in target) return squeezeModule(module, { rankMax: target.rank, ...by });
+  return firstRanks(squeezeModule(module, by), target.variance);
 }
 
 /** The fewest first ranks that hold `variance` of Σσ². */

@@ -93,6 +93,28 @@ describe('mixed batch', () => {
     }
   });
 
+  it.each(['reference', 'ggml'] as const)(
+    'ranks 1, 2, 4 and 8 of one adapter in a batch equal four single requests, to 1e-5 (%s)',
+    async (backend) => {
+      const { decoder, config } = await openTiny({ backend, pages: 2 });
+      using owned = decoder;
+      const rowsAt = writeAdapter(owned, packDirectory(join(folder, 'rslora-r8'), config), 1);
+      const rows = [1, 2, 4, 8].map((rank) => ({
+        prompt: [5, 80, 21, 300],
+        adapter: rowsAt(rank),
+      }));
+      const alone = rows.map((row, run) => {
+        const result = owned.step([segment(row, run, 0, row.prompt)]);
+        return result.logits(0).slice();
+      });
+      const mixed = owned.step(rows.map((row, run) => segment(row, run, 0, row.prompt)));
+      alone.forEach((logits, i) => {
+        expect(largestDifference(mixed.logits(i), logits)).toBeLessThan(1e-5);
+        if (i > 0) expect(largestDifference(alone[i - 1]!, logits)).toBeGreaterThan(0.01);
+      });
+    },
+  );
+
   it('chunks of a prompt beside decode rows equal the prompt in one go', async () => {
     const { stepper, rows } = await openRows();
     using owned = stepper;

@@ -2,10 +2,18 @@ import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'n
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
+import { type BlockCovariances, calibrate } from '../../src/adapters/calibration.ts';
 import { generationOf, openPacked, type PackedAdapter } from '../../src/adapters/pack.ts';
+import { prefixOf, ranksAt } from '../../src/adapters/pack-pairs.ts';
+import { packPeft } from '../../src/adapters/pack-peft.ts';
 import { importPacked } from '../../src/adapters/packed-import.ts';
+import { createKernels } from '../../src/kernels/create-kernels.ts';
+import { readDecoderConfig } from '../../src/model/decoder-config.ts';
 import { sha256OfFile } from '../../src/model/file-hash.ts';
+import { openGguf } from '../../src/model/gguf.ts';
 import { openDecoder } from '../../src/model/open-decoder.ts';
+import { createTokenizer, readTokenizerSource } from '../../src/model/tokenizer.ts';
+import { loadWeights } from '../../src/model/weights.ts';
 import { logitsPerToken } from '../support/generate.ts';
 import { buildTinyLlama } from '../support/gguf-builder.ts';
 import { rewriteWeights, roundedTo } from '../support/gguf-rewrite.ts';
@@ -13,7 +21,7 @@ import { writeAdapter } from '../support/load-adapter.ts';
 import { tinyPath } from '../support/open-test-decoder.ts';
 import { createRng } from '../support/random.ts';
 import { runAsScript } from '../support/run-command.ts';
-import { tinyBase } from '../support/tiny-base.ts';
+import { goldenDirectory, tinyBase } from '../support/tiny-base.ts';
 
 let folder: string;
 let tuned: string;
@@ -196,5 +204,129 @@ describe('rankgate adapters compensate', () => {
     );
     expect(code).toBe(1);
     expect(err).toMatch(/is \d+, the base's is \d+/);
+  });
+});
+
+describe('rankgate adapters squeeze with a text', () => {
+  const from = goldenDirectory('patterns-r16');
+  const accept = ['--accept-base-name', 'rankgate/tiny-random'];
+  const squeeze = (output: string, ...more: string[]) =>
+    rankgate(
+      ...['adapters', 'squeeze', from, '--calib', text, '--output', output, '--model', tinyPath],
+      ...['--threads', '1', '--json', ...accept, ...more],
+    );
+
+  /** C of the base's inputs on the text, by the slow backend, once. */
+  let found: Promise<BlockCovariances[]> | null = null;
+  async function covariancesOf(): Promise<BlockCovariances[]> {
+    using file = openGguf(tinyPath);
+    const config = readDecoderConfig(file);
+    using kernels = await createKernels('reference', { threads: 1 });
+    const weights = loadWeights(file, config, { kernels, mode: 'exact', cache: null });
+    const tokens = createTokenizer(readTokenizerSource(file.metadata)).encodeText(
+      readFileSync(text, 'utf8'),
+      10_000,
+    );
+    return [...calibrate({ config, weights, kernels, tokens })];
+  }
+
+  /** The share of energy in outputs that a level has, of all modules: 1 - E|(BA - B'A')x|² / E|BAx|². */
+  function keptOf(
+    { packed, whole }: Readonly<Record<'packed' | 'whole', PackedAdapter>>,
+    level: number,
+    covariances: readonly BlockCovariances[],
+  ): number {
+    let [missed, all] = [0, 0];
+    for (const [i, module] of whole.manifest.modules.entries()) {
+      const { block, projection, in: width, out } = module;
+      const c = covariances[block]![projection].data; // [in, in]
+      const product = (adapter: PackedAdapter, ranks: number): Float64Array => {
+        const w = new Float64Array(out * width);
+        const { a, b } = prefixOf(adapter, module, ranks);
+        for (let o = 0; o < out; o++)
+          for (let r = 0; r < ranks; r++)
+            for (let j = 0; j < width; j++)
+              w[o * width + j]! += b[o * ranks + r]! * a[r * width + j]!;
+        return w;
+      };
+      const energy = (w: Float64Array): number => {
+        let sum = 0;
+        for (let o = 0; o < out; o++)
+          for (let j = 0; j < width; j++)
+            for (let l = 0; l < width; l++)
+              sum += w[o * width + j]! * c[j * width + l]! * w[o * width + l]!;
+        return sum;
+      };
+      const full = product(whole, module.rank);
+      const part = product(packed, ranksAt(packed.manifest, i, level));
+      all += energy(full);
+      missed += energy(full.map((value, at) => value - part[at]!));
+    }
+    return 1 - missed / all;
+  }
+
+  const plain = (levels: 'uniform' | 'energy'): PackedAdapter => {
+    const config = readFileSync(join(from, 'adapter_config.json'), 'utf8');
+    const weights = readFileSync(join(from, 'adapter_model.safetensors'));
+    const { bytes } = packPeft(
+      { config, weights, base: tinyBase, acceptBaseName: 'rankgate/tiny-random' },
+      levels,
+    );
+    return openPacked(bytes, generationOf(bytes));
+  };
+
+  it.each(['uniform', 'energy'] as const)(
+    'keeps at every level (%s) at least the output energy on that text that the order by weights keeps',
+    async (levels) => {
+      const output = join(folder, `ordered-${levels}`);
+      const { code, out, err } = await squeeze(output, '--levels', levels);
+      expect({ code, err }).toEqual({ code: 0, err: '' });
+      expect(JSON.parse(out)).toMatchObject({ kind: 'lora', rank_max: 24, warnings: [] });
+      const ordered = await madeIn(output, tinyPath);
+      const other = plain(levels);
+      found ??= covariancesOf();
+      const covariances = await found;
+      const gains: number[] = [];
+      for (const level of [1, 2, 4, 8, 16, 24]) {
+        const kept = keptOf({ packed: ordered, whole: other }, level, covariances);
+        gains.push(kept - keptOf({ packed: other, whole: other }, level, covariances));
+        // What the curve says is what outputs keep, up to the rounding of f16.
+        expect(Math.abs(kept - ordered.manifest.rankCurve[level - 1]!)).toBeLessThan(2e-3);
+      }
+      for (const gain of gains) expect(gain).toBeGreaterThan(-1e-4); // f16
+      expect(gains[0]).toBeGreaterThan(0.01);
+    },
+    60_000,
+  );
+
+  it('may keep fewer ranks', async () => {
+    const output = join(folder, 'ordered-few');
+    const { code, out } = await squeeze(output, '--rank', '3');
+    expect(code).toBe(0);
+    expect(JSON.parse(out)).toMatchObject({ rank_max: 3 });
+    const few = await madeIn(output, tinyPath);
+    expect(Math.max(...few.manifest.modules.map(({ rank }) => rank))).toBe(3);
+    expect(few.manifest.source).toMatchObject({ by: 'squeeze by outputs to rank 3' });
+  });
+
+  it.each<[string, string[], number, string]>([
+    ['two targets', ['--rank', '2', '--variance', '0.9'], 2, 'one of --rank and --variance'],
+    ['a variance of 2', ['--variance', '2'], 2, 'at most 1'],
+    ['a server', ['--url', 'http://localhost'], 2, '--url does not go with --calib'],
+  ])('with %s explains the usage', async (_, more, exit, message) => {
+    const { code, err } = await squeeze(join(folder, 'none'), ...more);
+    expect(code).toBe(exit);
+    expect(err).toContain(message);
+  });
+
+  it('by name takes nothing that goes with a text, and by text no other files than PEFT’s', async () => {
+    const named = await rankgate('adapters', 'squeeze', 'support', '--rank', '2', '--output', 'x');
+    expect(named).toMatchObject({ code: 2, err: expect.stringContaining('without --calib') });
+    const made = join(folder, 'ordered-uniform');
+    const again = await rankgate(
+      ...['adapters', 'squeeze', made, '--calib', text, '--output', join(folder, 'again')],
+      ...['--model', tinyPath, '--threads', '1'],
+    );
+    expect(again).toMatchObject({ code: 1, err: expect.stringContaining('as PEFT writes it') });
   });
 });
