@@ -136,8 +136,8 @@ function startTrainers(
       return null;
     },
     pressure() {
-      const { running, waiting, threads: now } = engine.stats();
-      return { running, waiting, threads: now, threadsMax: config.threads };
+      const { running, threads: now } = engine.stats();
+      return { running, threads: now, threadsMax: config.threads };
     },
   });
 }

@@ -1,7 +1,7 @@
 // One trainer process: one claim of one job, at a low priority. Knows nothing of the job store.
 
 import { type ChildProcess, fork } from 'node:child_process';
-import { writeFileSync } from 'node:fs';
+import { readFileSync, writeFileSync } from 'node:fs';
 import { setPriority } from 'node:os';
 import { fileURLToPath } from 'node:url';
 import { onChildEnd } from '../model/child-end.ts';
@@ -25,6 +25,9 @@ export interface TrainerListener {
 
 export class TrainerChild {
   readonly #process: ChildProcess;
+  /** Of CPU time: when it was last looked at, and at the first look since its last message. */
+  #seenMs = 0;
+  #silentSinceMs: number | null = null;
 
   constructor(options: TrainerChildOptions, spec: TrainerSpec, listener: TrainerListener) {
     this.#process = fork(fileURLToPath(options.entry), [JSON.stringify(spec)], {
@@ -34,12 +37,25 @@ export class TrainerChild {
       stdio: ['ignore', 'inherit', 'inherit', 'ipc'],
     });
     standBack(this.#process.pid, options.nice);
-    this.#process.on('message', (message) => listener.onMessage(message as FromTrainer));
+    this.#process.on('message', (message) => {
+      this.#silentSinceMs = null;
+      listener.onMessage(message as FromTrainer);
+    });
     onChildEnd(this.#process, options.after, listener.onEnd);
   }
 
   get pid(): number | undefined {
     return this.#process.pid;
+  }
+
+  /** Whether it had CPU time since it was last asked, and, without a message, at most so much. In the middle of a piece of
+   *  computing it says nothing, however long the system lets it wait for the cores. */
+  hasComputed(cpuMsMax: number): boolean {
+    const cpuMs = cpuMsOf(this.#process.pid);
+    const isMore = cpuMs > this.#seenMs;
+    this.#seenMs = cpuMs;
+    this.#silentSinceMs ??= cpuMs;
+    return isMore && cpuMs - this.#silentSinceMs <= cpuMsMax;
   }
 
   send(message: ToTrainer): void {
@@ -62,5 +78,17 @@ function standBack(pid: number | undefined, nice: number): void {
     writeFileSync(`/proc/${pid}/oom_score_adj`, '1000');
   } catch {
     // It has ended already, or this is no Linux.
+  }
+}
+
+/** Of all its threads, in steps of 10 ms; 0 where the system does not tell. */
+function cpuMsOf(pid: number | undefined): number {
+  try {
+    // proc_pid_stat(5): behind the command in brackets, user and system time in hundredths of a second are the 12th and 13th.
+    const [, rest = ''] = /.*\) (.*)/.exec(readFileSync(`/proc/${pid}/stat`, 'utf8')) ?? [];
+    const fields = rest.split(' ');
+    return 10 * (Number(fields[11]) + Number(fields[12]));
+  } catch {
+    return 0;
   }
 }

@@ -119,17 +119,19 @@ export class TrainerSupervisor {
     this.#cancelTick = this.#options.after(tickMs, () => {
       this.#tick();
       this.#safely(() => {
-        for (const run of this.#runs.values()) {
-          // Nobody else gives signs of life of a result that is being published.
-          if (run.child === null && this.#isDue(run, this.#renewMs)) {
-            this.#options.store.renew(run.claim);
-          }
-        }
+        for (const run of this.#runs.values()) this.#renewSilent(run);
         this.#options.store.expire();
       });
       this.wake();
       this.#setPace();
     });
+  }
+
+  /** Nobody else gives signs of life of a result that is being published, and of a piece of computing that takes long. */
+  #renewSilent(run: Run): void {
+    const { store } = this.#options;
+    if (!this.#isDue(run, this.#renewMs)) return;
+    if (run.child === null || run.child.hasComputed(store.leaseMs)) store.renew(run.claim);
   }
 
   #setPace(): void {

@@ -8,6 +8,7 @@ import {
   type ToTrainer,
   type TrainerSpec,
 } from '../jobs/messages.ts';
+import { runInBackground } from './background.ts';
 import { Pacer, type PacerClock } from './pacer.ts';
 import { trainFile } from './train-file.ts';
 
@@ -32,6 +33,7 @@ function tell(message: FromTrainer): void {
 }
 
 async function run(): Promise<void> {
+  runInBackground();
   process.once('disconnect', () => process.exit(0));
   // The terminal's ^C reaches the whole group; the parent decides when this process ends.
   process.on('SIGINT', () => {});

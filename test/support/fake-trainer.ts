@@ -18,6 +18,8 @@ export interface FakeTrainerOrders {
   readonly holdAtStep?: number;
   readonly fail?: Omit<Extract<FromTrainer, { kind: 'failed' }>, 'kind'>;
   readonly exitCode?: number;
+  /** Computes here without a word until the file `go-on` is in `scratchDir`. */
+  readonly computeAtStep?: number;
   /** Tells each share that it is given, as a loss. */
   readonly echoPace?: boolean;
 }
@@ -83,6 +85,9 @@ async function train(): Promise<void> {
       await new Promise<void>((resolve) => {
         onStop = resolve;
       });
+    }
+    if (step === orders.computeAtStep) {
+      while (!existsSync(join(orders.scratchDir!, 'go-on')));
     }
     if (isStopped) {
       await saveCheckpoint();

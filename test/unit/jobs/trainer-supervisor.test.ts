@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto';
-import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { getPriority, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
@@ -88,7 +88,7 @@ function start(
       promoted.set(request.adapter, generation);
       return null;
     },
-    pressure: () => ({ running: 0, waiting: 0, threads: 1, threadsMax: 1 }),
+    pressure: () => ({ running: 0, threads: 1, threadsMax: 1 }),
     stopMsMax: 5000,
     onFailure: (error) => void failures.push(error),
     ...over,
@@ -116,6 +116,15 @@ async function ended(job: Job): Promise<Job> {
     return now(job).finishedS !== null;
   }, 'the end');
   return now(job);
+}
+
+/** Of its first thread. Infinity once it has ended. */
+function cpuMsOf(pid: number): number {
+  try {
+    return Number(readFileSync(`/proc/${pid}/schedstat`, 'utf8').split(' ')[0]) / 1e6;
+  } catch {
+    return Number.POSITIVE_INFINITY;
+  }
 }
 
 function chainAfter(steps: number): string {
@@ -199,6 +208,34 @@ describe('trainers', () => {
     expect(await ended(job)).toMatchObject({ state: 'succeeded' });
     expect(imported).toEqual([chainAfter(7)]);
   });
+
+  it.runIf(process.platform === 'linux')(
+    'that compute for longer than their lease keep their job, but not for more than a lease of CPU time',
+    async () => {
+      const supervisor = start({ steps: 4, computeAtStep: 3 });
+      const job = test.store.create('', null, newJob());
+      supervisor.wake();
+      await until(() => now(job).progress?.step === 2, 'its checkpoint');
+      const [pid] = supervisor.pids;
+      const startMs = cpuMsOf(pid!);
+      /** A quarter of the lease for 25 ms of its time. */
+      const starve = async (): Promise<number> => {
+        const beforeMs = cpuMsOf(pid!);
+        await until(() => cpuMsOf(pid!) >= beforeMs + 25, 'CPU time');
+        test.clock.advance(leaseMs / 4);
+        return beforeMs - startMs;
+      };
+      for (let i = 0; i < 20; i++) await starve();
+      expect(supervisor.pids).toEqual([pid]);
+      expect(now(job).attempts).toBe(0);
+      let spentMs = 0;
+      while (now(job).attempts === 0) spentMs = await starve();
+      expect(spentMs).toBeGreaterThan(leaseMs - 100);
+      writeFileSync(join(scratchDir, 'go-on'), '');
+      expect(await ended(job)).toMatchObject({ state: 'succeeded' });
+      expect(imported).toEqual([chainAfter(4)]);
+    },
+  );
 
   it('whose failure is the job’s own end it at once', async () => {
     const supervisor = start({
@@ -368,7 +405,7 @@ describe('trainers', () => {
   });
 
   it('are told how much they may compute as the engine’s load changes', async () => {
-    let pressure: EnginePressure = { running: 0, waiting: 0, threads: 1, threadsMax: 1 };
+    let pressure: EnginePressure = { running: 1, threads: 2, threadsMax: 2 };
     const orders = { steps: 2, holdAtStep: 1, echoPace: true };
     const supervisor = start(orders, { pressure: () => pressure });
     const job = test.store.create('', null, newJob());
@@ -376,10 +413,10 @@ describe('trainers', () => {
     const shares = (): string[] =>
       messages(job).flatMap((message) => /held-out loss (\S+) at/.exec(message)?.[1] ?? []);
     await until(() => shares().length === 1, 'the first share');
-    pressure = { ...pressure, waiting: 1 };
+    pressure = { ...pressure, threads: 1 };
     test.clock.advance(1000);
     await until(() => shares().length === 2, 'the second share');
-    pressure = { ...pressure, waiting: 0 };
+    pressure = { ...pressure, threads: 2 };
     test.clock.advance(1000);
     await until(() => shares().length === 3, 'the third share');
     expect(shares().reverse()).toEqual(['1.0000', '0.0000', '1.0000']);

@@ -1,5 +1,13 @@
 import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
@@ -26,7 +34,7 @@ afterEach(async () => {
   rmSync(root, { recursive: true });
 });
 
-function start(text: string, over: Partial<TrainerSpec> = {}): void {
+function start(text: string, over: Partial<TrainerSpec> = {}, nice = 0): void {
   const trainingPath = join(root, 'file.jsonl');
   writeFileSync(trainingPath, text);
   const recipe = parseRecipe(
@@ -60,7 +68,7 @@ function start(text: string, over: Partial<TrainerSpec> = {}): void {
     entry: entryUrl(import.meta.url, '../../../src/trainer/trainer-process'),
     execArgv: entryExecArgv(import.meta.url),
     environment: {},
-    nice: 0,
+    nice,
     after(ms: number, callback: () => void) {
       const timer = setTimeout(callback, ms);
       return () => clearTimeout(timer);
@@ -110,6 +118,25 @@ describe('a trainer process', () => {
     expect(of('stopped')).toHaveLength(1);
     expect(of('result')).toEqual([]);
   }, 60_000);
+
+  it.runIf(process.platform === 'linux')(
+    'at the last priority has only what nobody else wants, in all its threads',
+    async () => {
+      start(lines.join('\n'), {}, 19);
+      await expect.poll(() => of('progress').length, { timeout: 50_000 }).toBeGreaterThan(1);
+      // proc_pid_stat(5): the policy is the 41st field, the 39th behind the command. 5 is SCHED_IDLE.
+      const policies = readdirSync(`/proc/${child.pid}/task`).map(
+        (thread) =>
+          readFileSync(`/proc/${child.pid}/task/${thread}/stat`, 'utf8')
+            .split(') ')
+            .at(-1)!
+            .split(' ')[38],
+      );
+      expect(policies.length).toBeGreaterThan(4);
+      expect(new Set(policies)).toEqual(new Set(['5']));
+    },
+    60_000,
+  );
 
   it('says what is wrong with a job, and that another attempt would not help', async () => {
     start(`${lines[0]}\n{"prompt":"${'long '.repeat(100)}","completion":"cut off"}`);
