@@ -1,12 +1,25 @@
-import { existsSync, mkdirSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { fly } from '../../src/adapters/families/fly.ts';
 import { createRandom } from '../../src/adapters/families/seeded-random.ts';
 import { writeSafetensors } from '../../src/model/safetensors.ts';
 import { testSite, trainedTensors } from '../support/family-site.ts';
 import { type GatewayProcess, startGatewayProcess } from '../support/gateway-process.ts';
+import {
+  queryableConfig,
+  queryableTensors,
+  writeQueryable,
+} from '../support/queryable-directory.ts';
 import { type Ran, runAsScript } from '../support/run-command.ts';
 import { goldenDirectory } from '../support/tiny-base.ts';
 
@@ -83,6 +96,19 @@ function writeFly(folder: string): void {
   writeFileSync(join(folder, 'adapter_model.safetensors'), writeSafetensors(new Map(named)));
 }
 
+/** A ustar archive's files, without their folder, into `folder`. */
+function untar(path: string, folder: string): string {
+  const archive = readFileSync(path);
+  mkdirSync(folder);
+  for (let at = 0; archive[at] !== 0; ) {
+    const name = archive.toString('latin1', at, archive.indexOf(0, at));
+    const size = Number.parseInt(archive.toString('latin1', at + 124, at + 135), 8);
+    writeFileSync(join(folder, basename(name)), archive.subarray(at + 512, at + 512 + size));
+    at += 512 + 512 * Math.ceil(size / 512);
+  }
+  return folder;
+}
+
 describe('adapters from the command line', () => {
   it('are sent, used by their tenant, and not there for another', async () => {
     expect(await add('acme', 'acme/plain', goldenDirectory('plain-r4'))).toMatchObject({
@@ -113,6 +139,51 @@ describe('adapters from the command line', () => {
     expect(textOf(answer)).not.toBe(textOf(await ask('rival', gateway.modelName)));
     const refused = await cli('operator', 'export', 'sparse', '--output', join(dataDir, 'x.tar'));
     expect(refused).toMatchObject({ exitCode: 1, err: expect.stringContaining('unsupported') });
+  });
+
+  it('of kind queryable share a bank, hear an instruction, and come back from an export', async () => {
+    const first = { seed: 1, labels: ['legal', 'casual'], bank: { atoms: 2, seed: 50 } };
+    const from = writeQueryable(
+      join(dataDir, 'q1'),
+      queryableConfig(first),
+      queryableTensors(first),
+    );
+    const added = await cli('operator', 'add', 'asks', from);
+    expect(added.err).toBe('');
+    const { generation, needs } = JSON.parse(added.out) as Record<string, string>;
+    // By its directory on the server, over the same bank and more atoms: both are served by one.
+    const second = { seed: 2, labels: ['legal', 'casual', 'code'], bank: needs!, more: 1 };
+    const folder = join(gateway.adaptersRoot, 'q2');
+    writeQueryable(folder, queryableConfig(second), queryableTensors(second));
+    const later = await cli('operator', 'add', 'later', folder, '--on-server');
+    expect(JSON.parse(later.out)).toMatchObject({ kind: 'queryable', rank_max: 4 });
+    const texts = new Set<string>();
+    for (const name of ['asks', 'later', gateway.modelName, 'asks']) {
+      const answer = await ask('rival', name);
+      expect(answer.status, answer.text).toBe(200);
+      texts.add(textOf(answer));
+    }
+    expect(texts.size).toBe(3);
+    const shares: number[] = [];
+    for (const prior_strength of [0, 0.25, 0.5, 1, 2]) {
+      const response = await gateway.post(
+        '/v1/completions',
+        {
+          ...{ model: 'asks', prompt: [294, 71, 293, 275], max_tokens: 1, temperature: 0 },
+          ...{ instruction_prior: 'legal', prior_strength },
+        },
+        { authorization: `Bearer ${keys.rival}` },
+      );
+      const { rankgate } = (await response.json()) as { rankgate: { atoms: number[][][] } };
+      const [blocks = []] = rankgate.atoms;
+      shares.push(blocks.reduce((sum, [named = 0]) => sum + named / blocks.length, 0));
+    }
+    expect(shares).toEqual([...shares].sort((x, y) => x - y));
+    expect(new Set(shares).size).toBe(5);
+    const file = join(dataDir, 'asks.tar');
+    await cli('operator', 'export', 'asks', '--output', file);
+    const again = await cli('operator', 'add', 'copy', untar(file, join(dataDir, 'q3')));
+    expect(JSON.parse(again.out)).toMatchObject({ generation, needs });
   });
 
   it('and their aliases and pins outlive kill -9; half an upload does not', async () => {
