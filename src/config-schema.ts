@@ -69,7 +69,7 @@ export interface Settings {
   readonly trainersMax: number;
   /** Of one trainer; null: one fewer than `threads`, at least one. */
   readonly trainerThreads: number | null;
-  /** Of trainers, as the system counts: 19 has what nobody else wants, 0 is as serving. */
+  /** Of trainers, as the system counts: 19 has what nobody else wants (SCHED_IDLE on Linux), 0 is as serving. */
   readonly trainerNice: number;
   /** How captured adapters are kept fresh (jobs/refresher.ts). */
   readonly refresh: RefreshSettings & CaptureLimits;

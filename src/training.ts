@@ -40,8 +40,8 @@ export interface OpenedTraining {
   close(): Promise<void>;
 }
 
-/** Between two signs of life lies one piece of computing, seconds of a core; at the lowest priority on cores that others keep
- *  busy (15 of 1039 shares) minutes. Guess: a trainer that hangs holds its job up for as long. */
+/** A trainer is alive as long as it says something or uses CPU time: between two pieces of computing, seconds of a core, it may
+ *  wait for long (3 of 1027 shares of busy cores). Guess: one that hangs holds its job up for as long. */
 const leaseMs = 900_000;
 const stopMsMax = 10_000;
 
