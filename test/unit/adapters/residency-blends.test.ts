@@ -1,5 +1,3 @@
-import { setFlagsFromString } from 'node:v8';
-import { runInNewContext } from 'node:vm';
 import { describe, expect, it } from 'vitest';
 import { type BlendKey, blendKey } from '../../../src/adapters/blend-key.ts';
 import { openPacked } from '../../../src/adapters/pack.ts';
@@ -11,6 +9,7 @@ import {
   type ResidentKey,
   type ResidentUse,
 } from '../../../src/adapters/residency.ts';
+import { heldBytes } from '../../support/held-bytes.ts';
 import { makePacked } from '../../support/make-packed.ts';
 import { PageMemory } from '../../support/page-memory.ts';
 import { tinyBase } from '../../support/tiny-base.ts';
@@ -66,14 +65,6 @@ const blendsIn = (residency: Residency): ResidentKey[] =>
     .list()
     .map(({ generation }) => generation)
     .filter(isBlend);
-
-setFlagsFromString('--expose-gc');
-const collectGarbage = runInNewContext('gc') as () => void;
-function heldBytes(): number {
-  collectGarbage();
-  const { heapUsed, arrayBuffers } = process.memoryUsage();
-  return heapUsed + arrayBuffers;
-}
 
 describe('merged blends', () => {
   it('of thousands of weights take a few pages and no memory, and put no adapter out', async () => {

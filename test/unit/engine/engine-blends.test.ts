@@ -9,6 +9,7 @@ import { GatewayError } from '../../../src/errors.ts';
 import type { AdapterRows, Segment } from '../../../src/model/stepper.ts';
 import { blendOf, useOf } from '../../support/adapter-use.ts';
 import { FakeStepper, fakeConfig, fakeGeneration, fakePacked } from '../../support/fake-stepper.ts';
+import { heldBytes } from '../../support/held-bytes.ts';
 import { idleAnswer } from '../../support/idle-answer.ts';
 import { fakeRankOf, idsOf, LoopHarness, makeRequest } from '../../support/loop-harness.ts';
 
@@ -122,6 +123,27 @@ describe('blends in the loop', () => {
       `blend:dare_ties:0.5:${name}`,
       three,
     ]);
+    expectClean(harness);
+  });
+
+  it('of a thousand weights leave nothing behind that those before had not', async () => {
+    const harness = new LoopHarness({ pages: 12 });
+    const run = async (from: number, count: number): Promise<number> => {
+      for (let i = from; i < from + count; i++) {
+        const parts = [[one, 8, 1 + i / 1000] as const, [two, 4, 1] as const];
+        const adapter = blendOf(parts, { merge: 'dare_ties', density: 0.5 });
+        const heard = harness.submit(makeRequest({ id: `r${i}`, tokens: range(20, i), adapter }));
+        await harness.drain();
+        expect(heard.failure).toBeNull();
+      }
+      for (const told of [harness.messages, harness.reports]) told.length = 0;
+      harness.heard.clear();
+      return heldBytes();
+    };
+    const before = await run(0, 300); // caches are full
+    const after = await run(300, 1000);
+    expect(after - before).toBeLessThan(1e6);
+    expect(harness.residency.list().length).toBeLessThanOrEqual(11);
     expectClean(harness);
   });
 
