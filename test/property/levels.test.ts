@@ -1,6 +1,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { type Levels, planLevels, type RankedModule } from '../../src/adapters/levels.ts';
+import { createRng } from '../support/random.ts';
 
 const anyModule: fc.Arbitrary<RankedModule> = fc.record({
   sigma: fc
@@ -126,5 +127,56 @@ describe('planLevels', () => {
       [1, 2],
       [1, 2],
     ]);
+  });
+});
+
+// Section 27's bar for choosing what of an adapter is sent over a link: 0.95 of an exact knapsack's, and more than uniform ranks.
+describe('levels of twenty modules of the default base', () => {
+  /** (in + out) / 192 of q, k, v, o, gate, up and down. */
+  const rankBytes = [6, 4, 4, 6, 11, 11, 11];
+  const ranks = 16;
+
+  function modulesOf(seed: number): RankedModule[] {
+    const rng = createRng(seed);
+    return Array.from({ length: 20 }, (_, i) => {
+      const [decay, size] = [0.3 + 1.2 * rng.next(), Math.exp(0.7 * rng.normal())];
+      const sigma = Float64Array.from(
+        { length: ranks },
+        (_, k) => size * (k + 1) ** -decay * Math.exp(0.1 * rng.normal()),
+      );
+      return { sigma: sigma.sort().reverse(), rankBytes: rankBytes[i % rankBytes.length]! };
+    });
+  }
+
+  /** The most energy that prefixes of so many bytes keep, by dynamic programming over bytes. */
+  function mostEnergy(modules: readonly RankedModule[], bytesMax: number): Float64Array {
+    let best = new Float64Array(bytesMax + 1);
+    for (const { sigma, rankBytes: each } of modules) {
+      const next = best.slice();
+      let kept = 0;
+      for (let k = 1; k <= sigma.length; k++) {
+        kept += sigma[k - 1]! ** 2;
+        for (let bytes = k * each; bytes <= bytesMax; bytes++) {
+          next[bytes] = Math.max(next[bytes]!, best[bytes - k * each]! + kept);
+        }
+      }
+      best = next;
+    }
+    return best;
+  }
+
+  it('keep at least 0.98 of what the best choice of the same bytes keeps', () => {
+    for (let seed = 1; seed <= 50; seed++) {
+      const modules = modulesOf(seed);
+      const plan = planLevels(modules);
+      const uniformOf = (level: number) => sums(modules, (_, rank) => rank < level);
+      const best = mostEnergy(modules, uniformOf(ranks / 2).bytes);
+      for (const level of [1, 2, 4, 8]) {
+        const uniform = uniformOf(level);
+        const { energy } = sums(modules, onAt(plan, level));
+        expect(energy / best[uniform.bytes]!).toBeGreaterThanOrEqual(0.98);
+        expect(energy).toBeGreaterThan(uniform.energy);
+      }
+    }
   });
 });
