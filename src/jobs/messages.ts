@@ -17,7 +17,8 @@ export interface TrainerSpec {
   readonly recipe: Recipe;
   readonly trainingPath: string;
   readonly heldOutPath: string | null;
-  /** Packed file of the generation that training goes on from; null: from the recipe's initialisation. */
+  /** Packed file of the generation that training goes on from; null: from the recipe's initialisation. What it
+   *  needs lies beside it. */
   readonly startFrom: string | null;
   /** A refresh: its result is compared with `startFrom`, and that with the generation before it, if `earlier` names its packed
    *  file. null: none. */

@@ -21,6 +21,7 @@ export function conflict(recipe: Recipe): readonly [path: string, message: strin
     [isRising, 'ranks', `must rise to rank, ${most}: ranks above them would never train`],
     [new Set(targets).size === targets.length, 'targets', 'names a projection twice'],
     ...kindRules(recipe),
+    ...familyRules(recipe),
     ...eggrollRules(recipe),
     [
       !(order === 'as-trained' && trainsSum),
@@ -65,7 +66,7 @@ function kindRules(recipe: Recipe): readonly Rule[] {
   const { kind, rank: most, objective, order } = recipe;
   const isPlain = kind !== 'matryoshka';
   return [
-    [recipe.topK <= most, 'topK', `${recipe.topK} of ${most} ranks`],
+    [kind === 'queryable' || recipe.topK <= most, 'topK', `${recipe.topK} of ${most} ranks`],
     [
       recipe.rankGrowth === null ||
         (kind === 'triangular' && most >= 2 && 2 * most <= rankMaxLimit),
@@ -93,6 +94,24 @@ function kindRules(recipe: Recipe): readonly Rule[] {
       'order',
       `${kind} is published in the order of its SVD, not ${order}`,
     ],
+  ];
+}
+
+/** Of queryable's bank and flexmore's experts. */
+function familyRules(recipe: Recipe): readonly Rule[] {
+  const { kind, rank, ranks, topK, bank, experts, targets, recompute } = recipe;
+  const isQueryable = kind === 'queryable';
+  const sum = experts?.reduce((all, expert) => all + expert.rank, 0) ?? rank;
+  const atoms = bank?.atoms ?? topK;
+  return [
+    [isQueryable || bank === null, 'bank', `is queryable's, not ${kind}'s`],
+    [!isQueryable || topK <= atoms, 'topK', `${topK} of ${atoms} atoms`],
+    [!isQueryable || targets.includes('attn_q'), 'targets', 'queryable chooses by attn_q'],
+    [!isQueryable || ranks.length === 1, 'ranks', 'queryable mixes all ranks and has no prefixes'],
+    [!isQueryable || !recompute, 'recompute', 'queryable looks back at earlier blocks'],
+    [(kind === 'flexmore') === (experts !== null), 'experts', 'flexmore has them, and it alone'],
+    [rank === sum, 'rank', `${rank}, the experts have ${sum} together`],
+    [rank <= rankMaxLimit, 'experts', `have ${rank} ranks together, at most ${rankMaxLimit}`],
   ];
 }
 

@@ -8,6 +8,7 @@ import type { PublishOrder, Scaling } from '../adapters/families/matryoshka.ts';
 import type { LevelRule } from '../adapters/pack-pairs.ts';
 import { GatewayError } from '../errors.ts';
 import { type Projection, projections } from '../model/decoder-config.ts';
+import { type BankRecipe, bankSchema, type ExpertRecipe, expertSchema } from './family-recipe.ts';
 import { conflict } from './recipe-rules.ts';
 
 /** `plain`: all ranks at once, as LoRA. `diag`, `binary`: the sum of the prefixes S in one pass, as published. `dylora`: one
@@ -46,7 +47,7 @@ export type OptimizerRecipe =
       readonly errorFeedback: boolean;
     } & Moments);
 
-/** Families that a trainer makes; flexmore's experts are extracted and mixed, queryable's bank is shared. */
+/** Families that a trainer makes. */
 export const trainedKinds = [
   'lora',
   'matryoshka',
@@ -56,6 +57,8 @@ export const trainedKinds = [
   'svfit',
   'fly',
   'mora',
+  'queryable',
+  'flexmore',
 ] as const;
 
 /** TRP: the nuclear norm of each product is held down with this weight, and every so many steps the product is cut to the
@@ -91,11 +94,12 @@ export interface Recipe {
   /** `gradient`: of the loss of what is to be learnt. */
   readonly method: 'gradient' | EggrollRecipe;
   readonly kind: (typeof trainedKinds)[number];
-  /** R. */
+  /** R. Given as null: 16, or what flexmore's experts have together. */
   readonly rank: number;
   /** S, rising to R: trained by matryoshka's objectives; every kind is evaluated at them. */
   readonly ranks: readonly number[];
-  /** fly, mora: ranks that stay for a token. Given as null: a quarter of them, at most 4 for mora. */
+  /** fly, mora: ranks that stay for a token; queryable: atoms that are mixed for it. Given as null: a quarter of the ranks, at
+   *  most 4 for mora; 2 atoms. */
   readonly topK: number;
   /** mora: τ of the softmax over those. */
   readonly temperature: number;
@@ -107,6 +111,10 @@ export interface Recipe {
   } | null;
   /** salt: ranks beside the singular values. */
   readonly tailRank: number;
+  /** queryable. */
+  readonly bank: BankRecipe | null;
+  /** flexmore: each with ranks of its own, and a weight in every module. */
+  readonly experts: readonly ExpertRecipe[] | null;
   /** s_r: 1, 1/r or 1/√r. Given as null: 1/√r for the sums that are published by SVD, as measured in section 1, else 1.
    *  Alpha is R·s_R where a family has one. */
   readonly scaling: Scaling;
@@ -155,7 +163,7 @@ export interface Recipe {
   /** Of the training examples, by their hash, where no held-out file is given. */
   readonly heldOutShare: number;
   readonly seed: number;
-  /** Blocks are computed again on the way back: more time, far less memory. */
+  /** Blocks are computed again on the way back: more time, far less memory. Given as null: unless one looks back at others. */
   readonly recompute: boolean;
 }
 
@@ -224,11 +232,13 @@ const eggrollDefaults = {
 const schema = z.strictObject({
   method: z.union([z.literal('gradient'), eggroll]).default('gradient'),
   kind: z.enum(trainedKinds).default('matryoshka'),
-  rank: rank.default(16), // the publication's
+  rank: rank.nullable().default(null),
   ranks: z.array(rank).min(1).max(rankMaxLimit).nullable().default(null),
   topK: rank.nullable().default(null),
   temperature: z.number().positive().max(1e3).default(0.1),
   tailRank: rank.default(4),
+  bank: bankSchema.nullable().default(null),
+  experts: z.array(expertSchema).min(1).max(64).nullable().default(null),
   rankGrowth: z
     .strictObject({
       threshold: z.enum(['linear', 'exp']).default('linear'),
@@ -302,12 +312,12 @@ const schema = z.strictObject({
   checkpointEvery: stepCount.default(50),
   heldOutShare: z.number().min(0).max(0.5).default(0.1),
   seed: z.int().min(0).max(Number.MAX_SAFE_INTEGER).default(42), // the publication's
-  recompute: z.boolean().default(true),
+  recompute: z.boolean().nullable().default(null),
 });
 
 /** Known to algorithms.md, not to this build: by path. */
 const unbuilt: Readonly<Record<string, readonly string[]>> = {
-  kind: ['queryable', 'flexmore', 'sara'],
+  kind: ['sara'],
   'init.kind': ['meta'],
   'rankSelection.kind': ['codyra'],
   'continual.kind': ['coso'],
@@ -322,22 +332,34 @@ export function parseRecipe(json: unknown, where: string): Recipe {
     throw invalid(path.length === 0 ? where : `${where}.${path.join('.')}`, message);
   }
   const { data } = parsed;
+  const { kind, experts } = data;
+  const all = experts?.reduce((sum, expert) => sum + expert.rank, 0);
+  const most = data.rank ?? all ?? 16; // the publication's
+  const isQueryable = kind === 'queryable';
+  const bank = data.bank ?? (isQueryable ? bankSchema.parse({}) : null);
   const objective = data.objective ?? (data.kind === 'matryoshka' ? 'diag' : 'plain');
-  const quarter = Math.max(1, Math.floor(data.rank / 4));
+  const quarter = Math.max(1, Math.floor(most / 4));
   const isSum = objective === 'plain' || objective === 'diag' || objective === 'binary';
   const order = data.order ?? (isSum ? 'svd' : 'as-trained');
   const trainsSum = objective === 'diag' || objective === 'binary';
   const recipe: Recipe = {
     ...data,
+    rank: most,
+    bank,
     objective,
     order,
     scaling: data.scaling ?? (trainsSum && order === 'svd' ? 'sqrt' : 'none'),
-    ranks: data.ranks ?? powersTo(data.rank),
-    topK: data.topK ?? (data.kind === 'mora' ? Math.min(4, quarter) : quarter),
+    ranks: data.ranks ?? (isQueryable ? [most] : powersTo(most)),
+    topK: data.topK ?? (isQueryable ? Math.min(2, bank?.atoms ?? 2) : fewerOf(kind, quarter)),
+    recompute: data.recompute ?? !isQueryable,
   };
   const wrong = conflict(recipe);
   if (wrong !== null) throw invalid(`${where}.${wrong[0]}`, wrong[1]);
   return recipe;
+}
+
+function fewerOf(kind: Recipe['kind'], quarter: number): number {
+  return kind === 'mora' ? Math.min(4, quarter) : quarter;
 }
 
 function isEggroll(json: unknown): json is object {

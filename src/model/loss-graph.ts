@@ -41,6 +41,8 @@ export interface Answer {
 
 /** What the delta observes, by tensorName. */
 export type Seen = Map<string, Tensor>;
+/** Where a delta has penalties, among what is seen: the sum of the answers' weights, by which a batch counts in a mean. */
+export const batchShare = 'share of the batch';
 /** Computes a block, given its input and how it is made of ops. */
 export type RunBlock = (x: Tensor, build: (on: ForwardOps, value: Tensor) => Tensor) => Tensor;
 
@@ -129,6 +131,10 @@ export class LossGraph {
     const logits = ops.linear(normed, weights.output); // [answers, V]
     const targets = ops.input('targets', 'i32', [answersMax]);
     const shares = ops.input('weights', 'f32', [answersMax]);
+    if (delta.penalties !== undefined) {
+      const row = ops.reshape(shares, [1, answersMax]);
+      seen.set(batchShare, ops.training.linearT(row, ops.training.fill([answersMax, 1], 1))); // [1, 1]
+    }
     return ops.training.crossEntropy(logits, targets, shares); // [1]
   }
 

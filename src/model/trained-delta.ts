@@ -26,6 +26,8 @@ export interface TrainedDelta {
   readonly gateRanks: readonly number[];
   /** Whether a block can be computed again by itself. */
   readonly isLocal: boolean;
+  /** Observed values of one number that are minimised beside the loss: their weights. */
+  readonly penalties?: Readonly<Record<string, number>>;
   /** y and what is trained, [T, out]. Projections come in the order of the pass. */
   readonly add: (ops: ForwardOps, at: (name: string) => Tensor, input: DeltaInput) => Tensor;
 }

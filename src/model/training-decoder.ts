@@ -14,12 +14,14 @@ import type {
 } from '../kernels/kernels.ts';
 import { projections } from './decoder-config.ts';
 import {
+  batchShare,
   LossGraph,
   type LossOptions,
   type RunBlock,
   type Seen,
   type TrainingBatch,
 } from './loss-graph.ts';
+import type { TrainedDelta } from './trained-delta.ts';
 
 export interface TrainingOptions extends LossOptions {
   /** Blocks are computed again on the way back instead of keeping their values. */
@@ -30,7 +32,8 @@ export class TrainingDecoder implements Disposable {
   readonly #options: TrainingOptions;
   readonly #graph: LossGraph;
   readonly #transposed: ReadonlyMap<Tensor, Tensor>;
-  readonly #program: Program;
+  readonly #programs: Map<TrainedDelta, Program> = new Map();
+  #last: Program;
 
   constructor(options: TrainingOptions) {
     const { weights, kernels, recompute, delta } = options;
@@ -43,7 +46,7 @@ export class TrainingDecoder implements Disposable {
     this.#transposed = new Map(
       [...frozen, weights.output].map((weight) => [weight, storeTransposed(kernels, weight)]),
     );
-    this.#program = kernels.compile((ops) => this.#build(ops), { segments: 0 });
+    this.#last = this.#programOf(delta);
   }
 
   /** A tensor of the delta: zero until it is written. */
@@ -51,17 +54,28 @@ export class TrainingDecoder implements Disposable {
     this.#graph.write(name, values);
   }
 
-  /** Runs forward and backward; returns the loss. What `read` gives is of this step, until another program runs. */
-  step(batch: TrainingBatch): number {
-    return this.#graph.run(this.#program, batch);
+  /** Runs forward and backward; returns the loss. What `read` gives is of this step, until another program runs. With the
+   *  options' delta, or another one that trains the same tensors: few of them, each keeps a program. */
+  step(batch: TrainingBatch, delta: TrainedDelta = this.#options.delta): number {
+    this.#last = this.#programOf(delta);
+    return this.#graph.run(this.#last, batch, delta);
   }
 
   /** The gradient of a trained tensor, or what the delta observed, by its name. */
   read(name: string, out: Float32Array): void {
-    this.#program.read(name, 0, out);
+    this.#last.read(name, 0, out);
   }
 
-  #build(ops: Ops): Record<string, Tensor> {
+  #programOf(delta: TrainedDelta): Program {
+    const known = this.#programs.get(delta);
+    if (known !== undefined) return known;
+    const { kernels } = this.#options;
+    const made = kernels.compile((ops) => this.#build(ops, delta), { segments: 0 });
+    this.#programs.set(delta, made);
+    return made;
+  }
+
+  #build(ops: Ops, delta: TrainedDelta): Record<string, Tensor> {
     const names = Object.keys(this.#options.delta.trained);
     const trainable = names.map((name) => this.#graph.tensors.get(name)!);
     const tape = new Tape(ops, { trainable, transposed: this.#transposed });
@@ -70,16 +84,20 @@ export class TrainingDecoder implements Disposable {
       this.#options.recompute
         ? tape.checkpoint([x], (inner, [value]) => build(inner, value!))
         : build(tape, x);
-    const loss = this.#graph.build(tape, run, seen);
-    const one = ops.training.fill([1], 1);
-    const gradients = tape.gradients([{ of: loss, gradient: one }], trainable);
+    const loss = this.#graph.build(tape, run, seen, delta);
+    const seeds = [{ of: loss, gradient: ops.training.fill([1], 1) }];
+    for (const [name, weight] of Object.entries(delta.penalties ?? {})) {
+      const gradient = ops.mul(seen.get(batchShare)!, ops.training.fill([1, 1], weight));
+      seeds.push({ of: seen.get(name)!, gradient });
+    }
+    const gradients = tape.gradients(seeds, trainable);
     const named = names.map((name, i) => [name, gradients[i]!] as const);
     return { loss, ...Object.fromEntries([...seen, ...named]) };
   }
 
   /** The weights and the kernels are the caller's. */
   [Symbol.dispose](): void {
-    this.#program[Symbol.dispose]();
+    for (const program of this.#programs.values()) program[Symbol.dispose]();
   }
 }
 

@@ -5,6 +5,7 @@
 import { createRandom } from '../adapters/families/seeded-random.ts';
 import { generationOf, openPacked } from '../adapters/pack.ts';
 import type { Packed } from '../adapters/pack-pairs.ts';
+import { packedConfig } from '../adapters/packed-import.ts';
 import { GatewayError } from '../errors.ts';
 import type { RankLoss } from '../jobs/messages.ts';
 import type { EggrollRecipe } from '../jobs/recipe.ts';
@@ -30,7 +31,7 @@ import { bytesOfWeights } from './memory-estimate.ts';
 import { streams } from './objective.ts';
 import type { Optimizer, Parameter } from './optimizers/optimizer.ts';
 import { shuffle } from './packing.ts';
-import { choiceOf, publishModules, servedFactors } from './publish.ts';
+import { type AdapterFiles, choiceOf, publishModules, servedFactors } from './publish.ts';
 import { type Reward, rewardOf } from './rewards.ts';
 import { answersOf } from './rollout.ts';
 import {
@@ -237,13 +238,17 @@ export class EggrollSession implements Disposable {
     return publishModules(recipe, this.#training.modules(), about);
   }
 
+  files(): AdapterFiles {
+    return { config: packedConfig, bytes: this.publish().bytes };
+  }
+
   /** What answers of the base to held-out prompts lack; null without any. */
   async baseLoss(breathe: Breathe): Promise<number | null> {
     return this.#heldOut.length === 0 ? null : await this.#heldOutLoss(null, breathe);
   }
 
   /** Of what was published, at the recipe's ranks. */
-  async evaluate({ bytes }: Packed, breathe: Breathe): Promise<RankLoss[]> {
+  async evaluate({ bytes }: Packed | AdapterFiles, breathe: Breathe): Promise<RankLoss[]> {
     if (this.#heldOut.length === 0) return [];
     const packed = openPacked(bytes, generationOf(bytes));
     const { ranks, rank: all } = this.#recipe;

@@ -32,7 +32,7 @@ export class ServedLoss implements Disposable {
   constructor(over: Omit<LossOptions, 'delta'>, recipe: Recipe, training: FamilyTraining) {
     this.#ranks = recipe.ranks;
     this.#training = training;
-    const isRouted = training.graph.active !== null;
+    const isRouted = training.family.route !== null;
     this.#pairs = isRouted
       ? []
       : training.modules().map(({ site, tensors }) => ({ site, rank: pairRank(recipe, tensors) }));
@@ -40,7 +40,7 @@ export class ServedLoss implements Disposable {
       this.#pairs.map(({ site, rank }) => [site, lowRank({ in: site.in, out: site.out, rank })]),
     );
     this.#decoder = new LossDecoder({ ...over, delta: isRouted ? training.delta : pairs });
-    if (!isRouted) return;
+    if (training.family.slicing !== 'active') return;
     const { topK } = recipe; // no more of them are served
     for (const k of recipe.ranks) {
       if (k < topK) this.#active.set(k, training.withActive(k)!);
@@ -52,8 +52,9 @@ export class ServedLoss implements Disposable {
     return this.#lossOf(batches, breathe, noDelta);
   }
 
+  /** `packed`: null for what is not published as one file. */
   async byRank(
-    packed: PackedAdapter,
+    packed: PackedAdapter | null,
     batches: readonly Layout[],
     breathe: Breathe,
   ): Promise<RankLoss[]> {
@@ -61,7 +62,7 @@ export class ServedLoss implements Disposable {
     const losses: RankLoss[] = [];
     for (const rank of this.#levels(packed)) {
       for (const { site, rank: ranks } of this.#pairs) {
-        const { a, b } = servedFactors(packed, site, { level: rank, ranks });
+        const { a, b } = servedFactors(packed!, site, { level: rank, ranks });
         this.#decoder.write(tensorName(site, 'a'), a);
         this.#decoder.write(tensorName(site, 'b'), b);
       }
@@ -72,9 +73,9 @@ export class ServedLoss implements Disposable {
   }
 
   /** The recipe's ranks, and all of an adapter that has more. */
-  #levels({ manifest }: PackedAdapter): readonly number[] {
-    const [most, { rankMax }] = [this.#ranks.at(-1)!, manifest];
-    return this.#pairs.length > 0 && rankMax > most ? [...this.#ranks, rankMax] : this.#ranks;
+  #levels(packed: PackedAdapter | null): readonly number[] {
+    const [most, all] = [this.#ranks.at(-1)!, packed?.manifest.rankMax ?? 0];
+    return this.#pairs.length > 0 && all > most ? [...this.#ranks, all] : this.#ranks;
   }
 
   /** A and B as the packed file rounds them. */

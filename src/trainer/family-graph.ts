@@ -15,7 +15,15 @@ import { type SvfitOptions, svfit } from '../adapters/families/svfit.ts';
 import { type TriangularOptions, triangular } from '../adapters/families/triangular.ts';
 import type { Columns } from '../adapters/orthogonal.ts';
 import type { ForwardOps, Tensor } from '../kernels/kernels.ts';
-import { everyRow, lowRank, type ModuleDelta, type Shapes } from '../model/trained-delta.ts';
+import {
+  deltaOf,
+  everyRow,
+  lowRank,
+  type ModuleDelta,
+  type Shapes,
+  type TrainedDelta,
+  tensorName,
+} from '../model/trained-delta.ts';
 
 /** Queryable adapters are not of single modules: queryable-graph.ts. */
 export type FamilyChoice =
@@ -35,21 +43,65 @@ export interface Numbers {
 }
 export type NamedNumbers = Readonly<Record<string, Numbers>>;
 
-export interface GraphModule {
-  readonly delta: ModuleDelta;
-  /** What its tensors begin with, trained and constant. */
-  readonly numbers: NamedNumbers;
+export interface TrainedModule {
+  readonly site: Site;
+  readonly tensors: Tensors;
 }
 
 export interface FamilyGraph {
   readonly family: Family;
-  /** Of a module that has these numbers. */
-  readonly module: (site: Site, tensors: Tensors) => GraphModule;
-  /** The same over the same tensors with so many ranks of a token's choice; null where tokens choose none. */
-  readonly active: ((topK: number) => ModuleDelta['add']) | null;
+  /** Of modules that have these numbers. */
+  readonly over: (modules: readonly TrainedModule[]) => TrainingGraph;
+}
+
+export interface TrainingGraph {
+  readonly delta: TrainedDelta;
+  /** What its tensors begin with, trained and constant. */
+  readonly numbers: NamedNumbers;
+  /** The same over the same tensors with so many of a token's choice; null where tokens choose nothing. */
+  readonly active: ((topK: number) => TrainedDelta) | null;
 }
 
 export function familyGraph(choice: FamilyChoice): FamilyGraph {
+  const { family, module, active } = moduleGraph(choice);
+  return {
+    family,
+    over(modules) {
+      // Not the sites: what a family remembers of one goes with the caller's.
+      const made = modules.map(({ site, tensors }) => {
+        const { block, projection } = site;
+        return { at: { block, projection }, ...module(site, tensors) };
+      });
+      const numbers = made.flatMap(({ at, numbers: own }) =>
+        Object.entries(own).map(([name, of]) => [tensorName(at, name), of] as const),
+      );
+      const withAdd = (topK: number | null): TrainedDelta => {
+        const add = topK === null ? null : active!(topK);
+        return deltaOf(
+          made.map(({ at, delta }) => [at, add === null ? delta : { ...delta, add }] as const),
+        );
+      };
+      return {
+        delta: withAdd(null),
+        numbers: Object.fromEntries(numbers),
+        active: active === null ? null : withAdd,
+      };
+    },
+  };
+}
+
+/** Of a family whose modules have numbers of their own each. */
+interface ModuleGraph {
+  readonly family: Family;
+  readonly module: (
+    site: Site,
+    tensors: Tensors,
+  ) => { readonly delta: ModuleDelta; readonly numbers: NamedNumbers };
+  /** With so many ranks of a token's choice. */
+  readonly active: ((topK: number) => ModuleDelta['add']) | null;
+}
+
+function moduleGraph(choice: FamilyChoice): ModuleGraph {
   switch (choice.kind) {
     case 'lora':
       return pairGraph(lora(choice));
@@ -72,7 +124,7 @@ export function familyGraph(choice: FamilyChoice): FamilyGraph {
   }
 }
 
-function numbersOf({ rows, columns, data }: Columns): Numbers {
+export function numbersOf({ rows, columns, data }: Columns): Numbers {
   const shape = rows === 1 ? [1, columns] : [columns, rows];
   return { shape, values: Float32Array.from(data) };
 }
@@ -91,7 +143,7 @@ function graphOf(
   family: Family,
   add: ModuleDelta['add'],
   constantsOf: Constants = () => ({}),
-): FamilyGraph {
+): ModuleGraph {
   return {
     family,
     active: null,
@@ -105,7 +157,7 @@ function graphOf(
 }
 
 /** Ranks' scales are the batch's gate: an objective trains prefixes by it. */
-function pairGraph(family: Family): FamilyGraph {
+function pairGraph(family: Family): ModuleGraph {
   return {
     family,
     active: null,
@@ -129,7 +181,7 @@ function expanded(ops: ForwardOps, y: Tensor, h: Tensor, b: Tensor): Tensor {
   return ops.add(y, ops.training.linearT(h, b));
 }
 
-function hydraGraph(options: HydraOptions): FamilyGraph {
+function hydraGraph(options: HydraOptions): ModuleGraph {
   const scale = options.alpha / options.rank;
   return graphOf(hydra(options), (ops, at, { x, y }) => {
     const parallel = times(ops, ops.linear(x, at['parallel.a']!), scale); // [T, r]
@@ -139,7 +191,7 @@ function hydraGraph(options: HydraOptions): FamilyGraph {
   });
 }
 
-function triangularGraph(options: TriangularOptions): FamilyGraph {
+function triangularGraph(options: TriangularOptions): ModuleGraph {
   const scale = options.alpha / (options.rank + 1e-5);
   return graphOf(triangular(options), (ops, { a, b, c }, { x, y }) => {
     const h = ops.linear(ops.linear(x, a!), c!); // C·A·x, [T, R]
@@ -147,7 +199,7 @@ function triangularGraph(options: TriangularOptions): FamilyGraph {
   });
 }
 
-function svfitGraph(options: SvfitOptions): FamilyGraph {
+function svfitGraph(options: SvfitOptions): ModuleGraph {
   const family = svfit(options);
   const basis: Constants = (site, tensors) => {
     const { a, b } = family.pair(site, tensors, null);
@@ -161,7 +213,7 @@ function svfitGraph(options: SvfitOptions): FamilyGraph {
 }
 
 /** The whole basis of each module is kept, as large as its weight and the smaller side's square. */
-function saltGraph(options: SaltOptions): FamilyGraph {
+function saltGraph(options: SaltOptions): ModuleGraph {
   const basis: Constants = (site, { alpha, x }) => {
     const { u, v, sigma } = singularBasis(site);
     const [kept, tail] = [alpha!.columns, x!.rows];
@@ -187,7 +239,7 @@ function saltGraph(options: SaltOptions): FamilyGraph {
   return graphOf(salt(options), add, basis);
 }
 
-function flexmoreGraph(options: FlexmoreOptions): FamilyGraph {
+function flexmoreGraph(options: FlexmoreOptions): ModuleGraph {
   const members: Constants = (_site, { expert, weights }) => {
     const of = zeros(weights!.columns, expert!.columns); // [E, R]
     expert!.data.forEach((e, r) => {
@@ -204,7 +256,7 @@ function flexmoreGraph(options: FlexmoreOptions): FamilyGraph {
 }
 
 /** d is a constant of the graph: family-training.ts moves it by how often ranks were `kept`. */
-function flyGraph(options: FlyOptions): FamilyGraph {
+function flyGraph(options: FlyOptions): ModuleGraph {
   const family = fly(options);
   const scale = options.alpha / options.rank;
   const constants: Constants = (site, tensors) => ({
@@ -226,7 +278,7 @@ function flyGraph(options: FlyOptions): FamilyGraph {
 /** Added to the mean of squares of what is scaled to a length: an input of zeros scores 0 everywhere. */
 const nothing = 1e-30;
 
-function moraGraph(options: MoraOptions): FamilyGraph {
+function moraGraph(options: MoraOptions): ModuleGraph {
   const { temperature } = options;
   const ones: Constants = (site) => ({
     ones: { shape: [site.in], values: new Float32Array(site.in).fill(1) },

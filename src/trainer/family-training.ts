@@ -1,25 +1,33 @@
 // The numbers of an adapter of any family while it trains: what an optimiser takes as parameters, the graph's constants, and what
 // moves without a gradient: fly's balance, ranks that are frozen, and ranks that are not on yet.
 
-import type { Site, Tensors } from '../adapters/families/family.ts';
+import type { Family } from '../adapters/families/family.ts';
 import { rebalanced } from '../adapters/families/fly.ts';
 import type { Columns } from '../adapters/orthogonal.ts';
-import { deltaOf, type TrainedDelta, tensorName } from '../model/trained-delta.ts';
+import { type TrainedDelta, tensorName } from '../model/trained-delta.ts';
 import {
   type FamilyChoice,
   type FamilyGraph,
   familyGraph,
-  type GraphModule,
+  type TrainedModule,
+  type TrainingGraph,
 } from './family-graph.ts';
 import type { Parameter } from './optimizers/optimizer.ts';
+import { type QueryableTraining, queryableGraph } from './queryable-graph.ts';
 import { type GrowthOptions, RankGrowth } from './rank-growth.ts';
 
 /** u of algorithms.md 28: how far d moves a step. */
 const balanceRate = 1e-3;
 
-export interface TrainedModule {
-  readonly site: Site;
-  readonly tensors: Tensors;
+export interface QueryableChoice extends QueryableTraining {
+  readonly kind: 'queryable';
+  /** Of all steps, the first that mix all atoms. */
+  readonly denseShare: number;
+}
+export type TrainingChoice = FamilyChoice | QueryableChoice;
+
+export function graphOf(choice: TrainingChoice): FamilyGraph {
+  return choice.kind === 'queryable' ? queryableGraph(choice) : familyGraph(choice);
 }
 
 /** A step that was taken. */
@@ -34,7 +42,7 @@ export interface Observer {
 }
 
 export class FamilyTraining {
-  readonly graph: FamilyGraph;
+  readonly family: Family;
   readonly delta: TrainedDelta;
   /** By the names of the decoder's tensors, whose values and gradients they are. */
   readonly parameters: readonly Parameter[];
@@ -45,7 +53,9 @@ export class FamilyTraining {
   /** All that changes: the parameters' values, and constants that move. */
   readonly state: readonly Float32Array[];
   readonly #modules: readonly TrainedModule[];
-  readonly #graphs: readonly GraphModule[];
+  readonly #graph: TrainingGraph;
+  readonly #choice: TrainingChoice;
+  #dense: TrainedDelta | null = null;
   readonly #byName: ReadonlyMap<string, Parameter>;
   readonly #growth: RankGrowth | null;
   readonly #start: readonly Float32Array[];
@@ -53,22 +63,20 @@ export class FamilyTraining {
   readonly #frozen: ReadonlyMap<Parameter, Float32Array>;
 
   constructor(
-    choice: FamilyChoice,
+    choice: TrainingChoice,
     modules: readonly TrainedModule[],
     growth: GrowthOptions | null = null,
   ) {
-    this.graph = familyGraph(choice);
-    const graphs = modules.map(({ site, tensors }) => this.graph.module(site, tensors));
-    this.#graphs = graphs;
+    const { family, over } = graphOf(choice);
+    this.family = family;
+    this.#choice = choice;
+    this.#graph = over(modules);
     // Copies: what a family remembers of a site (the base's singular vectors) goes with the caller's.
     this.#modules = modules.map(({ site, tensors }) => ({ site: { ...site }, tensors }));
-    this.delta = this.#deltaWith(null);
-    const all = graphs.flatMap(({ delta, numbers }, i) =>
-      Object.entries(numbers).map(([name, { shape, values }]) => {
-        const isTrained = delta.trained[name] !== undefined;
-        return { name: tensorName(modules[i]!.site, name), shape, values, isTrained };
-      }),
-    );
+    this.delta = this.#graph.delta;
+    const all = Object.entries(this.#graph.numbers).map(([name, { shape, values }]) => {
+      return { name, shape, values, isTrained: this.delta.trained[name] !== undefined };
+    });
     this.parameters = all
       .filter(({ isTrained }) => isTrained)
       .map(({ name, shape, values }): Parameter => {
@@ -89,25 +97,23 @@ export class FamilyTraining {
       ...(this.#growth === null ? [] : [this.#growth.state]),
     ];
     this.#start = this.state.map((values) => values.slice());
-    const frozen = choice.kind === 'mora' ? choice.frozen : 0;
     this.#frozen = new Map(
-      this.parameters.map((each) => [each, each.values.slice(0, frozen * each.columns)]),
+      this.parameters.map((each) => [each, each.values.slice(0, frozenCount(choice, each))]),
     );
   }
 
-  #deltaWith(topK: number | null): TrainedDelta {
-    const add = topK === null ? null : this.graph.active!(topK);
-    return deltaOf(
-      this.#graphs.map(({ delta }, i) => {
-        const { site } = this.#modules[i]!;
-        return [site, add === null ? delta : { ...delta, add }] as const;
-      }),
-    );
-  }
-
-  /** Over the same tensors, with so many ranks of each token's choice; null for families whose tokens choose none. */
+  /** Over the same tensors, with so many of each token's choice; null for families whose tokens choose nothing. */
   withActive(topK: number): TrainedDelta | null {
-    return this.graph.active === null ? null : this.#deltaWith(topK);
+    return this.#graph.active?.(topK) ?? null;
+  }
+
+  /** What step `step` of `steps`, from 0, is computed with. */
+  deltaAt(step: number, steps: number): TrainedDelta {
+    const choice = this.#choice;
+    if (choice.kind !== 'queryable' || choice.topK >= choice.atoms) return this.delta;
+    if (step >= choice.denseShare * steps) return this.delta;
+    this.#dense ??= this.withActive(choice.atoms);
+    return this.#dense!;
   }
 
   restart(): void {
@@ -128,7 +134,7 @@ export class FamilyTraining {
     for (const [{ values }, before] of this.#frozen) values.set(before);
     this.#growth?.hold('values');
     this.#growth?.look(observer.step, observer.steps);
-    if (this.graph.family.kind !== 'fly') return;
+    if (this.family.kind !== 'fly') return;
     for (const { site } of this.#modules) {
       const d = this.constants.get(tensorName(site, 'd'))!;
       const kept = new Float32Array(observer.rows * d.length); // [T, R]
@@ -158,7 +164,7 @@ export class FamilyTraining {
       tensors: Object.fromEntries(
         Object.entries(tensors).map(([name, start]): [string, Columns] => {
           const full = tensorName(site, name);
-          const values = this.#byName.get(full)?.values ?? this.constants.get(full);
+          const values = this.#valuesOf(full) ?? this.#valuesOf(name); // what all modules share has its own name
           return [
             name,
             values === undefined ? start : { ...start, data: Float64Array.from(values) },
@@ -167,4 +173,16 @@ export class FamilyTraining {
       ),
     }));
   }
+
+  #valuesOf(name: string): Float32Array | undefined {
+    return this.#byName.get(name)?.values ?? this.constants.get(name);
+  }
+}
+
+/** First numbers of a parameter that stay as they are: of ranks, or of atoms and their keys. */
+function frozenCount(choice: TrainingChoice, { name, columns }: Parameter): number {
+  if (choice.kind === 'mora') return choice.frozen * columns;
+  if (choice.kind !== 'queryable' || choice.part !== 'new-atoms') return 0;
+  const { kept, rank, queryWidth } = choice;
+  return name === 'keys' ? kept * queryWidth : kept * rank * rank;
 }

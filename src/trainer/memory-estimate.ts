@@ -106,6 +106,7 @@ function keptBy(
     case 'mora':
       return 4 * rank + width;
     case 'fly':
+    case 'queryable':
       return 2 * rank;
     default:
       return rank;

@@ -5,22 +5,23 @@ import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { type Family, type Site, streamOf, type Tensors } from '../adapters/families/family.ts';
 import { scaleOf } from '../adapters/families/matryoshka.ts';
-import { createRandom } from '../adapters/families/seeded-random.ts';
+import { createRandom, type Random } from '../adapters/families/seeded-random.ts';
 import { grownTriangular } from '../adapters/families/triangular.ts';
 import { pairKinds } from '../adapters/manifest.ts';
 import { asServed, bySvd, packRouted } from '../adapters/native-import.ts';
 import type { PackedAdapter } from '../adapters/pack.ts';
 import { type Packed, packPairs, prefixOf, ranksAt } from '../adapters/pack-pairs.ts';
-import { packedConfig } from '../adapters/packed-import.ts';
 import { GatewayError } from '../errors.ts';
 import type { Recipe } from '../jobs/recipe.ts';
 import { writeFileDurably } from '../model/file-hash.ts';
+import { type QueryableStart, queryableChoice } from './atom-bank.ts';
 import { writeError } from './checkpoint.ts';
-import { type FamilyChoice, familyGraph } from './family-graph.ts';
-import type { TrainedModule } from './family-training.ts';
+import type { TrainedModule } from './family-graph.ts';
+import { graphOf, type TrainingChoice } from './family-training.ts';
 import type { GrowthOptions } from './rank-growth.ts';
 
-export function choiceOf(recipe: Recipe): FamilyChoice {
+/** `start`: what queryable goes on from. */
+export function choiceOf(recipe: Recipe, start: QueryableStart | null = null): TrainingChoice {
   const { kind, rank, ranks, scaling, objective, order, topK, temperature, tailRank } = recipe;
   const alpha = rank * scaleOf(scaling, rank);
   switch (kind) {
@@ -44,6 +45,10 @@ export function choiceOf(recipe: Recipe): FamilyChoice {
       return { kind, rank, topK, alpha, seed: BigInt(recipe.seed), score: 'abs_plus_bias' };
     case 'mora':
       return { kind, rank, topK, temperature, frozen: 0 };
+    case 'flexmore':
+      return { kind, experts: recipe.experts! };
+    case 'queryable':
+      return queryableChoice(recipe, start);
   }
 }
 
@@ -57,12 +62,17 @@ export function growthOf({ rankGrowth, rank }: Recipe, modules: number): GrowthO
 }
 
 export function familyOf(recipe: Recipe): Family {
-  return familyGraph(choiceOf(recipe)).family;
+  return graphOf(choiceOf(recipe)).family;
+}
+
+/** What a module's first numbers are drawn from. */
+export function randomOf({ seed }: Recipe, site: Site): Random {
+  return createRandom(BigInt(seed), [streamOf(site), 0]);
 }
 
 /** Its numbers at the start, which add nothing. */
 export function initialTensors(recipe: Recipe, site: Site): Tensors {
-  const random = createRandom(BigInt(recipe.seed), [streamOf(site), 0]);
+  const random = randomOf(recipe, site);
   const tensors = familyOf(recipe).init(site, random);
   const growth = growthOf(recipe, 0);
   if (growth === null) return tensors;
@@ -135,12 +145,14 @@ export function checkStart(recipe: Recipe, { manifest }: PackedAdapter, baseHash
   const refuse = (what: string): never => {
     throw new GatewayError('INVALID_REQUEST', `training cannot go on from this adapter: ${what}`);
   };
-  if (recipe.kind !== 'lora' && recipe.kind !== 'matryoshka')
+  const isQueryable = recipe.kind === 'queryable';
+  if (recipe.kind !== 'lora' && recipe.kind !== 'matryoshka' && !isQueryable)
     refuse(`a ${recipe.kind} begins anew`);
   if (recipe.init.kind !== 'kaiming') refuse(`${recipe.init.kind} begins anew`);
   if (recipe.modules !== 'all') refuse(`${recipe.modules.kind} begins anew`);
   if (manifest.baseHash !== baseHash) refuse('it is of another base');
-  if (!pairKinds.includes(kind)) refuse(`a ${kind} is no low-rank pair`);
+  if (isQueryable && kind !== 'queryable') refuse(`a ${kind} has no atoms`);
+  if (!isQueryable && !pairKinds.includes(kind)) refuse(`a ${kind} is no low-rank pair`);
   if (rankMax > recipe.rank) refuse(`it has ${rankMax} ranks, the recipe ${recipe.rank}`);
   if (other !== undefined) refuse(`it changes ${other.projection}, which targets leaves out`);
 }
@@ -175,12 +187,21 @@ export function publishModules(
   return packPairs(sources, { ...about, levels: recipe.levels });
 }
 
+/** What an import takes: rankgate.json, and adapter_model.safetensors. */
+export interface AdapterFiles {
+  readonly config: string;
+  readonly bytes: Uint8Array;
+}
+
 /** Throws DISK_FULL. */
-export async function writePublished(directory: string, { bytes }: Packed): Promise<void> {
+export async function writePublished(
+  directory: string,
+  { config, bytes }: AdapterFiles,
+): Promise<void> {
   try {
     await mkdir(directory, { recursive: true });
     await writeFileDurably(join(directory, 'adapter_model.safetensors'), bytes);
-    await writeFileDurably(join(directory, 'rankgate.json'), packedConfig);
+    await writeFileDurably(join(directory, 'rankgate.json'), config);
   } catch (cause) {
     throw writeError(cause);
   }

@@ -1,23 +1,35 @@
 // Queryable LoRA in training (algorithms.md section 6, adapters/families/queryable.ts): bank and keys are shared by all modules,
 // and a group of blocks routes once, by the low-rank state of its first q projection, with all earlier groups' summaries.
+// Everything is differentiated, through the softmax of the atoms that are chosen and the summaries; the choice itself is not,
+// nor how often an atom is chosen in what evens that out. No instruction is trained with: λ = 0, as requests have it by default.
 
-import type { QueryableOptions } from '../adapters/families/queryable.ts';
+import { type QueryableOptions, queryable } from '../adapters/families/queryable.ts';
 import { GatewayError } from '../errors.ts';
 import type { ForwardOps, Tensor } from '../kernels/kernels.ts';
-import { type DecoderConfig, type Projection, projectionShape } from '../model/decoder-config.ts';
+import { moduleIndex } from '../model/decoder-config.ts';
+import type { ModuleRef } from '../model/stepper.ts';
 import {
   type DeltaInput,
   type Shapes,
   type TrainedDelta,
   tensorName,
 } from '../model/trained-delta.ts';
-import { type NamedNumbers, shapesOf } from './family-graph.ts';
+import { type FamilyGraph, type NamedNumbers, numbersOf, shapesOf } from './family-graph.ts';
 
 export interface QueryableTraining extends Omit<QueryableOptions, 'earlierBlocks' | 'bias'> {
   /** Blocks that route together. */
   readonly blockLayers: number;
-  /** With attn_q, which routes. */
-  readonly targets: readonly Projection[];
+  /** `bank`: everything. `adapter`: A, B and keys over a bank that stays. `new-atoms`: atoms after the first `kept`, and their keys. */
+  readonly part: 'bank' | 'adapter' | 'new-atoms';
+  readonly kept: number;
+  /** Weight in the loss of how unevenly atoms are chosen. */
+  readonly balance: number;
+}
+
+/** A module's place and sizes. */
+export interface Place extends ModuleRef {
+  readonly in: number;
+  readonly out: number;
 }
 
 /** What a pass has found so far. */
@@ -29,56 +41,112 @@ interface Routing {
 
 type At = Parameters<TrainedDelta['add']>[1];
 
-/** An instruction's prior is not trained with: λ = 0. */
-export function queryableDelta(config: DecoderConfig, options: QueryableTraining): TrainedDelta {
-  const { rank, alpha, blockLayers, targets } = options;
-  if (!targets.includes('attn_q')) {
+/** Shared by all modules: with the adapter's keys, the bank. */
+const sharedNames = ['keys', 'atoms', 'query', 'summary', 'context'] as const;
+
+export function queryableGraph(choice: QueryableTraining): FamilyGraph {
+  return {
+    family: queryable({ ...choice, earlierBlocks: true, bias: null }),
+    over(modules) {
+      const places = modules.map(({ site: { weight: _, ...place } }) => place);
+      const own = modules.flatMap(({ site, tensors }) =>
+        (['a', 'b'] as const).map((name) => [tensorName(site, name), numbersOf(tensors[name]!)]),
+      );
+      const { tensors } = modules[0]!;
+      const shared = sharedNames.map((name) => [name, numbersOf(tensors[name]!)]);
+      const fixed = queryableConstants(choice, groupCount(places, choice.blockLayers));
+      return {
+        delta: queryableDelta(places, choice),
+        numbers: { ...Object.fromEntries([...own, ...shared]), ...fixed },
+        active: (topK) => queryableDelta(places, choice, topK),
+      };
+    },
+  };
+}
+
+export function groupCount(places: readonly ModuleRef[], blockLayers: number): number {
+  return Math.ceil((1 + Math.max(...places.map(({ block }) => block))) / blockLayers);
+}
+
+/** `topK`: atoms that are mixed for a token. */
+export function queryableDelta(
+  places: readonly Place[],
+  options: QueryableTraining,
+  topK: number = options.topK,
+): TrainedDelta {
+  const { rank, alpha, atoms, blockLayers, balance } = options;
+  const targets = new Set(places.map(({ block, projection }) => moduleIndex(block, projection)));
+  const groups = groupCount(places, blockLayers);
+  const routers = Array.from({ length: groups }, (_, group): ModuleRef => {
+    const router = { block: group * blockLayers, projection: 'attn_q' } as const;
+    if (targets.has(moduleIndex(router.block, router.projection))) return router;
     throw new GatewayError('INVALID_REQUEST', 'queryable: targets must have attn_q, which routes');
-  }
-  const groups = Math.ceil(config.blocks / blockLayers);
+  });
+  const all = allShapes(places, options);
+  const isTrained = trainedBy(options, groups);
+  const chosen = (wanted: boolean): Shapes =>
+    Object.fromEntries(Object.entries(all).filter(([name]) => isTrained(name) === wanted));
+  const isBalanced = balance > 0 && topK < atoms;
   let routing: Routing = { weights: null, summaries: [] };
   return {
-    trained: trainedShapes(config, options, groups),
-    constants: shapesOf(queryableConstants(options, groups)),
+    trained: chosen(true),
+    constants: { ...chosen(false), ...shapesOf(queryableConstants(options, groups)) },
     gateRanks: [],
     isLocal: false,
+    ...(isBalanced
+      ? {
+          penalties: Object.fromEntries(
+            routers.map((router) => [tensorName(router, 'balance'), balance / groups]),
+          ),
+        }
+      : {}),
     add(ops, at, input) {
       const { block, projection, x, y } = input;
-      if (!targets.includes(projection)) return y;
+      if (!targets.has(moduleIndex(block, projection))) return y;
       const h = ops.linear(x, at(tensorName(input, 'a'))); // [T, r]
       const routes = projection === 'attn_q' && block % blockLayers === 0;
       if (routes) {
         if (block === 0) routing = { weights: null, summaries: [] };
-        routing.weights = route(ops, at, { h, options, summaries: routing.summaries, input });
+        const { summaries } = routing;
+        routing.weights = route(ops, at, { h, options, topK, isBalanced, summaries, input });
       }
       const { weights, summaries } = routing;
       if (weights === null) throw new GatewayError('INTERNAL', 'queryable: no group has begun');
       const mixed = ops.mixRanks(h, at('atoms'), weights); // [T, r]
       if (routes) summaries.push(mixed);
-      const g = ops.mul(mixed, ops.training.fill(mixed.shape, alpha / rank));
+      const scale = alpha / rank;
+      const g = scale === 1 ? mixed : ops.mul(mixed, ops.training.fill(mixed.shape, scale));
       return ops.add(y, ops.training.linearT(g, at(tensorName(input, 'b'))));
     },
   };
 }
 
-function trainedShapes(config: DecoderConfig, options: QueryableTraining, groups: number): Shapes {
-  const { rank, atoms, queryWidth, targets } = options;
-  const factors = Array.from({ length: config.blocks }, (_, block) =>
-    targets.flatMap((projection): [string, number[]][] => {
-      const shape = projectionShape(config, projection);
-      return [
-        [tensorName({ block, projection }, 'a'), [rank, shape.in]],
-        [tensorName({ block, projection }, 'b'), [rank, shape.out]],
-      ];
-    }),
-  ).flat();
-  const depth = groups > 1 ? { summary: [rank, rank], context: [queryWidth, rank] } : {};
-  const shared = {
+function allShapes(places: readonly Place[], options: QueryableTraining): Shapes {
+  const { rank, atoms, queryWidth } = options;
+  const factors = places.flatMap((place): [string, number[]][] => [
+    [tensorName(place, 'a'), [rank, place.in]],
+    [tensorName(place, 'b'), [rank, place.out]],
+  ]);
+  return {
+    ...Object.fromEntries(factors),
     keys: [atoms, queryWidth],
     atoms: [atoms, rank, rank],
     query: [queryWidth, rank],
+    summary: [rank, rank],
+    context: [queryWidth, rank],
   };
-  return { ...Object.fromEntries(factors), ...shared, ...depth };
+}
+
+/** A lone group looks back at nothing: how it would is not trained. */
+function trainedBy({ part }: QueryableTraining, groups: number): (name: string) => boolean {
+  switch (part) {
+    case 'bank':
+      return (name) => groups > 1 || (name !== 'summary' && name !== 'context');
+    case 'adapter':
+      return (name) => name === 'keys' || name.endsWith('.a') || name.endsWith('.b');
+    case 'new-atoms':
+      return (name) => name === 'keys' || name === 'atoms';
+  }
 }
 
 /** Numbers of the graph that do not train: sums and places as products. */
@@ -111,21 +179,40 @@ function placeName(count: number, j: number): string {
 interface RouteArguments {
   readonly h: Tensor; // [T, r]
   readonly options: QueryableTraining;
+  readonly topK: number;
+  readonly isBalanced: boolean;
   readonly summaries: readonly Tensor[]; // [T, r] each
   readonly input: DeltaInput;
 }
 
 /** Weights [T,1+K] for mixRanks: 0 of h itself, then π. */
-function route(ops: ForwardOps, at: At, { h, options, summaries, input }: RouteArguments): Tensor {
+function route(ops: ForwardOps, at: At, parts: RouteArguments): Tensor {
+  const { h, options, topK, isBalanced, summaries, input } = parts;
   const scale = 1 / Math.sqrt(options.queryWidth);
   const own = ops.linear(h, at('query')); // [T, dq]
   const q =
     summaries.length === 0
       ? own
       : ops.add(own, ops.linear(lookedBack(ops, at, { h, summaries, scale }), at('context')));
-  const shares = ops.training.softmaxTop(ops.linear(q, at('keys')), options.topK, scale); // [T, K]
+  const logits = ops.linear(q, at('keys')); // [T, K]
+  const shares = ops.training.softmaxTop(logits, topK, scale); // [T, K]
   input.observe('shares', shares);
+  if (isBalanced) {
+    const whole = ops.training.softmaxTop(logits, options.atoms, scale); // [T, K]
+    input.observe('balance', unevenness(ops, shares, whole, topK));
+  }
   return ops.training.linearT(shares, at('shift'));
+}
+
+/** K·Σ_k f_k·p_k [1,1]: 1 where all atoms are chosen alike. f is an atom's part of all choices, p its mean weight if all
+ *  were mixed, so that those that are never chosen rise too. */
+function unevenness(ops: ForwardOps, shares: Tensor, whole: Tensor, topK: number): Tensor {
+  const { training } = ops;
+  const [rows, atoms] = shares.shape as [number, number];
+  const sums = (of: Tensor, factor: number): Tensor =>
+    training.linearT(training.fill([1, rows], factor / rows), of); // [1, K]
+  const products = ops.mul(sums(training.sign(shares), 1 / topK), sums(whole, 1)); // [1, K]
+  return training.linearT(products, training.fill([atoms, 1], atoms));
 }
 
 /** c = Σ_j softmax_j(⟨W_s·h, s_j⟩/√dq)·s_j, [T, r]. */

@@ -9,6 +9,7 @@ import { scaleOf } from '../adapters/families/matryoshka.ts';
 import type { PackedAdapter } from '../adapters/pack.ts';
 import { generationOf, openPacked } from '../adapters/pack.ts';
 import type { Packed } from '../adapters/pack-pairs.ts';
+import { packedConfig } from '../adapters/packed-import.ts';
 import { GatewayError } from '../errors.ts';
 import type { RankLoss } from '../jobs/messages.ts';
 import type { Recipe } from '../jobs/recipe.ts';
@@ -16,17 +17,18 @@ import type { Kernels } from '../kernels/kernels.ts';
 import type { DecoderWeights } from '../model/decoder.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
 import { TrainingDecoder } from '../model/training-decoder.ts';
+import { checkQueryable, labelsOf, queryableFiles, queryableStart } from './atom-bank.ts';
 import { nextBatchSize } from './batch-growth.ts';
 import { type Checkpoint, joinValues, refused, splitValues } from './checkpoint.ts';
 import { ServedLoss } from './evaluation.ts';
 import { type Example, hashExamples } from './examples.ts';
-import { FamilyTraining, type Observer } from './family-training.ts';
+import { FamilyTraining, type Observer, type TrainingChoice } from './family-training.ts';
 import { clipGradients } from './gradient-norm.ts';
 import { learningRateAt } from './learning-rate.ts';
 import { bytesOfWeights, estimateMemory, type TrainingMemory } from './memory-estimate.ts';
 import { createOptimizer, type Optimizer, type Parameter } from './optimizers/optimizer.ts';
 import { answersIn, type Layout, layOut, packWindows } from './packing.ts';
-import { checkStart, choiceOf, growthOf, publishModules } from './publish.ts';
+import { type AdapterFiles, checkStart, choiceOf, growthOf, publishModules } from './publish.ts';
 import { addPenalty, pruneProducts } from './regularizer.ts';
 import { startModules } from './start.ts';
 import { computeGradients } from './step-gradients.ts';
@@ -55,6 +57,8 @@ export interface SessionOptions {
   readonly start: PackedAdapter | null;
   /** moduleIndex of those that are trained, of the targets'; null: all. */
   readonly modules?: ReadonlySet<number> | null;
+  /** The bank that `start` is over, of a queryable adapter. */
+  readonly bank?: PackedAdapter | null;
 }
 
 export interface StepReport {
@@ -79,6 +83,7 @@ export class TrainingSession implements Disposable {
   /** By module, in the family's order. */
   readonly parameters: readonly Parameter[];
   readonly #options: SessionOptions;
+  readonly #choice: TrainingChoice;
   readonly #training: FamilyTraining;
   readonly #plan: StepPlan;
   readonly #heldOut: readonly Layout[];
@@ -113,7 +118,8 @@ export class TrainingSession implements Disposable {
     const { recompute, batchWindows: windows, windowTokens: windowRows } = recipe;
     const modules = startModules(options);
     const growth = growthOf(recipe, modules.length);
-    this.#training = new FamilyTraining(choiceOf(recipe), modules, growth);
+    this.#choice = choiceOf(recipe, queryableStart(options));
+    this.#training = new FamilyTraining(this.#choice, modules, growth);
     this.parameters = this.#training.parameters;
     this.#added = new Float32Array(Math.max(...this.parameters.map(({ values }) => values.length)));
     const sizes = { windows, windowRows, answersMax: this.#answersMax };
@@ -184,6 +190,7 @@ export class TrainingSession implements Disposable {
         : this.#plan.slice(this.#taken, this.#accumulation);
     const source = {
       decoder: this.#decoder,
+      delta: this.#training.deltaAt(this.#step, this.steps),
       parameters: this.parameters,
       gateRanks: Math.max(0, ...this.#training.delta.gateRanks),
       added: this.#added,
@@ -225,15 +232,27 @@ export class TrainingSession implements Disposable {
     return publishModules(recipe, this.#training.modules(), about);
   }
 
+  /** What an import takes of it. */
+  files(): AdapterFiles {
+    const { base, recipe, start } = this.#options;
+    const choice = this.#choice;
+    if (choice.kind !== 'queryable') {
+      return { config: packedConfig, bytes: this.publish().bytes };
+    }
+    const labels = labelsOf(recipe, choice.atoms, start);
+    return queryableFiles(choice, this.#training.modules(), { labels, baseHash: base.hash });
+  }
+
   /** Held-out loss of the base; null without held-out examples. */
   async baseLoss(breathe: Breathe): Promise<number | null> {
     return this.#heldOut.length === 0 ? null : await this.#served.ofBase(this.#heldOut, breathe);
   }
 
   /** Held-out loss of what was published, at the recipe's ranks; empty without held-out examples. */
-  async evaluate({ bytes }: Packed, breathe: Breathe): Promise<RankLoss[]> {
+  async evaluate({ bytes }: Packed | AdapterFiles, breathe: Breathe): Promise<RankLoss[]> {
     if (this.#heldOut.length === 0) return [];
-    const packed = openPacked(bytes, generationOf(bytes));
+    const isPacked = this.#choice.kind !== 'queryable';
+    const packed = isPacked ? openPacked(bytes, generationOf(bytes)) : null;
     return await this.#served.byRank(packed, this.#heldOut, breathe);
   }
 
@@ -273,7 +292,8 @@ export class TrainingSession implements Disposable {
   }
 }
 
-export function checkSizes({ base, recipe, training, start }: SessionOptions): void {
+export function checkSizes(options: SessionOptions): void {
+  const { base, recipe, training, start } = options;
   const { contextLength } = base.config;
   if (recipe.windowTokens > contextLength) {
     const message = `windows of ${recipe.windowTokens} tokens, the base has ${contextLength}`;
@@ -283,6 +303,7 @@ export function checkSizes({ base, recipe, training, start }: SessionOptions): v
     throw new GatewayError('INVALID_REQUEST', 'there is no example to train on');
   }
   if (start !== null) checkStart(recipe, start, base.hash);
+  if (recipe.kind === 'queryable') checkQueryable(recipe, base.config, queryableStart(options));
 }
 
 function heldOutBatches(examples: readonly Example[], recipe: Recipe): Layout[] {

@@ -1,18 +1,21 @@
 // What a run begins with: the base's modules as families see them, and their numbers, from the recipe's initialisation or an adapter.
 
 import { type BlockMoments, inputMoments } from '../adapters/calibration.ts';
-import type { Site } from '../adapters/families/family.ts';
+import type { Site, Tensors } from '../adapters/families/family.ts';
 import { zeros } from '../adapters/families/matrices.ts';
 import type { Columns } from '../adapters/orthogonal.ts';
-import type { PackedAdapter } from '../adapters/pack.ts';
+import type { FloatName, PackedAdapter } from '../adapters/pack.ts';
 import type { Recipe } from '../jobs/recipe.ts';
 import { moduleIndex, type Projection, projectionShape } from '../model/decoder-config.ts';
 import { readWeight } from '../model/training-decoder.ts';
+import { type QueryableStart, queryableChoice, queryableStart } from './atom-bank.ts';
 import { evaModules } from './eva.ts';
 import type { Example } from './examples.ts';
-import type { TrainedModule } from './family-training.ts';
+import type { TrainedModule } from './family-graph.ts';
+import { graphOf } from './family-training.ts';
 import { layOut, packWindows } from './packing.ts';
-import { continuedFrom, initialTensors } from './publish.ts';
+import { continuedFrom, initialTensors, randomOf, servedFactors } from './publish.ts';
+import type { QueryableTraining } from './queryable-graph.ts';
 import type { TrainingBase } from './session.ts';
 
 export interface Start {
@@ -21,15 +24,13 @@ export interface Start {
   readonly training: readonly Example[];
   readonly start: PackedAdapter | null;
   readonly modules?: ReadonlySet<number> | null;
+  /** The bank that `start` is over, of a queryable adapter. */
+  readonly bank?: PackedAdapter | null;
 }
 
-export function startModules({
-  base,
-  recipe,
-  training,
-  start,
-  modules = null,
-}: Start): TrainedModule[] {
+export function startModules(from: Start): TrainedModule[] {
+  const { base, recipe, training, start, modules = null } = from;
+  if (recipe.kind === 'queryable') return startOverBank(from);
   if (recipe.init.kind === 'eva') return evaStart({ base, recipe, training }, recipe.init);
   return Array.from({ length: base.config.blocks }, (_, block) =>
     recipe.targets
@@ -40,6 +41,47 @@ export function startModules({
         return start === null ? module : continuedFrom(recipe, module, start);
       }),
   ).flat();
+}
+
+/** What modules share is the same object in each. */
+function startOverBank({ base, recipe, ...from }: Start): TrainedModule[] {
+  const start = queryableStart(from);
+  const choice = queryableChoice(recipe, start);
+  const { family } = graphOf(choice);
+  const modules = Array.from({ length: base.config.blocks }, (_, block) =>
+    recipe.targets.map((projection) => {
+      const site = siteOf(base, block, projection);
+      return { site, tensors: family.init(site, randomOf(recipe, site)) };
+    }),
+  ).flat();
+  const { a: _, b: __, ...drawn } = modules[0]!.tensors;
+  const shared = start === null ? drawn : overKnown(drawn, start);
+  return modules.map(({ site, tensors: { a, b } }) => {
+    const own = start === null ? { a: a!, b: b! } : factorsOf(choice, site, start.adapter);
+    return { site, tensors: { ...own, ...shared } };
+  });
+}
+
+/** The first atoms and keys are those that are there: nothing is left of what was drawn for them. */
+function overKnown(drawn: Tensors, { adapter, bank }: QueryableStart): Tensors {
+  const known = new Map([...adapter.floats, ...bank.floats]);
+  return Object.fromEntries(
+    Object.entries(drawn).map(([name, start]): [string, Columns] => {
+      const data = start.data.slice();
+      data.set(known.get(name as FloatName)!.values);
+      return [name, { ...start, data }];
+    }),
+  );
+}
+
+/** α/r is in a packed B. */
+function factorsOf({ rank, alpha }: QueryableTraining, site: Site, packed: PackedAdapter) {
+  const { a, b } = servedFactors(packed, site, { level: rank, ranks: rank });
+  const unscaled = Float64Array.from(b, (value) => (value * rank) / alpha);
+  return {
+    a: { rows: site.in, columns: rank, data: Float64Array.from(a) },
+    b: { rows: site.out, columns: rank, data: unscaled },
+  };
 }
 
 function siteOf(

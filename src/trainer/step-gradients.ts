@@ -1,6 +1,7 @@
 // The gradients of one step: over its micro-batches and the passes of the objective, added up in the parameters.
 
 import type { Recipe } from '../jobs/recipe.ts';
+import type { TrainedDelta } from '../model/trained-delta.ts';
 import type { TrainingDecoder } from '../model/training-decoder.ts';
 import type { SampleStatistics } from './batch-growth.ts';
 import type { Example } from './examples.ts';
@@ -11,6 +12,7 @@ import { answersIn, layOut, type Window } from './packing.ts';
 
 export interface GradientSource {
   readonly decoder: TrainingDecoder;
+  readonly delta: TrainedDelta;
   readonly parameters: readonly Parameter[];
   /** Ranks that the decoder's gate has. */
   readonly gateRanks: number;
@@ -53,7 +55,7 @@ export async function computeGradients(
       await breathe();
       const layout = layOut(training, group, { windows, windowRows, weight: weight / answers });
       const gate = repeated(gates, windows * windowRows, source.gateRanks);
-      loss += source.decoder.step({ ...layout, gate });
+      loss += source.decoder.step({ ...layout, gate }, source.delta);
       squares += addGradients(source);
       tokens += layout.rows;
     }

@@ -3,7 +3,8 @@
 
 import { createReadStream } from 'node:fs';
 import { readFile } from 'node:fs/promises';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
+import { blobPath } from '../adapters/blobs.ts';
 import { generationOf, openPacked, type PackedAdapter } from '../adapters/pack.ts';
 import { asGatewayError, GatewayError } from '../errors.ts';
 import { guardExamples } from '../jobs/guard-texts.ts';
@@ -55,8 +56,7 @@ export async function trainFile(spec: TrainerSpec, hooks: TrainHooks): Promise<v
   await checkModel(spec);
   using file = openGguf(spec.modelPath);
   const split = await readSplit(spec, recipe, file);
-  const start = spec.startFrom === null ? null : await readStart(spec.startFrom);
-  const prepared = { spec, recipe, file, ...split, start };
+  const prepared = { spec, recipe, file, ...split, ...(await readStarts(spec, recipe)) };
   try {
     const modules = recipe.modules === 'all' ? null : await search(prepared, hooks);
     await trainModules({ ...prepared, modules }, hooks);
@@ -71,6 +71,7 @@ interface Prepared extends Split {
   readonly recipe: Recipe;
   readonly file: GgufFile;
   readonly start: PackedAdapter | null;
+  readonly bank: PackedAdapter | null;
 }
 
 /** In kernels of its own: nothing of it stays in memory. */
@@ -158,6 +159,24 @@ async function readAll(
   throw new GatewayError('INVALID_FILE', message, { lines: errors });
 }
 
+async function readStarts(
+  { startFrom, compare: compared }: TrainerSpec,
+  { kind }: Recipe,
+): Promise<Pick<Prepared, 'start' | 'bank'>> {
+  if (compared !== null && kind === 'queryable') {
+    const message = 'a refresh compares low-rank pairs, and a queryable adapter is none';
+    throw new GatewayError('UNSUPPORTED', message, { param: 'kind' });
+  }
+  if (startFrom === null) return { start: null, bank: null };
+  const start = await readStart(startFrom);
+  const { needs } = start.manifest.options;
+  const isOver = start.manifest.kind === 'queryable' && needs !== null;
+  return {
+    start,
+    bank: isOver ? await readStart(blobPath(dirname(startFrom), needs)) : null,
+  };
+}
+
 async function readStart(path: string): Promise<PackedAdapter> {
   const bytes = new Uint8Array(await readFile(path));
   return openPacked(bytes, generationOf(bytes));
@@ -195,19 +214,19 @@ async function train(training: Training): Promise<void> {
       hooks.tell({
         kind: 'evaluation',
         step,
-        losses: await session.evaluate(session.publish(), breathe),
+        losses: await session.evaluate(session.files(), breathe),
       });
     }
   }
   await saveCheckpoint(training);
-  const packed = session.publish();
+  const files = session.files();
   const baseLoss = await session.baseLoss(breathe);
-  const losses = await session.evaluate(packed, breathe);
+  const losses = await session.evaluate(files, breathe);
   hooks.tell({ kind: 'evaluation', step: session.step, losses });
   const directory = join(spec.folder, 'adapter');
-  await writePublished(directory, packed);
+  await writePublished(directory, files);
   const aurac = baseLoss === null ? null : gainAurac(baseLoss, losses).v1;
-  const comparison = await compare(training, packed.bytes, breathe);
+  const comparison = await compare(training, files.bytes, breathe);
   hooks.tell({ kind: 'result', directory, losses, baseLoss, aurac, comparison });
 }
 
@@ -252,7 +271,7 @@ async function trialLoss(session: Training['session'], breathe: Breathe): Promis
   const losses: number[] = [];
   try {
     while (session.step < session.steps) losses.push((await session.takeStep(breathe)).loss);
-    const [last] = (await session.evaluate(session.publish(), breathe)).slice(-1);
+    const [last] = (await session.evaluate(session.files(), breathe)).slice(-1);
     if (last !== undefined) return last.loss;
   } catch (error) {
     // Diverged, or to numbers that no packed file holds.

@@ -53,7 +53,10 @@ export const recipe: object = {
 export async function createJob(
   gateway: GatewayProcess,
   suffix: string,
-  { model = gateway.modelName, ...more }: { model?: string; stepsMax?: number } = {},
+  {
+    model = gateway.modelName,
+    ...more
+  }: { model?: string; readonly [option: string]: unknown } = {},
 ): Promise<TrainedJob> {
   const client = clientOf(gateway);
   const file = await client.files.create({

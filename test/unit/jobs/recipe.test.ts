@@ -42,6 +42,22 @@ describe('a recipe', () => {
     expect(parseRecipe({ kind, objective, order: 'svd' }, 'recipe').order).toBe('svd');
   });
 
+  it('of queryable has a bank, one rank, and blocks that look back', () => {
+    const recipe = parseRecipe({ kind: 'queryable', rank: 8, bank: { atoms: 1 } }, 'recipe');
+    expect(recipe).toMatchObject({ ranks: [8], topK: 1, recompute: false });
+    const { bank, topK } = parseRecipe({ kind: 'queryable' }, 'recipe');
+    const open = { atoms: null, queryWidth: null, blockLayers: null, labels: null };
+    expect([bank, topK]).toEqual([{ ...open, balance: 1e-2, denseShare: 0.1 }, 2]);
+    expect(parseRecipe(JSON.parse(JSON.stringify(recipe)), 'recipe')).toEqual(recipe);
+  });
+
+  it('of flexmore has the ranks of its experts together', () => {
+    const experts = [3, 9].map((rank) => ({ name: `of ${rank}`, rank }));
+    const recipe = parseRecipe({ kind: 'flexmore', experts }, 'recipe');
+    expect(recipe).toMatchObject({ rank: 12, ranks: [1, 2, 4, 8, 12], experts, bank: null });
+    expect(parseRecipe(JSON.parse(JSON.stringify(recipe)), 'recipe')).toEqual(recipe);
+  });
+
   it('takes S up to a rank that is no power of two', () => {
     expect(parseRecipe({ rank: 12 }, 'recipe').ranks).toEqual([1, 2, 4, 8, 12]);
     expect(parseRecipe({ rank: 1 }, 'recipe').ranks).toEqual([1]);
@@ -78,6 +94,21 @@ describe('a recipe', () => {
     [{ kind: 'hydra', rankGrowth: {} }, 'recipe.rankGrowth: '],
     [{ kind: 'triangular', rank: 129, rankGrowth: {} }, 'recipe.rankGrowth: '],
     [{ kind: 'hydra', order: 'as-trained' }, 'recipe.order: '],
+    [{ kind: 'lora', bank: {} }, 'recipe.bank: '],
+    [{ kind: 'queryable', bank: { atoms: 2 }, topK: 3 }, 'recipe.topK: '],
+    [{ kind: 'queryable', bank: { atoms: 257 } }, 'recipe.bank.atoms: '],
+    [{ kind: 'queryable', bank: { labels: [''] } }, 'recipe.bank.labels.0: '],
+    [{ kind: 'queryable', targets: ['attn_v'] }, 'recipe.targets: '],
+    [{ kind: 'queryable', rank: 8, ranks: [1, 8] }, 'recipe.ranks: '],
+    [{ kind: 'queryable', recompute: true }, 'recipe.recompute: '],
+    [{ kind: 'queryable', init: { kind: 'eva' } }, 'recipe.init.kind: '],
+    [{ kind: 'flexmore' }, 'recipe.experts: '],
+    [{ kind: 'lora', experts: [{ name: 'one', rank: 16 }] }, 'recipe.experts: '],
+    [{ kind: 'flexmore', rank: 8, experts: [{ name: 'one', rank: 4 }] }, 'recipe.rank: '],
+    [
+      { kind: 'flexmore', experts: [200, 100].map((rank) => ({ name: `${rank}`, rank })) },
+      'recipe.experts: ',
+    ],
     [{ kind: 'mora', init: { kind: 'eva' } }, 'recipe.init.kind: '],
     [{ kind: 'lora', init: { kind: 'eva', rho: 0.5 } }, 'recipe.init.rho: '],
     [{ modules: { kind: 'diffora' } }, 'recipe.modules.kind: '],

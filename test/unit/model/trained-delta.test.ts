@@ -132,7 +132,7 @@ describe('a decoder over what is trained', () => {
       own.write(training.parameters.map(({ name, values }) => [name, values] as const));
       const loss = own.decoder.step(batch(0));
 
-      const { family } = training.graph;
+      const { family } = training;
       const pairs = all.map((site, i) => family.pair(site, training.modules()[i]!.tensors, null));
       const rank = pairs[0]!.a.columns;
       using plain = new Opened((config) => lowRankDelta(config, () => rank));
@@ -247,7 +247,7 @@ describe('routing through the decoder', () => {
     queryWidth: 5,
     topK: 3,
     blockLayers: 1,
-    targets: [...projections],
+    ...{ part: 'bank' as const, kept: 0, balance: 0 },
   } as const;
 
   /** All numbers, moved along `direction`. */
@@ -292,20 +292,24 @@ describe('routing through the decoder', () => {
     }
   }
 
-  it("queryable's shared numbers have the gradients of all groups, the later ones' through the earlier", () => {
-    using file = openGguf(tinyPath);
-    const config = readDecoderConfig(file);
-    const delta = queryableDelta(config, options);
+  /** Of the whole model, in two groups. */
+  function queryableNumbers(): Map<string, Float32Array> {
     const rng = createRng(12);
     const numbers = new Map(
-      Object.entries(delta.trained).map(([name, shape]) => [
+      Object.entries(queryableDelta(all, options).trained).map(([name, shape]) => [
         name,
         normals(rng, elementCount(shape), name.endsWith('.b') || name.endsWith('.a') ? 0.2 : 0.7),
       ]),
     );
-    for (const [name, { values }] of Object.entries(queryableConstants(options, config.blocks))) {
+    for (const [name, { values }] of Object.entries(queryableConstants(options, 2))) {
       numbers.set(name, values);
     }
+    return numbers;
+  }
+
+  it("queryable's shared numbers have the gradients of all groups, the later ones' through the earlier", () => {
+    const delta = queryableDelta(all, options);
+    const numbers = queryableNumbers();
     // Of one earlier group all is taken, whatever W_s says: see queryable-graph.test.ts.
     const shared = ['keys', 'atoms', 'query', 'context'];
     compareSlopes(delta, numbers, {
@@ -313,6 +317,64 @@ describe('routing through the decoder', () => {
       a: (name) => name.endsWith('.a'),
       b: (name) => name.endsWith('.b'),
     });
+  });
+
+  it.each([
+    ['adapter', ['keys', 'blk.0.attn_q.a', 'blk.1.ffn_down.b']],
+    ['new-atoms', ['keys', 'atoms']],
+  ] as const)('of queryable, %s alone has the gradients that it has among all', (part, names) => {
+    const numbers = queryableNumbers();
+    const whole = queryableDelta(all, options);
+    const own = queryableDelta(all, { ...options, part });
+    expect(new Set(Object.keys({ ...own.trained, ...own.constants }))).toEqual(
+      new Set(Object.keys({ ...whole.trained, ...whole.constants })),
+    );
+    expect(own.trained.query ?? own.trained.context ?? null).toBeNull();
+    const read = (delta: TrainedDelta): Float32Array[] => {
+      using opened = new Opened(() => delta);
+      lossAt(opened, numbers, null, 0);
+      return names.map((name) => opened.gradient(name, elementCount(whole.trained[name]!)));
+    };
+    const [got, wanted] = [read(own), read(whole)];
+    got.forEach((gradient, i) => {
+      expect(distance(gradient, wanted[i]!), names[i]).toBeLessThan(1e-6);
+    });
+  });
+
+  it('minimises beside the loss how unevenly atoms are chosen, as much as the batch counts', () => {
+    const numbers = queryableNumbers();
+    const gradientOf = (balance: number, share: number): Float32Array => {
+      using opened = new Opened(() => queryableDelta(all, { ...options, topK: 2, balance }));
+      lossAt(opened, numbers, null, 0);
+      const answers = batch(0).answers.map((one) => ({ ...one, weight: one.weight * share }));
+      opened.decoder.step({ ...batch(0), answers });
+      return opened.gradient('keys', 3 * 5);
+    };
+    const added = (share: number): Float32Array => {
+      const plain = gradientOf(0, share);
+      return gradientOf(3, share).map((value, i) => value - plain[i]!);
+    };
+    const direction = added(1);
+    const length = Math.hypot(...direction);
+    expect(length).toBeGreaterThan(0.05);
+    expect(
+      distance(
+        added(0.25),
+        direction.map((value) => value / 4),
+      ),
+    ).toBeLessThan(1e-3);
+    using opened = new Opened(() => queryableDelta(all, { ...options, topK: 2, balance: 3 }));
+    const penaltyAt = (step: number): number => {
+      const along = new Map([['keys', direction.map((value) => value / length)]]);
+      lossAt(opened, numbers, along, step);
+      const [first, second] = [0, 1].map((block) =>
+        opened.gradient(`blk.${block}.attn_q.balance`, 1),
+      );
+      return (3 * (first![0]! + second![0]!)) / 2;
+    };
+    expect(penaltyAt(0)).toBeGreaterThan(1);
+    const slope = (penaltyAt(2e-3) - penaltyAt(-2e-3)) / 4e-3;
+    expect(Math.abs(slope / length - 1)).toBeLessThan(2e-2);
   });
 
   it('mora, all ranks on, has the slopes of its directions and effects', () => {
@@ -330,8 +392,6 @@ describe('routing through the decoder', () => {
   });
 
   it('of groups of blocks cannot be computed again block by block', () => {
-    expect(() => new Opened((config) => queryableDelta(config, options), true)).toThrow(
-      'computed again',
-    );
+    expect(() => new Opened(() => queryableDelta(all, options), true)).toThrow('computed again');
   });
 });

@@ -8,8 +8,12 @@ import type { Kernels } from '../../../src/kernels/kernels.ts';
 import { ReferenceKernels } from '../../../src/kernels/reference-kernels.ts';
 import { TfjsKernels } from '../../../src/kernels/tfjs/tfjs-kernels.ts';
 import { tensorName } from '../../../src/model/trained-delta.ts';
-import { type FamilyChoice, familyGraph } from '../../../src/trainer/family-graph.ts';
-import { FamilyTraining, type TrainedModule } from '../../../src/trainer/family-training.ts';
+import {
+  type FamilyChoice,
+  familyGraph,
+  type TrainedModule,
+} from '../../../src/trainer/family-graph.ts';
+import { FamilyTraining } from '../../../src/trainer/family-training.ts';
 import { normalColumns, testSite, trainedTensors } from '../../support/family-site.ts';
 import { ModuleProgram } from '../../support/module-program.ts';
 import { loadForTest, whyNoTensorflow } from '../../support/tensorflow.ts';
@@ -144,12 +148,12 @@ describe('a family in training', () => {
     for (const { values } of training.parameters) values.set(values.map((v) => v + 0.25));
     const [{ tensors }] = training.modules() as [TrainedModule];
     const { a, b, c } = tensors;
-    const begun = training.graph.family.init(site, createRandom(6n));
+    const begun = training.family.init(site, createRandom(6n));
     const moved = (of: Columns): Float64Array =>
       of.data.map((value) => Math.fround(Math.fround(value) + 0.25));
     expect([a!.data, b!.data, c!.data]).toEqual([begun.a!, begun.b!, begun.c!].map(moved));
     // All of C the same number: one rank.
-    expect(training.graph.family.serve(site, tensors).rank).toBe(1);
+    expect(training.family.serve(site, tensors).rank).toBe(1);
   });
 
   it('keeps every byte of frozen ranks, whatever the optimiser does to them', () => {

@@ -28,6 +28,13 @@ async function takeSteps(session: TrainingSession, until: number): Promise<numbe
   return losses;
 }
 
+const flexmore = {
+  kind: 'flexmore',
+  experts: [
+    { name: 'small', rank: 2 },
+    { name: 'large', rank: 6 },
+  ],
+} as const;
 const kinds = [
   { kind: 'hydra', packed: 'hydra', rankMax: 16 },
   { kind: 'triangular', packed: 'triangular', rankMax: 8 },
@@ -37,6 +44,7 @@ const kinds = [
   { kind: 'fly', packed: 'fly', rankMax: 8, scaling: 'none', learningRate: 0.03 },
   { kind: 'mora', packed: 'mora', rankMax: 8, topK: 3, recompute: true, learningRate: 0.03 },
   { kind: 'lora', init: { kind: 'eva', rho: 2, tokens: 512 }, packed: 'lora', rankMax: 16 },
+  { ...flexmore, packed: 'flexmore', rankMax: 8 },
 ] as const;
 
 describe('a training session', () => {
@@ -63,26 +71,28 @@ describe('a training session', () => {
     expect(generation).toBe(generationOf(session.publish().bytes));
   });
 
-  it.each([{ kind: 'fly', scaling: 'none' }, { kind: 'mora', recompute: true }, { kind: 'hydra' }])(
-    'goes on from a checkpoint with the bytes it would have had: $kind',
-    async (more) => {
-      const recipe = recipeOf(more, 12);
-      using straight = open(recipe);
-      await takeSteps(straight, 12);
-      using first = open(recipe);
-      await takeSteps(first, 5);
-      const checkpoint = first.checkpoint();
-      await takeSteps(first, 8); // what a crash loses
-      using second = open(recipe);
-      second.restore(checkpoint);
-      await takeSteps(second, 12);
-      expect(second.checkpoint()).toEqual(straight.checkpoint());
-      expect(second.publish().bytes).toEqual(straight.publish().bytes);
-      // fly's balance is part of it: it has moved.
-      const d = straight.checkpoint().parameters.length - checkpoint.parameters.length;
-      expect(d).toBe(0);
-    },
-  );
+  it.each([
+    { kind: 'fly', scaling: 'none' },
+    { kind: 'mora', recompute: true },
+    { kind: 'hydra' },
+    flexmore,
+  ])('goes on from a checkpoint with the bytes it would have had: $kind', async (more) => {
+    const recipe = recipeOf(more, 12);
+    using straight = open(recipe);
+    await takeSteps(straight, 12);
+    using first = open(recipe);
+    await takeSteps(first, 5);
+    const checkpoint = first.checkpoint();
+    await takeSteps(first, 8); // what a crash loses
+    using second = open(recipe);
+    second.restore(checkpoint);
+    await takeSteps(second, 12);
+    expect(second.checkpoint()).toEqual(straight.checkpoint());
+    expect(second.publish().bytes).toEqual(straight.publish().bytes);
+    // fly's balance is part of it: it has moved.
+    const d = straight.checkpoint().parameters.length - checkpoint.parameters.length;
+    expect(d).toBe(0);
+  });
 
   it('of eva spends exactly its budget, and unevenly', () => {
     const init = { kind: 'eva', rho: 2, tokens: 768 };

@@ -22,7 +22,6 @@ import { RankGrowth } from '../../../src/trainer/rank-growth.ts';
 import { normalColumns, relativeError, testSite } from '../../support/family-site.ts';
 import { ModuleProgram } from '../../support/module-program.ts';
 import { type Batch, threeRegimes } from '../../support/three-regimes.ts';
-import { tinyBase } from '../../support/tiny-base.ts';
 
 // Tasks with known answers, learnt by the graphs on ggml in f32 with the trainer's own optimiser: algorithms.md sections 2, 3, 6, 18
 // and 28.
@@ -125,8 +124,6 @@ describe('queryable', () => {
   it('learns three regimes with 224 numbers, which no LoRA of rank 16 does with 512', () => {
     using kernels = new GgmlKernels({ threads: 1 });
     const draw = threeRegimes(createRandom(6n));
-    const config = { ...tinyBase.config, blocks: 1, width: 16, heads: 4, headSize: 4 };
-    const targets = ['attn_q'] as const;
     const options = {
       rank: 4,
       alpha: 4,
@@ -134,9 +131,9 @@ describe('queryable', () => {
       queryWidth: 4,
       topK: 4,
       blockLayers: 1,
-      targets,
+      ...{ part: 'bank' as const, kept: 0, balance: 0 },
     };
-    const delta = queryableDelta(config, options);
+    const delta = queryableDelta([site], options);
     const random = createRandom(8n);
     const numbers = new Map(
       Object.entries(delta.trained).map(([name, shape]) => {

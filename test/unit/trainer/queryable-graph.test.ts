@@ -10,18 +10,16 @@ import { elementCount } from '../../../src/kernels/check.ts';
 import { GgmlKernels } from '../../../src/kernels/ggml/ggml-kernels.ts';
 import { tensorName } from '../../../src/model/trained-delta.ts';
 import { queryableConstants, queryableDelta } from '../../../src/trainer/queryable-graph.ts';
-import { normalColumns } from '../../support/family-site.ts';
+import { normalColumns, numericGradient, sumOfProducts } from '../../support/family-site.ts';
 import { bytesOfNumbers } from '../../support/module-program.ts';
-import { tinyBase } from '../../support/tiny-base.ts';
 
 // Four groups of one block, each with an input of its own, against the f64 definition of routing (atom-routing.ts): what all
 // groups share, and what goes back through the summaries of earlier ones.
 
 const [rows, groups, width] = [7, 4, 16];
-const config = { ...tinyBase.config, blocks: groups, width, heads: 4, headSize: 4 };
 const options = {
   ...{ rank: 4, alpha: 8, atoms: 5, queryWidth: 3, topK: 2, blockLayers: 1 },
-  targets: ['attn_q'],
+  ...{ part: 'bank' as const, kept: 0, balance: 0 },
 } as const;
 const scale = options.alpha / options.rank;
 const random = createRandom(31n);
@@ -33,6 +31,9 @@ const shared: Tensors = {
   summary: rounded(normalColumns(random, 4, 4)),
   context: rounded(normalColumns(random, 3, 4)),
 };
+const places = Array.from({ length: groups }, (_, block) => ({
+  ...{ block, projection: 'attn_q' as const, in: width, out: width },
+}));
 const blocks = Array.from({ length: groups }, () => ({
   x: rounded(normalColumns(random, rows, width)),
   dy: rounded(normalColumns(random, rows, width)),
@@ -76,9 +77,32 @@ function defined(): { readonly ys: Columns[]; readonly gradients: Map<string, Co
   return { ys: passes.map(({ y }) => y), gradients };
 }
 
+it('the definition has the slopes of central differences, through all groups', () => {
+  const loss = (): number =>
+    defined().ys.reduce((sum, y, block) => sum + sumOfProducts(y, blocks[block]!.dy), 0);
+  const { gradients } = defined();
+  const own = blocks.flatMap(({ x, a, b }, block): [string, Columns][] => {
+    const module = { block, projection: 'attn_q' } as const;
+    return [
+      [tensorName(module, 'a'), a],
+      [tensorName(module, 'b'), b],
+      [`x${block}`, x],
+    ];
+  });
+  for (const [name, { data }] of [...Object.entries(shared), ...own]) {
+    const got = gradients.get(name)!.data;
+    const size = Math.max(...got.map(Math.abs));
+    expect(size, name).toBeGreaterThan(1e-2);
+    for (let i = 0; i < data.length; i += name.includes('.') ? 5 : 1) {
+      const wanted = numericGradient(loss, data, i);
+      expect(Math.abs(got[i]! - wanted), `${name}[${i}]`).toBeLessThan(1e-5 * size);
+    }
+  }
+});
+
 it('routes, looks back and learns as it is defined, over four groups', () => {
   using kernels = new GgmlKernels({ threads: 1 });
-  const delta = queryableDelta(config, options);
+  const delta = queryableDelta(places, options);
   const stored = new Map(
     Object.entries({ ...delta.trained, ...delta.constants }).map(([name, shape]) => [
       name,

@@ -133,6 +133,12 @@ describe('a training file and a recipe', () => {
     }
   });
 
+  it('of queryable are no refresh: what it compares are pairs', async () => {
+    const recipe = tinyRecipe({ kind: 'queryable', rank: 8 });
+    const spec = specOf({ recipe, startFrom: join(root, 'none'), compare: { earlier: null } });
+    await expect(run(spec)).rejects.toMatchObject({ code: 'UNSUPPORTED', param: 'kind' });
+  });
+
   it('with a validation file are measured on that file', async () => {
     const heldOutPath = join(root, 'validation.jsonl');
     writeFileSync(heldOutPath, '{"prompt":"one","completion":" two three"}\n');
