@@ -94,10 +94,10 @@ class ThreadedImporter implements Importer {
       const { adapter, shared } = answer;
       // The same generation may have been removed while the thread's message was under way. From here to `store` nothing
       // can come between.
-      if (blobs.has(adapter.generation) || attempt === attemptsMax) {
-        for (const { generation, manifest, bytes } of shared === null
-          ? [adapter]
-          : [shared, adapter]) {
+      const stored = shared === null ? [adapter] : [shared, adapter];
+      const isThere = stored.every(({ generation }) => blobs.has(generation));
+      if (isThere || attempt === attemptsMax) {
+        for (const { generation, manifest, bytes } of stored) {
           registry.store(generation, manifest, bytes);
         }
         return adapter;

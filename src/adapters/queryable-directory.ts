@@ -15,7 +15,13 @@ import {
   writeSafetensors,
 } from '../model/safetensors.ts';
 import { createTokenizer, readTokenizerSource } from '../model/tokenizer.ts';
-import { type AdapterManifest, type Generation, isGeneration, noOptions } from './adapter.ts';
+import {
+  type AdapterManifest,
+  type Generation,
+  isGeneration,
+  noOptions,
+  pageRanks,
+} from './adapter.ts';
 import { numbersOf } from './extract.ts';
 import { refuse } from './families/family.ts';
 import { scaled } from './families/matrices.ts';
@@ -229,9 +235,9 @@ export function exportQueryable(packed: PackedAdapter, bank: PackedAdapter): Exp
   for (const module of modules) {
     for (const side of ['a', 'b'] as const) {
       const width = side === 'a' ? module.in : module.out;
-      const halves = new Uint16Array(packed.pages * 8 * width);
+      const halves = new Uint16Array(packed.pages * pageRanks * width);
       for (let page = 0; page < packed.pages; page++) {
-        halves.set(packed.page(module, page)![side], page * 8 * width);
+        halves.set(packed.page(module, page)![side], page * pageRanks * width);
       }
       const data = new Uint8Array(halves.buffer, 0, 2 * rankMax * width);
       const name = `blk.${module.block}.${module.projection}.${side}`;

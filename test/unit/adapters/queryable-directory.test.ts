@@ -5,12 +5,17 @@ import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { Generation } from '../../../src/adapters/adapter.ts';
 import { blobPath, createBlobStore } from '../../../src/adapters/blobs.ts';
 import { createImporter } from '../../../src/adapters/importer.ts';
-import { type PackedAdapter, readPacked } from '../../../src/adapters/pack.ts';
+import { generationOf, type PackedAdapter, readPacked } from '../../../src/adapters/pack.ts';
 import { prefixOf } from '../../../src/adapters/pack-pairs.ts';
+import { packQueryable } from '../../../src/adapters/queryable-directory.ts';
 import type { Importer, Registry } from '../../../src/adapters/registry.ts';
 import { openSqlRegistry } from '../../../src/adapters/sql-registry.ts';
 import { openGguf } from '../../../src/model/gguf.ts';
-import { type SafetensorsTensor, toFloat32 } from '../../../src/model/safetensors.ts';
+import {
+  type SafetensorsTensor,
+  toFloat32,
+  writeSafetensors,
+} from '../../../src/model/safetensors.ts';
 import { createTokenizer, readTokenizerSource } from '../../../src/model/tokenizer.ts';
 import { openTiny, tinyPath } from '../../support/open-test-decoder.ts';
 import {
@@ -253,17 +258,31 @@ describe('a queryable directory', () => {
       },
       /blk.1.attn_q is not there/,
     ],
+    [
+      'more atoms than are served',
+      config,
+      (t) => {
+        const data = new Uint8Array(257 * queryableRank ** 2 * 4);
+        t.set('bank.atoms', { dtype: 'F32', shape: [257, queryableRank, queryableRank], data });
+      },
+      /a bank of 257 atoms and queries of 6 numbers, at most 256/,
+    ],
     ['half a module', config, (t) => t.delete('blk.0.ffn_up.b'), /lacks the tensor b/],
     ['a stranger', config, (t) => t.set('bank.gate', t.get('keys')!), /not "bank.gate"/],
   ])('is refused with %s', async (_, text, change, message) => {
     const tensors = queryableTensors(first);
     change(tensors);
-    const folder = writeQueryable(join(directory, 'refused'), text, tensors);
-    await expect(importer.importPeft(folder)).rejects.toMatchObject({
+    using baseFile = openGguf(tinyPath);
+    const packing = packQueryable({
+      ...{ config: JSON.stringify(text), weights: writeSafetensors(tensors) },
+      ...{ base: tinyBase, baseFile },
+      readBank: () => Promise.resolve(null),
+      storeShared: ({ bytes }) => Promise.resolve(generationOf(bytes)),
+    });
+    await expect(packing).rejects.toMatchObject({
       code: 'INVALID_ADAPTER',
       message: expect.stringMatching(message),
     });
-    expect(registry.list()).toEqual([]);
   });
 
   it('is refused with the hash of another base', async () => {
