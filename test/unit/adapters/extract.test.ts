@@ -12,6 +12,7 @@ import { generationOf, openPacked, type PackedAdapter } from '../../../src/adapt
 import { packPairs } from '../../../src/adapters/pack-pairs.ts';
 import { type GgufFile, openGguf } from '../../../src/model/gguf.ts';
 import { openDecoder } from '../../../src/model/open-decoder.ts';
+import { scrapCells } from '../../../src/model/step-inputs.ts';
 import { logitsPerToken } from '../../support/generate.ts';
 import { rewriteWeights } from '../../support/gguf-rewrite.ts';
 import { writeAdapter } from '../../support/load-adapter.ts';
@@ -76,6 +77,30 @@ describe('extract', () => {
       Math.max(...rows.flatMap((row, t) => [...row.map((x, i) => Math.abs(x - wanted[t]![i]!))]));
     expect(worst(base)).toBeGreaterThan(0.1); // the fine-tune is another model
     expect(worst(got)).toBeLessThan(1e-3);
+  });
+
+  it('of full rank, rank 1 and rank 32 share a batch: each row is as it is alone, to 1e-4', async () => {
+    const { decoder } = await openTiny({ pages: 14 });
+    using stepper = decoder;
+    let page = 1;
+    const uses = [64, 1, 32].map((rank) => {
+      const packed = extracted(tunedPath, { rank });
+      const rows = writeAdapter(stepper, packed, page)(rank);
+      page += packed.pages;
+      return rows;
+    });
+    const segments = uses.map((adapter, run) => {
+      const cells = { cellBase: scrapCells + 32 * run, position: 0 };
+      return { tokens: Int32Array.from(ids), ...cells, adapter, wantsLogits: true };
+    });
+    const alone = segments.map((one) => stepper.step([one]).logits(0).slice());
+    const batch = stepper.step(segments);
+    const worst = (x: Float32Array, y: Float32Array): number =>
+      x.reduce((most, value, i) => Math.max(most, Math.abs(value - y[i]!)), 0);
+    alone.forEach((logits, i) => {
+      expect(worst(batch.logits(i), logits)).toBeLessThan(1e-4);
+      expect(worst(logits, alone[(i + 1) % 3]!)).toBeGreaterThan(1e-2);
+    });
   });
 
   it('at a lower rank misses the spectral tail', () => {
