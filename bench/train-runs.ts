@@ -47,7 +47,7 @@ export async function runTrainer(
   const spec: TrainerSpec = {
     ...{ modelPath, modelHash, jobId: name, fence: fences, recipe, trainingPath, heldOutPath },
     ...{ startFrom: null, compare: null, resumeFrom: null },
-    ...{ folder: own, threads, cacheDirectory: folder },
+    ...{ folder: own, backend: 'ggml', threads, cacheDirectory: folder },
   };
   const steps: StepTold[] = [];
   let outcome: FromTrainer | null = null;

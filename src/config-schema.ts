@@ -69,6 +69,8 @@ export interface Settings {
   readonly trainersMax: number;
   /** Of one trainer; null: one fewer than `threads`, at least one. */
   readonly trainerThreads: number | null;
+  /** What trains; null: `backend`. */
+  readonly trainerBackend: 'ggml' | 'tfjs' | null;
   /** Of trainers, as the system counts: 19 has what nobody else wants (SCHED_IDLE on Linux), 0 is as serving. */
   readonly trainerNice: number;
   /** How captured adapters are kept fresh (jobs/refresher.ts). */
@@ -231,6 +233,7 @@ const shape = {
   uploadsMax: count(1, 256).default(4),
   trainersMax: count(0, 16).default(1),
   trainerThreads: count(1, 256).nullable().default(null),
+  trainerBackend: z.enum(['ggml', 'tfjs']).nullable().default(null),
   trainerNice: count(0, 19).default(19),
   refresh: refresh.prefault({}),
   fileBytesMax: count(1024, 2 ** 31).default(64 * 1024 * 1024),

@@ -195,6 +195,16 @@ export function childEnvironment(environment: NodeJS.ProcessEnv = process.env): 
 
 type ChildEnvironment = Record<string, string>;
 
+/** TensorFlow.js reads its threads, and what it says on stderr, from the environment only. What the operator set wins. */
+export function backendEnvironment(
+  backend: Settings['backend'],
+  threads: number,
+): ChildEnvironment {
+  if (backend !== 'tfjs') return {};
+  const own = { TF_NUM_INTRAOP_THREADS: String(threads), TF_NUM_INTEROP_THREADS: '1' };
+  return { ...own, TF_CPP_MIN_LOG_LEVEL: '1' };
+}
+
 /** Where the client commands send their calls, unless flags say otherwise. */
 export function clientDefaults(environment: NodeJS.ProcessEnv = process.env): {
   readonly url: string;

@@ -11,7 +11,7 @@ import { createImporter } from './adapters/importer.ts';
 import type { Importer, Registry } from './adapters/registry.ts';
 import { openSqlRegistry } from './adapters/sql-registry.ts';
 import { publish } from './channels.ts';
-import { type Config, childEnvironment } from './config.ts';
+import { backendEnvironment, type Config, childEnvironment } from './config.ts';
 import { systemClock } from './engine/clock.ts';
 import { contextMaxOf } from './engine/kv-pool.ts';
 import type { EngineConfig } from './engine/open-loop.ts';
@@ -83,13 +83,6 @@ function makePaths(config: Config): Paths {
   };
 }
 
-/** TensorFlow.js reads its threads, and what it says on stderr, from the environment only. What the operator set wins. */
-function tensorFlowEnvironment({ backend, threads }: Config): Record<string, string> {
-  if (backend !== 'tfjs') return {};
-  const own = { TF_NUM_INTRAOP_THREADS: String(threads), TF_NUM_INTEROP_THREADS: '1' };
-  return { ...own, TF_CPP_MIN_LOG_LEVEL: '1' };
-}
-
 async function startEngine(config: Config, model: ModelFile, paths: Paths): Promise<Supervisor> {
   const engineConfig: EngineConfig = {
     modelPath: model.path,
@@ -119,7 +112,11 @@ async function startEngine(config: Config, model: ModelFile, paths: Paths): Prom
     entry: entryUrl(import.meta.url, './engine/engine-process'),
     execArgv: ['--max-semi-space-size=2', ...entryExecArgv(import.meta.url)],
     argument: JSON.stringify(engineConfig),
-    environment: { ...mallocSettings, ...tensorFlowEnvironment(config), ...childEnvironment() },
+    environment: {
+      ...mallocSettings,
+      ...backendEnvironment(config.backend, config.threads),
+      ...childEnvironment(),
+    },
     clock: systemClock,
     readyMsMax,
     silenceMsMax,

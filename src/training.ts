@@ -8,7 +8,7 @@ import { join } from 'node:path';
 import type { Generation } from './adapters/adapter.ts';
 import { blobPath } from './adapters/blobs.ts';
 import type { Importer, Registry } from './adapters/registry.ts';
-import { type Config, childEnvironment } from './config.ts';
+import { backendEnvironment, type Config, childEnvironment } from './config.ts';
 import { systemClock } from './engine/clock.ts';
 import type { Engine } from './engine/engine.ts';
 import { GatewayError } from './errors.ts';
@@ -103,10 +103,11 @@ function startTrainers(
   };
   // One core is left to serving, where there is one.
   const threads = config.trainerThreads ?? Math.max(1, config.threads - 1);
+  const backend = config.trainerBackend ?? config.backend;
   return new TrainerSupervisor({
     entry: entryUrl(import.meta.url, './trainer/trainer-process'),
     execArgv: entryExecArgv(import.meta.url),
-    environment: childEnvironment(),
+    environment: { ...backendEnvironment(backend, threads), ...childEnvironment() },
     nice: config.trainerNice,
     after: systemClock.after,
     nowMs: systemClock.nowMs,
@@ -125,6 +126,7 @@ function startTrainers(
         refresh === undefined
           ? null
           : { earlier: refresh.earlier === null ? null : startOf(refresh.earlier) },
+      backend,
       threads,
       cacheDirectory,
     }),

@@ -27,6 +27,8 @@ export interface TrainerSpec {
   readonly resumeFrom: string | null;
   /** This claim's own, empty: checkpoints and the result go here. */
   readonly folder: string;
+  /** What computes. Another one than an earlier claim's goes on from its checkpoint, with other last bits. */
+  readonly backend: 'ggml' | 'tfjs';
   readonly threads: number;
   readonly cacheDirectory: string;
 }
@@ -69,6 +71,8 @@ export type FromTrainer =
       readonly steps: number;
       /** Bytes by what they are for. */
       readonly memory: Readonly<Record<string, number>>;
+      /** What computes, as kernels describe themselves. */
+      readonly kernels: string;
     }
   | {
       readonly kind: 'progress';

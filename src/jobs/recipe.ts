@@ -10,6 +10,7 @@ import { GatewayError } from '../errors.ts';
 import { type Projection, projections } from '../model/decoder-config.ts';
 import { type BankRecipe, bankSchema, type ExpertRecipe, expertSchema } from './family-recipe.ts';
 import { conflict } from './recipe-rules.ts';
+import { type RewardRecipe, rewardSchema } from './reward-recipe.ts';
 
 /** `plain`: all ranks at once, as LoRA. `diag`, `binary`: the sum of the prefixes S in one pass, as published. `dylora`: one
  *  prefix of S a step. `multi`: the mean of all prefixes' losses. `sandwich`: that of the whole and one smaller prefix. */
@@ -69,13 +70,6 @@ export interface TrpRecipe {
   readonly every: number;
   readonly energy: number;
 }
-
-/** Scores of answers, 0 … 1: whether it ends with a full stop; whether it is the example's own; how near it is to so many
- *  tokens. */
-export type RewardRecipe =
-  | { readonly kind: 'full-stop' }
-  | { readonly kind: 'expected' }
-  | { readonly kind: 'length'; readonly tokens: number };
 
 /** EGGROLL: a step is a generation of `population` members, every `groupSize` of which answer the same prompt. */
 export interface EggrollRecipe {
@@ -208,11 +202,6 @@ const optimizer = z.discriminatedUnion('name', [
 // Between 1e-3 and 3e-3 the objectives' order on the default base was the same (section 1).
 export const defaultLearningRate: number = 1e-3;
 
-const reward = z.discriminatedUnion('kind', [
-  z.strictObject({ kind: z.literal('full-stop') }),
-  z.strictObject({ kind: z.literal('expected') }),
-  z.strictObject({ kind: z.literal('length'), tokens: z.int().min(1).max(4096) }),
-]);
 const eggroll = z.strictObject({
   kind: z.literal('eggroll'),
   // With these the default base learnt what test/nightly/eggroll-real.test.ts asks of it.
@@ -221,11 +210,13 @@ const eggroll = z.strictObject({
   sigma: z.number().positive().max(10).default(0.15),
   noiseRank: z.union([z.literal(1), z.literal(2), z.literal(4), z.literal(8)]).default(1),
   answerTokens: z.int().min(1).max(1024).default(32),
-  reward,
+  reward: rewardSchema,
 });
+/** Of that method. */
+export const eggrollLearningRate: number = 0.05;
 /** Where a recipe of that method says nothing else. */
 const eggrollDefaults = {
-  ...{ kind: 'lora', rank: 4, optimizer: { name: 'sgd' }, learningRate: 0.05 },
+  ...{ kind: 'lora', rank: 4, optimizer: { name: 'sgd' }, learningRate: eggrollLearningRate },
   ...{ schedule: 'constant', warmupShare: 0, clipNorm: null, epochs: 100, stepsMax: 50 },
 };
 
@@ -328,7 +319,7 @@ export function parseRecipe(json: unknown, where: string): Recipe {
   refuseUnbuilt(json, where);
   const parsed = schema.safeParse(isEggroll(json) ? { ...eggrollDefaults, ...json } : json);
   if (!parsed.success) {
-    const { path, message } = parsed.error.issues[0]!;
+    const { path, message } = innermost(parsed.error.issues[0]!);
     throw invalid(path.length === 0 ? where : `${where}.${path.join('.')}`, message);
   }
   const { data } = parsed;
@@ -360,6 +351,17 @@ export function parseRecipe(json: unknown, where: string): Recipe {
 
 function fewerOf(kind: Recipe['kind'], quarter: number): number {
   return kind === 'mora' ? Math.min(4, quarter) : quarter;
+}
+
+/** What is wrong inside of an object, where a field may be something else as well. */
+function innermost(issue: z.core.$ZodIssue): Pick<z.core.$ZodIssue, 'path' | 'message'> {
+  const inner =
+    issue.code === 'invalid_union'
+      ? issue.errors.map(([first]) => first).find((first) => (first?.path.length ?? 0) > 0)
+      : undefined;
+  if (inner === undefined) return issue;
+  const { path, message } = innermost(inner);
+  return { path: [...issue.path, ...path], message };
 }
 
 function isEggroll(json: unknown): json is object {

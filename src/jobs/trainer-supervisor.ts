@@ -31,7 +31,7 @@ export interface TrainerSupervisorOptions extends TrainerChildOptions {
     job: Job,
   ) => Pick<
     TrainerSpec,
-    | ('modelPath' | 'modelHash' | 'threads' | 'cacheDirectory')
+    | ('modelPath' | 'modelHash' | 'backend' | 'threads' | 'cacheDirectory')
     | ('trainingPath' | 'heldOutPath' | 'startFrom' | 'compare')
   >;
   /** Stores the packed adapter of a directory. */
@@ -343,7 +343,8 @@ export class TrainerSupervisor {
   }
 }
 
-function startMessage({ steps, memory }: Extract<FromTrainer, { kind: 'started' }>): string {
+function startMessage(message: Extract<FromTrainer, { kind: 'started' }>): string {
+  const { steps, memory, kernels } = message;
   const bytes = Object.values(memory).reduce((sum, part) => sum + part, 0);
-  return `training has begun: ${steps} steps, ${(bytes / 1e6).toFixed(0)} MB`;
+  return `training has begun: ${steps} steps, ${(bytes / 1e6).toFixed(0)} MB, on ${kernels}`;
 }

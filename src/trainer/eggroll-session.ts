@@ -6,7 +6,6 @@ import { createRandom } from '../adapters/families/seeded-random.ts';
 import { generationOf, openPacked } from '../adapters/pack.ts';
 import type { Packed } from '../adapters/pack-pairs.ts';
 import { packedConfig } from '../adapters/packed-import.ts';
-import { GatewayError } from '../errors.ts';
 import type { RankLoss } from '../jobs/messages.ts';
 import type { EggrollRecipe } from '../jobs/recipe.ts';
 import { Decoder } from '../model/decoder.ts';
@@ -32,8 +31,6 @@ import { streams } from './objective.ts';
 import type { Optimizer, Parameter } from './optimizers/optimizer.ts';
 import { shuffle } from './packing.ts';
 import { type AdapterFiles, choiceOf, publishModules, servedFactors } from './publish.ts';
-import { type Reward, rewardOf } from './rewards.ts';
-import { answersOf } from './rollout.ts';
 import {
   type Breathe,
   checkSizes,
@@ -45,12 +42,12 @@ import {
   type StepReport,
 } from './session.ts';
 import { startModules } from './start.ts';
-import { type AnswerText, type Task, taskOf } from './tasks.ts';
+import { type AskedTask, cellsPerRow, type Scoring, scoresOf } from './task-scores.ts';
+import { type Task, taskOf } from './tasks.ts';
 
 export interface EggrollOptions extends SessionOptions {
-  readonly text: AnswerText;
-  /** The recipe's by default. */
-  readonly reward?: Reward;
+  /** As the recipe has it. */
+  readonly scoring: Scoring;
 }
 
 /** Rows of a step: prompts are computed in pieces of so many tokens. */
@@ -59,7 +56,6 @@ const rowsPerStep = 512;
 export class EggrollSession implements Disposable {
   readonly #options: EggrollOptions;
   readonly #method: EggrollRecipe;
-  readonly #reward: Reward;
   readonly #training: FamilyTraining;
   readonly #pairs: readonly TrainedPair[];
   readonly #trained: readonly Parameter[];
@@ -75,16 +71,15 @@ export class EggrollSession implements Disposable {
   #step = 0;
 
   constructor(options: EggrollOptions) {
-    const { base, recipe, text } = options;
+    const { base, recipe, scoring } = options;
     const method = recipe.method as EggrollRecipe;
     checkSizes(options);
     this.#options = options;
     this.#recipe = recipe;
     this.#method = method;
     this.#data = dataOf(options);
-    this.#reward = options.reward ?? rewardOf(method.reward);
-    this.#tasks = options.training.map((example) => taskOf(example, text));
-    this.#heldOut = options.heldOut.map((example) => taskOf(example, text));
+    this.#tasks = options.training.map((example) => taskOf(example, scoring.text));
+    this.#heldOut = options.heldOut.map((example) => taskOf(example, scoring.text));
     this.#training = new FamilyTraining(choiceOf(recipe), startModules(options));
     this.#pairs = pairsOf(this.#training);
     this.#trained = this.#pairs.map(({ b }) => b);
@@ -92,17 +87,8 @@ export class EggrollSession implements Disposable {
 
     this.#pages = pageLayout(recipe.rank, method);
     this.#members = memberRows(recipe.rank, method, base.config);
-    const longest = [...this.#tasks, ...this.#heldOut].reduce(
-      (most, { prompt }) => Math.max(most, prompt.length),
-      0,
-    );
-    this.#cellsPerRow = longest + method.answerTokens;
-    const { contextLength } = base.config;
-    if (this.#cellsPerRow > contextLength) {
-      const asked = `prompts of ${longest} tokens and answers of ${method.answerTokens}`;
-      const message = `${asked}, the base has ${contextLength}`;
-      throw new GatewayError('INVALID_REQUEST', message, { param: 'method.answerTokens' });
-    }
+    const all = [...this.#tasks, ...this.#heldOut];
+    this.#cellsPerRow = cellsPerRow(all, scoring, base.config.contextLength);
     this.#decoder = new Decoder({
       ...{ config: base.config, weights: base.weights, kernels: base.kernels },
       cells: scrapCells + method.population * this.#cellsPerRow,
@@ -207,23 +193,9 @@ export class EggrollSession implements Disposable {
     return order;
   }
 
-  async #ask(
-    asked: readonly { readonly task: Task; readonly adapter: AdapterRows | null }[],
-    breathe: Breathe,
-  ): Promise<{ readonly scores: number[]; readonly tokens: number }> {
-    const { text } = this.#options;
-    const limits = {
-      cellsPerRow: this.#cellsPerRow,
-      answerTokens: this.#method.answerTokens,
-      ends: text.ends,
-    };
-    const rows = asked.map(({ task, adapter }) => ({ prompt: task.prompt, adapter }));
-    const { answers, tokens } = await answersOf(this.#decoder, rows, limits, breathe);
-    const scores = answers.map((answer, i) => {
-      const { expected } = asked[i]!.task;
-      return this.#reward({ expected, answer: text.textOf(answer), length: answer.length });
-    });
-    return { scores, tokens };
+  #ask(asked: readonly AskedTask[], breathe: Breathe): ReturnType<typeof scoresOf> {
+    const place = { stepper: this.#decoder, cellsPerRow: this.#cellsPerRow };
+    return scoresOf(place, asked, this.#options.scoring, breathe);
   }
 
   #noise({ module, b }: TrainedPair, pair: number): PairNoise {

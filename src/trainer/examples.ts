@@ -31,7 +31,7 @@ export type ExampleEncoder = (shape: ExampleShape) => Example;
 // No token is shorter than a byte of its text; the template's own come on top.
 const encodedMax = 4 * exampleBytesMax;
 // What a template prints as the date must not change from one attempt of a job to the next.
-const templateDate = new Date(0);
+export const templateDate: Date = new Date(0);
 
 interface Part {
   readonly tokens: ArrayLike<number>;
@@ -39,7 +39,14 @@ interface Part {
   readonly learnt: number;
 }
 
-export function createExampleEncoder(metadata: GgufMetadata, windowRows: number): ExampleEncoder {
+/** What a base reads and writes, and how its turns are written; null: it has none. */
+export interface BaseText {
+  readonly tokenizer: Tokenizer;
+  readonly ends: ReadonlySet<number>;
+  readonly template: ChatTemplate | null;
+}
+
+export function openText(metadata: GgufMetadata): BaseText {
   const source = readTokenizerSource(metadata);
   const tokenizer = createTokenizer(source);
   const ends = new Set(endTokensOf(source));
@@ -53,6 +60,11 @@ export function createExampleEncoder(metadata: GgufMetadata, windowRows: number)
         specials: tokenizer.specials,
       })
     : null;
+  return { tokenizer, ends, template };
+}
+
+export function createExampleEncoder(metadata: GgufMetadata, windowRows: number): ExampleEncoder {
+  const { tokenizer, ends, template } = openText(metadata);
   return (shape) => {
     switch (shape.kind) {
       case 'text':

@@ -67,7 +67,7 @@ type Pages = Pick<Stepper, 'writePage'>;
 /** The first page has ranks 0 … 7, the next those behind, and zeroes behind the last. */
 export function writeRanks(
   to: Pages,
-  site: Site,
+  site: Omit<Site, 'weight'>,
   { a, b }: ModuleFactors,
   pages: readonly number[],
 ): void {

@@ -2,7 +2,7 @@
 // Prompts are computed as there is room, while rows before them answer already.
 
 import { scrapCells } from '../model/step-inputs.ts';
-import type { AdapterRows, Segment, Stepper } from '../model/stepper.ts';
+import type { AdapterRows, Segment, Stepper, StepResult } from '../model/stepper.ts';
 
 export interface Asked {
   readonly prompt: Int32Array;
@@ -30,6 +30,13 @@ interface Running extends Asked {
   isDone: boolean;
 }
 
+interface Rounds {
+  readonly cellsPerRow: number;
+  readonly breathe: () => Promise<void>;
+  /** What becomes of a row whose tokens are computed: its last one's logits are segment `i`'s. */
+  readonly goOn: (row: Running, result: StepResult, i: number) => void;
+}
+
 /** As many at a time as the stepper has segments. `breathe` is asked before each step. */
 export async function answersOf(
   stepper: Stepper,
@@ -37,13 +44,41 @@ export async function answersOf(
   limits: RolloutLimits,
   breathe: () => Promise<void>,
 ): Promise<Answers> {
-  const answers: (readonly number[])[] = [];
+  const { cellsPerRow } = limits;
+  const goOn: Rounds['goOn'] = (row, result, i) => takeToken(row, result.argmax(i), limits);
+  const { rows, tokens } = await runRows(stepper, asked, { cellsPerRow, breathe, goOn });
+  return { answers: rows.map((row) => row.tokens.slice(row.prompt.length)), tokens };
+}
+
+/** What `read` makes of the logits after each prompt, by the base alone. */
+export async function readAfter(
+  stepper: Stepper,
+  prompts: readonly Int32Array[],
+  { cellsPerRow, breathe }: Omit<Rounds, 'goOn'>,
+  read: (logits: Float32Array) => number,
+): Promise<{ readonly values: readonly number[]; readonly tokens: number }> {
+  const values = new Map<Running, number>();
+  const goOn: Rounds['goOn'] = (row, result, i) => {
+    values.set(row, read(result.logits(i)));
+    row.isDone = true;
+  };
+  const asked = prompts.map((prompt) => ({ prompt, adapter: null }));
+  const { rows, tokens } = await runRows(stepper, asked, { cellsPerRow, breathe, goOn });
+  return { values: rows.map((row) => values.get(row)!), tokens };
+}
+
+async function runRows(
+  stepper: Stepper,
+  asked: readonly Asked[],
+  { cellsPerRow, breathe, goOn }: Rounds,
+): Promise<{ readonly rows: readonly Running[]; readonly tokens: number }> {
+  const rows: Running[] = [];
   let tokens = 0;
   for (let from = 0; from < asked.length; from += stepper.segmentsMax) {
     const running = asked.slice(from, from + stepper.segmentsMax).map(
       (row, i): Running => ({
         ...row,
-        cellBase: scrapCells + i * limits.cellsPerRow,
+        cellBase: scrapCells + i * cellsPerRow,
         tokens: [...row.prompt],
         computed: 0,
         isDone: false,
@@ -55,13 +90,13 @@ export async function answersOf(
       batch.forEach(({ row, segment }, i) => {
         row.computed += segment.tokens.length;
         tokens += segment.tokens.length;
-        if (segment.wantsLogits) goOn(row, result.argmax(i), limits);
+        if (segment.wantsLogits) goOn(row, result, i);
       });
       batch = nextBatch(running, stepper);
     }
-    answers.push(...running.map((row) => row.tokens.slice(row.prompt.length)));
+    rows.push(...running);
   }
-  return { answers, tokens };
+  return { rows, tokens };
 }
 
 function nextBatch(
@@ -83,7 +118,7 @@ function nextBatch(
 }
 
 /** The last token of an answer that is as long as it may be is never computed. */
-function goOn(row: Running, next: number, { answerTokens, ends }: RolloutLimits): void {
+function takeToken(row: Running, next: number, { answerTokens, ends }: RolloutLimits): void {
   const isEnd = ends.has(next);
   if (!isEnd) row.tokens.push(next);
   row.isDone = isEnd || row.tokens.length - row.prompt.length === answerTokens;

@@ -12,7 +12,6 @@ import type { FromTrainer, TrainerSpec } from '../jobs/messages.ts';
 import { defaultLearningRate, parseRecipe, type Recipe } from '../jobs/recipe.ts';
 import type { Comparison } from '../jobs/refresh-gate.ts';
 import { createKernels } from '../kernels/create-kernels.ts';
-import type { Kernels } from '../kernels/kernels.ts';
 import { readDecoderConfig } from '../model/decoder-config.ts';
 import { rememberedSha256 } from '../model/file-hash.ts';
 import { type GgufFile, openGguf } from '../model/gguf.ts';
@@ -38,7 +37,7 @@ import {
   TrainingSession,
 } from './session.ts';
 import { chooseRate, firstRoundSteps, sweepRates } from './sweep.ts';
-import { answerText } from './tasks.ts';
+import { scoringOf } from './task-scores.ts';
 
 export interface TrainHooks {
   readonly tell: (message: FromTrainer) => void;
@@ -76,7 +75,7 @@ interface Prepared extends Split {
 
 /** In kernels of its own: nothing of it stays in memory. */
 async function search(prepared: Prepared, hooks: TrainHooks): Promise<ReadonlySet<number>> {
-  const base = await openBase(prepared);
+  const base = await openBase(prepared.spec, prepared.file);
   using _ = base.kernels;
   const learningRate = rateOf(prepared.recipe, defaultLearningRate);
   const options = { ...prepared, base, recipe: { ...prepared.recipe, learningRate } };
@@ -87,17 +86,21 @@ async function trainModules(
   { spec, recipe, ...prepared }: Prepared & Pick<SessionOptions, 'modules'>,
   hooks: TrainHooks,
 ): Promise<void> {
-  const base = await openBase({ spec, file: prepared.file });
+  const base = await openBase(spec, prepared.file);
   using _ = base.kernels;
   const learningRate = rateOf(recipe, sweepRates[0]!);
   const options = { ...prepared, base, recipe: { ...recipe, learningRate } };
   using session =
     recipe.method === 'gradient'
       ? new TrainingSession(options)
-      : new EggrollSession({ ...options, text: answerText(prepared.file.metadata) });
+      : new EggrollSession({
+          ...options,
+          scoring: scoringOf(prepared.file.metadata, recipe.method),
+        });
   const compared = { ...prepared, base };
   const training: Training = { spec, recipe, session, hooks, compared };
-  hooks.tell({ kind: 'started', steps: session.steps, memory: session.memory });
+  const { steps, memory } = session;
+  hooks.tell({ kind: 'started', steps, memory, kernels: base.kernels.description });
   try {
     await train(training);
   } catch (error) {
@@ -106,15 +109,17 @@ async function trainModules(
   }
 }
 
-async function openBase({
-  spec,
-  file,
-}: Pick<Prepared, 'spec' | 'file'>): Promise<TrainingBase & { readonly kernels: Kernels }> {
+/** The kernels are the caller's to dispose of. */
+export async function openBase(
+  { backend, threads, modelHash: hash }: Pick<TrainerSpec, 'backend' | 'threads' | 'modelHash'>,
+  file: GgufFile,
+): Promise<TrainingBase> {
   const config = readDecoderConfig(file);
-  // f32 activations over the file's own weights: the numbers that serving is faithful to.
-  const kernels = await createKernels('ggml', { threads: spec.threads, f32Activations: true });
-  const weights = loadWeights(file, config, { kernels, mode: 'faithful', cache: null });
-  return { config, weights, kernels, hash: spec.modelHash };
+  // f32 activations over the file's own weights: the numbers that serving is faithful to. TensorFlow.js has f32 only.
+  const kernels = await createKernels(backend, { threads, f32Activations: true });
+  const mode = backend === 'tfjs' ? 'exact' : 'faithful';
+  const weights = loadWeights(file, config, { kernels, mode, cache: null });
+  return { config, weights, kernels, hash };
 }
 
 function rateOf({ learningRate }: Recipe, sweeping: number): number {
@@ -139,15 +144,22 @@ async function readSplit(spec: TrainerSpec, recipe: Recipe, file: GgufFile): Pro
   const encode = createExampleEncoder(file.metadata, recipe.windowTokens);
   // Nobody chose the lines of a refresh: what does not fit a window is left out.
   const isLenient = spec.compare !== null;
-  const examples = await readAll(spec.trainingPath, encode, { name: 'training file', isLenient });
+  const examples = await readExampleFile(spec.trainingPath, encode, {
+    name: 'training file',
+    isLenient,
+  });
   if (spec.heldOutPath === null) return splitExamples(examples, recipe.heldOutShare);
   return {
     training: examples,
-    heldOut: await readAll(spec.heldOutPath, encode, { name: 'validation file', isLenient }),
+    heldOut: await readExampleFile(spec.heldOutPath, encode, {
+      name: 'validation file',
+      isLenient,
+    }),
   };
 }
 
-async function readAll(
+/** Throws INVALID_FILE that names lines which cannot be learnt. */
+export async function readExampleFile(
   path: string,
   encode: ExampleEncoder,
   { name, isLenient }: { readonly name: string; readonly isLenient: boolean },

@@ -4,10 +4,17 @@ import { describe, expect, it } from 'vitest';
 import { baseModelPath } from '../support/base-model.ts';
 import { startGatewayProcess } from '../support/gateway-process.ts';
 import { tensorflowDirectory, whyNoTensorflow } from '../support/tensorflow.ts';
+import {
+  clientOf,
+  createJob,
+  jobUntil,
+  modelPath as tinyModelPath,
+} from '../support/training-gateway.ts';
 
 // `--backend tfjs` end to end. The packages lie elsewhere than rankgate's own, so Node is told by NODE_PATH.
 
 const missing = whyNoTensorflow('@tensorflow/tfjs-node');
+const nodePath = join(tensorflowDirectory, 'node_modules');
 
 function start(nodePath: string, ...flags: string[]) {
   return baseModelPath().then((modelPath) =>
@@ -27,10 +34,11 @@ describe('the gateway on TensorFlow.js', () => {
   const title = 'answers what the weights say';
   if (missing !== null) {
     it.skip(`${title} (skipped: ${missing})`, () => undefined);
+    it.skip(`trains on it (skipped: ${missing})`, () => undefined);
     return;
   }
   it(title, async () => {
-    await using gateway = await start(join(tensorflowDirectory, 'node_modules'));
+    await using gateway = await start(nodePath);
     const engine = readFileSync(`/proc/${await gateway.enginePid()}/environ`, 'utf8');
     expect(engine.split('\0')).toContain('TF_NUM_INTRAOP_THREADS=1'); // of --threads
     const answer = await gateway.post('/v1/chat/completions', {
@@ -45,4 +53,23 @@ describe('the gateway on TensorFlow.js', () => {
     };
     expect(body.choices[0]!.message.content).toBe('The capital of France is Paris.');
   }, 300_000);
+
+  it('trains on it, beside an engine on ggml', async () => {
+    await using gateway = await startGatewayProcess({
+      modelPath: tinyModelPath,
+      flags: ['--trainer-backend', 'tfjs', '--threads', '1', '--trainer-nice', '0'],
+      environment: { NODE_PATH: nodePath },
+    });
+    const client = clientOf(gateway);
+    const { id } = await createJob(gateway, 'tensorflow', { stepsMax: 20 });
+    const job = await jobUntil(client, id, ({ status }) => status === 'succeeded');
+    expect(job.rankgate.losses!.at(-1)!.loss).toBeLessThan(job.rankgate.base_loss! - 0.5);
+    const { data } = await client.fineTuning.jobs.listEvents(id, { limit: 100 });
+    expect(data.find(({ message }) => message.startsWith('training has begun'))!.message).toMatch(
+      /on @tensorflow\/tfjs-node.*f32$/,
+    );
+    expect(await client.models.retrieve(job.fine_tuned_model!)).toMatchObject({
+      id: job.fine_tuned_model,
+    });
+  }, 180_000);
 });

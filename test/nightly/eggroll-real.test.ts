@@ -1,9 +1,9 @@
 import { expect, it } from 'vitest';
-import { parseRecipe } from '../../src/jobs/recipe.ts';
+import { type EggrollRecipe, parseRecipe } from '../../src/jobs/recipe.ts';
 import { openGguf } from '../../src/model/gguf.ts';
 import { EggrollSession } from '../../src/trainer/eggroll-session.ts';
 import { createExampleEncoder } from '../../src/trainer/examples.ts';
-import { answerText } from '../../src/trainer/tasks.ts';
+import { scoringOf } from '../../src/trainer/task-scores.ts';
 import { baseModelPath } from '../support/base-model.ts';
 import { countTraining } from '../support/counting-kernels.ts';
 import { decided, openRealBase } from '../support/training-base.ts';
@@ -49,7 +49,7 @@ it('SmolLM2 ends more answers with a full stop: 10 points within 50 generations,
     training: examples.filter((example, i) => !isHeldOut(example, i)),
     heldOut: examples.filter(isHeldOut),
     start: null,
-    text: answerText(file.metadata),
+    scoring: scoringOf(file.metadata, recipe.method as EggrollRecipe),
   });
   const shareOf = (loss: number): number => 1 - loss;
   const before = shareOf((await session.baseLoss(breathe))!);

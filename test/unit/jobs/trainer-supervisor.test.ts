@@ -75,6 +75,7 @@ function start(
       heldOutPath: null,
       startFrom: null,
       compare: null,
+      backend: 'ggml',
       threads: 1,
       cacheDirectory: '',
     }),
@@ -150,7 +151,7 @@ describe('trainers', () => {
     });
     expect(promoted).toEqual(new Map([['ft.tiny.1', generation]]));
     expect(readdirSync(directory)).toEqual([]);
-    expect(messages(job)).toContain('training has begun: 5 steps, 1 MB');
+    expect(messages(job)).toContain('training has begun: 5 steps, 1 MB, on none');
     expect(messages(job)).toContain('step 5: held-out loss 0.5000 at rank 1');
     expect([ends, failures]).toEqual([[{ state: 'succeeded', code: null }], []]);
     stopListening();

@@ -3,14 +3,15 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, it } from 'vitest';
 import { importPacked } from '../../../src/adapters/packed-import.ts';
-import type { FromTrainer } from '../../../src/jobs/messages.ts';
-import { parseRecipe } from '../../../src/jobs/recipe.ts';
+import type { FromTrainer, TrainerSpec } from '../../../src/jobs/messages.ts';
+import { type EggrollRecipe, parseRecipe } from '../../../src/jobs/recipe.ts';
 import { openGguf } from '../../../src/model/gguf.ts';
 import { addNoise, pairNoise } from '../../../src/trainer/eggroll.ts';
 import { type EggrollOptions, EggrollSession } from '../../../src/trainer/eggroll-session.ts';
-import type { Judged } from '../../../src/trainer/rewards.ts';
+import type { Judged, Reward } from '../../../src/trainer/rewards.ts';
 import { TrainingSession } from '../../../src/trainer/session.ts';
 import { sweepRates } from '../../../src/trainer/sweep.ts';
+import type { Scoring } from '../../../src/trainer/task-scores.ts';
 import { answerText } from '../../../src/trainer/tasks.ts';
 import { trainFile } from '../../../src/trainer/train-file.ts';
 import { countTraining } from '../../support/counting-kernels.ts';
@@ -47,11 +48,11 @@ function recipeOf(method: object = {}, more: object = {}) {
   });
 }
 
-function open(more: Partial<EggrollOptions> = {}): EggrollSession {
-  const recipe = recipeOf();
-  return new EggrollSession({
-    ...{ base, recipe, training, heldOut, start: null, text, reward: letters, ...more },
-  });
+function open({ reward = letters, ...more }: Partial<EggrollOptions> & { reward?: Reward } = {}) {
+  const { recipe = recipeOf() } = more;
+  const { answerTokens } = recipe.method as EggrollRecipe;
+  const scoring: Scoring = { text, reward, judge: null, answerTokens };
+  return new EggrollSession({ base, recipe, training, heldOut, start: null, scoring, ...more });
 }
 
 describe('a training run by scores', () => {
@@ -195,6 +196,7 @@ it.each([0.1, 'sweep'])(
         startFrom: null,
         compare: null,
         resumeFrom: null,
+        backend: 'ggml' as const,
         threads: 1,
       },
     };
@@ -231,3 +233,44 @@ it.each([0.1, 'sweep'])(
     rmSync(folder, { recursive: true });
   },
 );
+
+it('a refresh by scores goes on from a generation, by how near answers are to those that callers liked', async () => {
+  const folder = mkdtempSync(join(tmpdir(), 'eggroll-'));
+  const trainingPath = join(folder, 'training.jsonl');
+  // A refresh's lines: each question's best answer, or its correction.
+  const lines = Array.from({ length: 12 }, (_, i) => {
+    return JSON.stringify({ prompt: `after ${i} comes `, completion: `${i + 1}` });
+  });
+  writeFileSync(trainingPath, `${lines.join('\n')}\n`);
+  let claims = 0;
+  const run = async (over: Pick<TrainerSpec, 'recipe' | 'startFrom' | 'compare'>) => {
+    claims += 1;
+    const claim = join(folder, `claim-${claims}`);
+    mkdirSync(claim);
+    const told: FromTrainer[] = [];
+    await trainFile(
+      {
+        ...{ modelPath: tinyPath, modelHash: base.hash, jobId: 'job', fence: claims, trainingPath },
+        ...{ heldOutPath: trainingPath, resumeFrom: null, folder: claim, cacheDirectory: folder },
+        ...{ backend: 'ggml', threads: 1, ...over },
+      },
+      { tell: (message) => void told.push(message), breathe: async () => 'go', nowMs: () => 0 },
+    );
+    return told.at(-1) as FromTrainer & { kind: 'result' };
+  };
+  const shape = { kind: 'lora', rank: 4, windowTokens: 48 };
+  const plain = parseRecipe({ ...shape, stepsMax: 4, learningRate: 1e-2 }, 'recipe');
+  const first = await run({ recipe: plain, startFrom: null, compare: null });
+  const reward = { kind: 'similarity', metric: 'fuzzy_match' };
+  const method = { kind: 'eggroll', population: 8, groupSize: 4, answerTokens: 4, reward };
+  const scored = parseRecipe({ ...shape, method, stepsMax: 3, learningRate: 0.05 }, 'recipe');
+  const startFrom = join(first.directory, 'adapter_model.safetensors');
+  const { comparison } = await run({ recipe: scored, startFrom, compare: { earlier: null } });
+  const { before, after } = comparison!;
+  expect(before.byRank.map(({ length }) => length)).toEqual([12, 12, 12]);
+  expect(after.byRank).not.toEqual(before.byRank);
+  // It began as what was served: this far it could not have come from the base.
+  const mean = (losses: readonly number[]): number => losses.reduce((a, b) => a + b, 0) / 12;
+  expect(mean(after.byRank.at(-1)!)).toBeLessThan(first.baseLoss! - 0.5);
+  rmSync(folder, { recursive: true });
+});

@@ -40,6 +40,7 @@ function specOf(more: Partial<TrainerSpec> = {}): TrainerSpec {
   return {
     ...{ modelPath: tinyPath, modelHash, jobId: 'job', fence: folders, trainingPath, folder },
     ...{ heldOutPath: null, startFrom: null, compare: null, resumeFrom: null, threads: 1 },
+    backend: 'ggml',
     cacheDirectory: root,
     recipe: tinyRecipe({ stepsMax: 12, checkpointEvery: 5, evaluateEvery: 8, learningRate: 1e-2 }),
     ...more,

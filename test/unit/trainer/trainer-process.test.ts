@@ -15,6 +15,7 @@ import type { FromTrainer, TrainerSpec } from '../../../src/jobs/messages.ts';
 import { parseRecipe } from '../../../src/jobs/recipe.ts';
 import { TrainerChild } from '../../../src/jobs/trainer-child.ts';
 import { entryExecArgv, entryUrl } from '../../../src/model/spawn-entry.ts';
+import { tensorflowDirectory, whyNoTensorflow } from '../../support/tensorflow.ts';
 
 // The real entry in a real process over the tiny model: how it answers to its channel.
 
@@ -34,20 +35,23 @@ afterEach(async () => {
   rmSync(root, { recursive: true });
 });
 
-function start(text: string, over: Partial<TrainerSpec> = {}, nice = 0): void {
+const small = { rank: 4, windowTokens: 64, batchWindows: 1, accumulation: 1, epochs: 20 };
+
+const withTensorflow = {
+  NODE_PATH: join(tensorflowDirectory, 'node_modules'),
+  TF_CPP_MIN_LOG_LEVEL: '2',
+  TF_NUM_INTRAOP_THREADS: '1',
+};
+
+function start(
+  text: string,
+  over: Partial<TrainerSpec> = {},
+  environment: Readonly<Record<string, string>> = {},
+  nice = 0,
+): void {
   const trainingPath = join(root, 'file.jsonl');
   writeFileSync(trainingPath, text);
-  const recipe = parseRecipe(
-    {
-      rank: 4,
-      windowTokens: 64,
-      batchWindows: 1,
-      accumulation: 1,
-      epochs: 20,
-      checkpointEvery: 1000,
-    },
-    'recipe',
-  );
+  const recipe = parseRecipe({ ...small, checkpointEvery: 1000 }, 'recipe');
   const spec: TrainerSpec = {
     modelPath,
     modelHash: createHash('sha256').update(readFileSync(modelPath)).digest('hex'),
@@ -60,6 +64,7 @@ function start(text: string, over: Partial<TrainerSpec> = {}, nice = 0): void {
     compare: null,
     resumeFrom: null,
     folder: join(root, 'job'),
+    backend: 'ggml',
     threads: 1,
     cacheDirectory: join(root, 'cache'),
     ...over,
@@ -67,7 +72,7 @@ function start(text: string, over: Partial<TrainerSpec> = {}, nice = 0): void {
   const options = {
     entry: entryUrl(import.meta.url, '../../../src/trainer/trainer-process'),
     execArgv: entryExecArgv(import.meta.url),
-    environment: {},
+    environment,
     nice,
     after(ms: number, callback: () => void) {
       const timer = setTimeout(callback, ms);
@@ -87,6 +92,7 @@ const of = <K extends FromTrainer['kind']>(kind: K): Extract<FromTrainer, { kind
 const lines = Array.from({ length: 8 }, (_, i) => `{"prompt":"say ${i}","completion":"two"}`);
 
 describe('a trainer process', () => {
+  // What it always may (pacer.ts) begins long after this: loading the model took CPU time.
   it('computes only while it may, gives signs of life meanwhile, and ends with its result', async () => {
     start(lines.join('\n'));
     child.send({ kind: 'pace', share: 0 });
@@ -122,7 +128,7 @@ describe('a trainer process', () => {
   it.runIf(process.platform === 'linux')(
     'at the last priority has only what nobody else wants, in all its threads',
     async () => {
-      start(lines.join('\n'), {}, 19);
+      start(lines.join('\n'), {}, {}, 19);
       await expect.poll(() => of('progress').length, { timeout: 50_000 }).toBeGreaterThan(1);
       // proc_pid_stat(5): the policy is the 41st field, the 39th behind the command. 5 is SCHED_IDLE.
       const policies = readdirSync(`/proc/${child.pid}/task`).map(
@@ -150,4 +156,46 @@ describe('a trainer process', () => {
     await ended;
     expect(of('failed')).toMatchObject([{ code: 'BASE_MISMATCH', retry: false }]);
   }, 60_000);
+
+  it('says what to install where TensorFlow.js is not there', async () => {
+    start(lines.join('\n'), { backend: 'tfjs' });
+    await ended;
+    expect(of('failed')).toMatchObject([{ code: 'UNSUPPORTED', retry: false }]);
+    expect(of('failed')[0]!.message).toContain('Install one of them');
+  }, 60_000);
+
+  const missing = whyNoTensorflow('@tensorflow/tfjs-node');
+  const title = 'learns on TensorFlow.js what it learns on ggml';
+  if (missing !== null) it.skip(`${title} (skipped: ${missing})`, () => undefined);
+  else
+    it(title, async () => {
+      const recipe = parseRecipe({ ...small, stepsMax: 10, learningRate: 1e-2 }, 'recipe');
+      const run = async (over: Partial<TrainerSpec>): Promise<typeof heard> => {
+        heard = [];
+        const folder = join(root, over.backend!);
+        mkdirSync(folder);
+        start(lines.join('\n'), { ...over, recipe, folder }, withTensorflow);
+        expect(await ended).toBe('exit code 0');
+        return heard;
+      };
+      const wanted = await run({ backend: 'ggml' });
+      const got = await run({ backend: 'tfjs' });
+      expect(wanted.find(({ kind }) => kind === 'started')).toMatchObject({
+        kernels: expect.stringMatching(/^ggml /),
+      });
+      expect(of('started')).toMatchObject([
+        { kernels: expect.stringMatching(/^@tensorflow\/tfjs-node/) },
+      ]);
+      const lossesOf = (told: typeof heard): number[] =>
+        told.flatMap((message) => {
+          if (message.kind === 'progress') return [message.loss];
+          return message.kind === 'result' ? message.losses.map(({ loss }) => loss) : [];
+        });
+      const [losses, theirs] = [lossesOf(wanted), lossesOf(got)];
+      expect(theirs).toHaveLength(10 + 3);
+      theirs.forEach((loss, i) => {
+        expect(Math.abs(loss / losses[i]! - 1), `${i}`).toBeLessThan(1e-4);
+      });
+      expect(losses[9]).toBeLessThan(0.9 * losses[0]!);
+    }, 120_000);
 });
