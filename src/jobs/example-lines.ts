@@ -1,6 +1,7 @@
 // The lines of a training file as they arrive, each in OpenAI's chat fine-tuning shape (`messages`, the last one the
-// assistant's, `weight` 0 for an answer that is only context), or `prompt` and `completion`. The shape only: what it is in
-// tokens, and whether that fits, the trainer says (trainer/examples.ts). Nothing is held but the line that is not complete.
+// assistant's or a `reference_answer` behind them, `weight` 0 for an answer that is only context), or `prompt` and
+// `completion`. The shape only: what it is in tokens, and whether that fits, the trainer says (trainer/examples.ts). Nothing
+// is held but the line that is not complete.
 
 import { z } from 'zod';
 import { asGatewayError, GatewayError } from '../errors.ts';
@@ -94,7 +95,11 @@ const message = z.strictObject({
   content: text,
   weight: z.union([z.literal(0), z.literal(1)]).exactOptional(),
 });
-const chat = z.strictObject({ messages: z.array(message).min(1).max(1024) });
+const chat = z.strictObject({
+  messages: z.array(message).min(1).max(1024),
+  /** What the answer should be, behind a user's message: OpenAI's files of prompts have it. */
+  reference_answer: text.min(1).exactOptional(),
+});
 const pair = z.strictObject({ prompt: text, completion: text.min(1) });
 
 /** Throws INVALID_FILE that says what is wrong with the line; the caller knows its number. */
@@ -108,10 +113,16 @@ function parseExample(line: string): ExampleShape {
   }
   const example = parsed.data;
   if ('prompt' in example) return { kind: 'text', ...example };
-  const messages = example.messages.map(({ role, content, weight }) => {
+  const { reference_answer: reference } = example;
+  const messages: ExampleMessage[] = example.messages.map(({ role, content, weight }) => {
     if (weight !== undefined && role !== 'assistant') throw invalid(`a ${role} with a weight`);
     return { role, content, learnt: role === 'assistant' && weight !== 0 };
   });
+  if (reference !== undefined) {
+    if (messages.at(-1)!.role !== 'user')
+      throw invalid('a reference_answer behind no user’s message');
+    messages.push({ role: 'assistant', content: reference, learnt: true });
+  }
   if (messages.at(-1)!.role !== 'assistant') throw invalid('the last message is no assistant’s');
   if (!messages.some(({ learnt }) => learnt)) throw invalid('no message is learnt');
   return { kind: 'chat', messages };

@@ -26,6 +26,8 @@ export interface JobRequest {
   readonly recipe: Recipe;
   /** What the result will be called. */
   readonly adapter: string;
+  /** OpenAI's, as the caller put it, where the recipe's reward is made from one. */
+  readonly grader?: unknown;
   /** The result is to take the place of `startFrom`, if it is better. */
   readonly refresh?: RefreshRequest;
 }

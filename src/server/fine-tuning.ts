@@ -6,10 +6,16 @@ import { z } from 'zod';
 import type { Generation } from '../adapters/adapter.ts';
 import { GatewayError } from '../errors.ts';
 import type { Job, JobCheckpoint, JobEvent } from '../jobs/job.ts';
-import { defaultLearningRate, parseRecipe, type Recipe } from '../jobs/recipe.ts';
+import {
+  defaultLearningRate,
+  eggrollLearningRate,
+  parseRecipe,
+  type Recipe,
+} from '../jobs/recipe.ts';
 import type { ServerDeps } from './deps.ts';
 import type { Env } from './env.ts';
 import { ownerOf, trainingOf, viewerOf } from './files.ts';
+import { rewardOfGrader } from './graders.ts';
 import { readBody } from './limits.ts';
 import { resolveModel } from './model-reference.ts';
 import { type Described, listOf, pageWishOf } from './page-query.ts';
@@ -21,12 +27,17 @@ type AutoOr = 'auto' | number;
 const autoOr = (number: z.ZodType<number>): z.ZodCustom<AutoOr, AutoOr> =>
   byForm<AutoOr>((value) => (typeof value === 'string' ? z.literal('auto') : number));
 
-const hyperparameters = z.strictObject({
+const shared = {
   n_epochs: autoOr(z.int().min(1).max(100)).exactOptional(),
   batch_size: autoOr(z.int().min(1).max(256)).exactOptional(),
   learning_rate_multiplier: autoOr(z.number().gt(0).max(100)).exactOptional(),
+};
+const hyperparameters = z.strictObject(shared);
+const scoredHyperparameters = z.strictObject({
+  ...shared,
+  eval_interval: autoOr(z.int().min(1).max(1_000_000)).exactOptional(),
 });
-type Hyperparameters = z.infer<typeof hyperparameters>;
+type Hyperparameters = z.infer<typeof scoredHyperparameters>;
 
 const suffixPattern = /^[a-z0-9](?:[a-z0-9_-]{0,22}[a-z0-9])?$/;
 const fileId = z.string().min(1).max(128);
@@ -48,7 +59,12 @@ const schema = z.strictObject({
         .strictObject({ hyperparameters: hyperparameters.exactOptional() })
         .exactOptional(),
       dpo: z.unknown().optional(),
-      reinforcement: z.unknown().optional(),
+      reinforcement: z
+        .strictObject({
+          grader: z.unknown(),
+          hyperparameters: scoredHyperparameters.exactOptional(),
+        })
+        .exactOptional(),
     })
     .exactOptional(),
   /** Parts of a recipe, whose errors are parseRecipe's. */
@@ -70,7 +86,7 @@ export async function createJob(c: Context<Env>, deps: ServerDeps): Promise<Resp
   const adapter = prefix + nameOf(deps.config.modelName, suffix, deps.random.id());
   checkMayName(adapter, caller);
   const job = jobs.create(ownerOf(caller), viewerOf(caller), {
-    request: { model: body.model, startFrom, suffix, recipe, adapter },
+    request: { model: body.model, startFrom, suffix, recipe, adapter, ...graderOf(body) },
     trainingFile: body.training_file,
     validationFile: body.validation_file ?? null,
   });
@@ -94,18 +110,11 @@ function nameOf(base: string, suffix: string | null, id: string): string {
 
 /** What OpenAI's fields say of a recipe. A batch is counted in windows of tokens, which are what a step computes. */
 function recipeOf(body: Body): Recipe {
-  const { method, rankgate = {}, seed } = body;
-  if (method !== undefined && method.type !== 'supervised') {
-    const name = method.type.slice(0, 32);
-    const message = `method.type: ${name}: want supervised; for scores, rankgate.method`;
-    throw new GatewayError('UNSUPPORTED', message, { param: 'method.type' });
-  }
-  const own = method?.supervised?.hyperparameters;
-  if (own !== undefined && body.hyperparameters !== undefined) {
-    throw invalidRequest('hyperparameters: method has them already', 'hyperparameters');
-  }
-  const given: Partial<Recipe> = {
-    ...fromHyperparameters(own ?? body.hyperparameters ?? {}),
+  const { rankgate = {}, seed } = body;
+  const wanted = hyperparametersOf(body);
+  const { grader } = graderOf(body);
+  const given = {
+    ...(grader === undefined ? fromHyperparameters(wanted) : byScores(wanted, grader)),
     ...(typeof seed === 'number' ? { seed } : {}),
   };
   const twice = Object.keys(given).find((name) => Object.hasOwn(rankgate, name));
@@ -115,7 +124,47 @@ function recipeOf(body: Body): Recipe {
   return parseRecipe({ ...given, ...rankgate }, 'rankgate');
 }
 
+const methods = ['supervised', 'dpo', 'reinforcement'] as const;
+
+/** Throws UNSUPPORTED or INVALID_REQUEST for what is not of the method. */
+function hyperparametersOf({ method, hyperparameters: top }: Body): Hyperparameters {
+  if (method === undefined) return top ?? {};
+  const type = methods.find((one) => one === method.type);
+  if (type !== 'supervised' && type !== 'reinforcement') {
+    const message = `method.type: ${method.type.slice(0, 32)}: want supervised or reinforcement`;
+    throw new GatewayError('UNSUPPORTED', message, { param: 'method.type' });
+  }
+  const other = methods.find((one) => one !== type && method[one] !== undefined);
+  if (other !== undefined) {
+    throw invalidRequest(`method.${other}: method.type is ${type}`, `method.${other}`);
+  }
+  const own = method[type]?.hyperparameters;
+  if (own !== undefined && top !== undefined) {
+    throw invalidRequest('hyperparameters: method has them already', 'hyperparameters');
+  }
+  return own ?? top ?? {};
+}
+
+function graderOf({ method }: Body): { grader?: unknown } {
+  return method?.type === 'reinforcement' ? { grader: method.reinforcement?.grader ?? null } : {};
+}
+
 const defaults = parseRecipe({}, 'rankgate');
+/** Members that answer one prompt: the method's default. */
+const groupSize = 4;
+
+/** A batch is counted in prompts. */
+function byScores(wanted: Hyperparameters, grader: unknown): object {
+  const { n_epochs: epochs, batch_size: batch, eval_interval: interval } = wanted;
+  const { learning_rate_multiplier: multiplier } = wanted;
+  const population = typeof batch === 'number' ? { population: batch * groupSize, groupSize } : {};
+  return {
+    method: { kind: 'eggroll', reward: rewardOfGrader(grader), ...population },
+    ...(typeof epochs === 'number' ? { epochs, stepsMax: null } : {}),
+    ...(typeof multiplier === 'number' ? { learningRate: eggrollLearningRate * multiplier } : {}),
+    ...(typeof interval === 'number' ? { evaluateEvery: interval } : {}),
+  };
+}
 
 function fromHyperparameters(wanted: Hyperparameters): Partial<Recipe> {
   const { n_epochs: epochs, batch_size: batch, learning_rate_multiplier: multiplier } = wanted;
@@ -165,13 +214,18 @@ export function jobOf(c: Context<Env>, deps: ServerDeps): Job {
 export function describeJob(job: Job): Described {
   const { id, owner, state, request, progress, result, error } = job;
   const { recipe, adapter } = request;
+  const { method } = recipe;
+  const isScored = method !== 'gradient';
+  const rate = isScored ? eggrollLearningRate : defaultLearningRate;
   const hyper = {
     n_epochs: recipe.epochs,
-    batch_size: recipe.batchWindows * recipe.accumulation,
-    learning_rate_multiplier:
-      recipe.learningRate === 'sweep' ? 'auto' : recipe.learningRate / defaultLearningRate,
+    batch_size: isScored
+      ? method.population / method.groupSize
+      : recipe.batchWindows * recipe.accumulation,
+    learning_rate_multiplier: recipe.learningRate === 'sweep' ? 'auto' : recipe.learningRate / rate,
   };
-  const type = recipe.method === 'gradient' ? 'supervised' : 'reinforcement';
+  const type = isScored ? 'reinforcement' : 'supervised';
+  const grader = request.grader === undefined ? {} : { grader: request.grader };
   const hasSucceeded = state === 'succeeded';
   return {
     id,
@@ -189,7 +243,7 @@ export function describeJob(job: Job): Described {
     trained_tokens: hasSucceeded ? (progress?.tokens ?? null) : null,
     seed: recipe.seed,
     hyperparameters: hyper,
-    method: { type, [type]: { hyperparameters: hyper } },
+    method: { type, [type]: { ...grader, hyperparameters: hyper } },
     error:
       error === null
         ? null

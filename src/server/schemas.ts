@@ -150,16 +150,20 @@ export interface GenerationBody {
   prior_strength?: number;
 }
 
-/** Throws INVALID_REQUEST whose `param` is the first offending field. */
-export function parseBody<T>(schema: z.ZodType<T>, body: unknown): T {
+/** Throws INVALID_REQUEST whose `param` is the first offending field. `at`: where in the body it stands. */
+export function parseBody<T>(
+  schema: z.ZodType<T>,
+  body: unknown,
+  at: readonly PropertyKey[] = [],
+): T {
   const parsed = schema.safeParse(body);
   if (parsed.success) return parsed.data;
   const issue = parsed.error.issues[0]!;
   if (issue.code === 'unrecognized_keys') {
-    const param = paramOf([...issue.path, issue.keys[0] ?? '']);
+    const param = paramOf([...at, ...issue.path, issue.keys[0] ?? '']);
     throw invalidRequest(`unknown or unsupported field: ${param}`, param);
   }
-  const param = paramOf(issue.path);
+  const param = paramOf([...at, ...issue.path]);
   throw invalidRequest(
     param === '' ? issue.message : `${param}: ${issue.message}`,
     param || undefined,

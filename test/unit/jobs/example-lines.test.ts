@@ -47,6 +47,14 @@ describe('the lines of a training file', () => {
     ]);
   });
 
+  it('may have what the answer should be beside the messages', async () => {
+    const asked = '{"role":"user","content":"one"}';
+    const beside = `{"messages":[${asked}],"reference_answer":"two"}`;
+    const among = `{"messages":[${asked},{"role":"assistant","content":"two"}]}`;
+    const [one, other] = await read(`${beside}\n${among}`);
+    expect(one).toEqual({ ...other, line: 1 });
+  });
+
   it('are the same however the bytes arrive', async () => {
     const text = `${chat}\n{broken\n${pair}\n\n${chat}`;
     const whole = await read(text);
@@ -67,6 +75,11 @@ describe('the lines of a training file', () => {
     ['{"messages":[{"role":"tool","content":"x"}]}', 'messages.0.role: '],
     ['{"messages":[{"role":"user","content":"x","name":"y"}]}', 'messages.0: '],
     ['{"messages":[{"role":"user","content":"x"}]}', 'the last message is no assistant'],
+    ['{"messages":[{"role":"user","content":"x"}],"reference_answer":""}', 'reference_answer: '],
+    [
+      '{"messages":[{"role":"assistant","content":"x"}],"reference_answer":"y"}',
+      'a reference_answer behind no user',
+    ],
     ['{"messages":[{"role":"assistant","content":"x","weight":0}]}', 'no message is learnt'],
     ['{"messages":[{"role":"assistant","content":"x","weight":0.5}]}', 'messages.0.weight: '],
     [
