@@ -13,6 +13,7 @@ import {
   json,
   usageError,
 } from './adapter-commands.ts';
+import { compareCommand } from './compare-command.ts';
 import { type Config, configFlags, loadConfig } from './config.ts';
 import { examine, measureWeights } from './doctor.ts';
 import { GatewayError } from './errors.ts';
@@ -42,6 +43,8 @@ rankgate adapters rm NAME [--expect GENERATION]
 rankgate adapters extract --from FILE.gguf --base FILE.gguf --rank K | --energy E --output DIRECTORY [--levels uniform]
 rankgate adapters compensate --reference FILE.gguf --calib FILE.txt --output DIRECTORY [--method eora] [--rank 32]
                       [--seed N] [--levels uniform] [--model …] [--config file] …
+rankgate adapters compare A B --data FILE.jsonl [--ranks 1,2,…] [--examples 256] [--seed N] [--window 256]
+                      [--reward KIND|JSON [--answer-tokens 32]] [--model …] [--config file] …
 rankgate placement FILE.json [--seed N] [--iterations N]
 rankgate train FILE.jsonl [--validation FILE.jsonl] [--model NAME] [--suffix NAME] [--kind K] [--rank K] [--objective O]
                       [--epochs N] [--batch-size WINDOWS] [--learning-rate X] [--seed N] [--recipe FILE.json]
@@ -51,9 +54,9 @@ rankgate jobs cancel ID
 rankgate doctor [--measure] [--config file] …
 rankgate --version
 A name is shared, or TENANT/NAME. add sends the directory's files; with --on-server it names one inside the server's root.
-extract, compensate and squeeze with a text compute here, for minutes; add takes the directory that they make. The other
-adapters commands, train and jobs talk to a running server: --url, or RANKGATE_URL; RANKGATE_API_KEY. ^C ends the following of
-a job, not the job.
+extract, compensate, compare and squeeze with a text compute here, for minutes; add takes the directory that they make. compare
+takes such directories, generations in the data directory, and names. The other adapters commands, train and jobs talk to a
+running server: --url, or RANKGATE_URL; RANKGATE_API_KEY. ^C ends the following of a job, not the job.
 Every command takes --json.
 `;
 
@@ -89,6 +92,7 @@ const commands: Readonly<Record<string, Command>> = {
   placement: placementCommand,
   ...adapterCommands,
   ...makeCommands,
+  'adapters compare': compareCommand,
   ...trainCommands,
 };
 

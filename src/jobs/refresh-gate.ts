@@ -3,7 +3,7 @@
 
 import { type Aurac, aurac } from '../adapters/aurac.ts';
 import { createRandom } from '../adapters/families/seeded-random.ts';
-import { alphaRank, runTournament, winRates } from './tournament.ts';
+import { alphaRank, runTournament, type Tournament, winRates } from './tournament.ts';
 
 /** Mean losses per example, in nats a token. */
 export interface Losses {
@@ -139,30 +139,42 @@ function reasonsAgainst(
   return reasons;
 }
 
-/** A game is a held-out example, the smaller loss at the largest rank wins it. The first of the generations is judged. */
+/** The first of the generations is judged, at the largest rank. */
 function defeats(
   losses: readonly (readonly number[])[],
   settings: GateSettings['tournament'],
 ): string[] {
   if (settings === null) return [];
-  const met = new Map<number, number>();
-  const play = (i: number, j: number): boolean => {
-    const game = met.get(i * losses.length + j) ?? 0;
-    met.set(i * losses.length + j, game + 1);
-    return losses[i]![game]! < losses[j]![game]!;
-  };
   const { massMin, delta } = settings;
-  const rules = { bound: 'clopper-pearson', delta, gamesMax: losses[0]!.length } as const;
-  const { games, isResolved } = runTournament(losses.length, play, rules);
+  const { isResolved, masses } = playExamples(losses, delta);
   if (!isResolved) return [`the tournament has no winner at a confidence of ${1 - delta}`];
-  const [mass] = alphaRank(winRates(losses.length, games), { alpha: 1, size: 50 });
+  const [mass] = masses;
   return mass! >= massMin
     ? []
     : [`alpha-Rank gives it ${mass!.toFixed(4)}: at least ${massMin} wanted`];
 }
 
+/** A game is an example, the smaller loss wins it, equal ones by turns; no more are played than tell the winners. `masses`:
+ *  alpha-Rank's. */
+export function playExamples(
+  losses: readonly (readonly number[])[], // [generations][examples]
+  delta: number,
+): Tournament & { readonly masses: readonly number[] } {
+  const met = new Map<number, number>();
+  const play = (i: number, j: number): boolean => {
+    const game = met.get(i * losses.length + j) ?? 0;
+    met.set(i * losses.length + j, game + 1);
+    const [own, other] = [losses[i]![game]!, losses[j]![game]!];
+    return own === other ? game % 2 === 0 : own < other;
+  };
+  const rules = { bound: 'clopper-pearson', delta, gamesMax: losses[0]!.length } as const;
+  const played = runTournament(losses.length, play, rules);
+  const rates = winRates(losses.length, played.games);
+  return { ...played, masses: alphaRank(rates, { alpha: 1, size: 50 }) };
+}
+
 /** AURAC is linear: its gain is the mean of each example's, whose spread bootstraps its error. */
-function gainOf(
+export function gainOf(
   ranks: readonly number[],
   before: Losses['byRank'],
   after: Losses['byRank'],

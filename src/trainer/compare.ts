@@ -43,15 +43,16 @@ export async function compareAdapters(
 }
 
 /** A window is one example's. */
-class LossesAlone implements Disposable {
-  readonly #options: CompareOptions;
+export class LossesAlone implements Disposable {
+  readonly #options: Omit<CompareOptions, 'ranks'>;
   readonly #rank: number;
   readonly #decoder: LossDecoder;
   readonly #heldOut: readonly Layout[];
   readonly #guard: readonly Layout[];
   readonly #gate: Float32Array;
 
-  constructor(options: CompareOptions, rank: number) {
+  /** `rank`: the most that an adapter is asked at. */
+  constructor(options: Omit<CompareOptions, 'ranks'>, rank: number) {
     const { base, heldOut, guard } = options;
     this.#options = options;
     this.#rank = rank;
@@ -80,6 +81,11 @@ class LossesAlone implements Disposable {
     return { byRank, guard: await this.#losses(this.#guard) };
   }
 
+  /** Of the base alone. */
+  async ofBase(): Promise<number[]> {
+    return this.#losses(this.#heldOut, new Float32Array(this.#gate.length));
+  }
+
   async heldOutAt(packed: PackedAdapter, rank: number): Promise<number[]> {
     this.#write(packed, rank);
     return this.#losses(this.#heldOut);
@@ -97,11 +103,11 @@ class LossesAlone implements Disposable {
     }
   }
 
-  async #losses(layouts: readonly Layout[]): Promise<number[]> {
+  async #losses(layouts: readonly Layout[], gate = this.#gate): Promise<number[]> {
     const losses: number[] = [];
     for (const layout of layouts) {
       await this.#options.breathe();
-      losses.push(this.#decoder.evaluate({ ...layout, gate: this.#gate }));
+      losses.push(this.#decoder.evaluate({ ...layout, gate }));
     }
     return losses;
   }
