@@ -1,11 +1,13 @@
 // Predicts when a request would get its first and its last token at so many ranks, from the learned step time
-// (step-time.ts), the learned answer lengths (answer-length.ts) and the load of the moment. Its own mean error is learned
-// from finished answers. Memory is bounded; the state is saved as JSON and belongs to one base model on one machine.
+// (step-time.ts), the learned answer lengths (answer-length.ts) and the load of the moment. By how much answers come out
+// otherwise is learned from them (error-spread.ts). Memory is bounded; the state is saved as JSON and belongs to one base
+// model on one machine.
 
 import { isDeepStrictEqual } from 'node:util';
 import { z } from 'zod';
 import type { StepCosts, StepReport } from '../engine/messages.ts';
 import { AnswerLengths, savedCurves } from './answer-length.ts';
+import { ErrorSpread, savedSpread } from './error-spread.ts';
 import type { Prediction, RouteInput } from './policy.ts';
 import { parseSaved } from './saved-state.ts';
 import { type StepEstimate, StepTime, type StepWork, savedStepTime } from './step-time.ts';
@@ -13,11 +15,13 @@ import { type StepEstimate, StepTime, type StepWork, savedStepTime } from './ste
 const adaptersMax = 4096; // ~1.5 MB of answer-length curves
 /** Steps before a prediction is worth more than none. */
 const stepsMin = 8;
-const errorGain = 0.05;
-const errorStart = 0.25; // relative deviation of a whole answer's time before any was seen (guess)
-const errorClip = 1;
+const decodeGain = 0.05;
 const biasGain = 0.05;
 const biasMax = 4; // guess: beyond, steps alone say nothing
+/** Answers beside each other have their luck in common: of more than so many each counts for less (guess). */
+const besideMax = 8;
+const besideGain = 0.001; // of a step (guess)
+const chunkGain = 0.01; // of a step with prompts in it (guess)
 /** Relative deviation of the wait for a row (guess). */
 const waitDoubt = 0.5;
 
@@ -43,17 +47,20 @@ export interface FinishedAnswer {
   readonly prediction: Prediction | null;
   readonly tokensMax: number;
   readonly completionTokens: number;
+  /** When it was planned. */
+  readonly load: RouteInput['load'];
+  /** Since the engine heard of it. */
   readonly ttftMs: number;
   readonly totalMs: number;
 }
 
 const savedModel = z.strictObject({
-  format: z.literal('rankgate-latency/1'),
+  format: z.literal('rankgate-latency/2'),
   identity: z.strictObject({ baseHash: z.string(), backend: z.string(), threads: z.number() }),
   stepTime: savedStepTime,
   lengths: savedCurves,
-  ttftError: z.number().nonnegative(),
-  tokenError: z.number().nonnegative(),
+  ttftSpread: savedSpread,
+  totalSpread: savedSpread,
   ttftBias: z.number().positive(),
   tokenBias: z.number().positive(),
 });
@@ -62,22 +69,29 @@ export class LatencyModel {
   readonly #options: LatencyModelOptions;
   readonly #stepTime: StepTime = new StepTime();
   readonly #lengths: AnswerLengths = new AnswerLengths(adaptersMax);
-  // Mean squared relative errors of finished answers: of the wait for the first token, and of the pace after it.
-  #ttftError: number = errorStart ** 2;
-  #tokenError: number = errorStart ** 2;
+  readonly #ttftSpread: ErrorSpread = new ErrorSpread();
+  /** At the length that the answer had. */
+  readonly #totalSpread: ErrorSpread = new ErrorSpread();
   // What first tokens and paces were, as multiples of what steps alone predict: prompts that come later, guesses that come
   // true and changed ranks are in no step that is known beforehand.
   #ttftBias = 1;
   #tokenBias = 1;
-  /** How long answers take after their first token, of the moment: not saved. */
+  // Of the moment, not saved: how long answers take after their first token, how many decode in a step, and how many tokens
+  // of prompts a step has that has any.
   #decodeMs = 0;
+  #beside = 0;
+  #chunk: number;
 
   constructor(options: LatencyModelOptions) {
     this.#options = options;
+    this.#chunk = options.prefillTokensMax;
   }
 
   observe(report: StepReport): void {
+    const { decodeRows, prefillTokens } = report;
     this.#stepTime.observe(report);
+    this.#beside += besideGain * (decodeRows - this.#beside);
+    if (prefillTokens > 0) this.#chunk += chunkGain * (prefillTokens - this.#chunk);
   }
 
   /** Tokens that an answer will hardly exceed. */
@@ -91,43 +105,51 @@ export class LatencyModel {
     return this.#stepTime.steps < stepsMin ? null : this.#stepTime.costs;
   }
 
-  /** Told of complete answers only; the times are from the plan, as its prediction was. */
+  /** Told of complete answers only. */
   settle(answer: FinishedAnswer): void {
-    const { completionTokens, tokensMax, ttftMs, totalMs, prediction: predicted } = answer;
-    if (!(completionTokens >= 1) || !(totalMs >= ttftMs) || !(ttftMs >= 0)) return;
+    const { completionTokens, tokensMax, prediction: predicted } = answer;
+    const decodeMs = answer.totalMs - answer.ttftMs;
+    if (!(completionTokens >= 1) || !(decodeMs >= 0) || !(answer.ttftMs >= 0)) return;
     this.#lengths.learn(answer.adapter ?? '', completionTokens, completionTokens >= tokensMax);
-    this.#decodeMs += errorGain * (totalMs - ttftMs - this.#decodeMs);
+    this.#decodeMs += decodeGain * (decodeMs - this.#decodeMs);
     if (predicted === null) return;
-    this.#ttftError = blend(this.#ttftError, ttftMs, predicted.ttftMs);
-    this.#ttftBias = corrected(this.#ttftBias, ttftMs, predicted.ttftMs);
-    if (completionTokens < 2) return;
-    const pace = (totalMs - ttftMs) / (completionTokens - 1);
-    this.#tokenError = blend(this.#tokenError, pace, predicted.perTokenMs);
-    this.#tokenBias = corrected(this.#tokenBias, pace, predicted.perTokenMs);
+    const weight = Math.min(1, besideMax / Math.max(1, this.#beside));
+    const ttftMs = this.#lagMs(answer.load) + answer.ttftMs;
+    const later = completionTokens - 1;
+    const totalMs = predicted.ttftMs + later * predicted.perTokenMs;
+    this.#ttftSpread.learn(predicted.ttftMs, ttftMs, weight);
+    this.#totalSpread.learn(totalMs, ttftMs + decodeMs, weight);
+    this.#ttftBias = corrected(this.#ttftBias, ttftMs / predicted.ttftMs, weight);
+    if (later === 0) return;
+    this.#tokenBias = corrected(this.#tokenBias, decodeMs / later / predicted.perTokenMs, weight);
   }
 
   predict(input: RouteInput, ranks: number): Prediction | null {
     if (this.#stepTime.steps < stepsMin) return null;
-    const first = scaled(this.#firstToken(input, ranks), this.#ttftBias);
+    const first = this.#firstToken(input, ranks);
+    const ttftMs = (this.#lagMs(input.load) + first.ms) * this.#ttftBias;
+    const ttftDoubtMs = first.doubtMs * this.#ttftBias;
     const length = this.#lengths.expect(input.adapter?.name ?? '', input.tokensMax);
     const pace = scaled(this.#pace(input, ranks, length.mean), this.#tokenBias);
     const later = Math.max(0, length.mean - 1);
-    const sigmas = [
-      first.ms * Math.sqrt(this.#ttftError),
-      first.doubtMs,
-      // The pace's error is the same for all tokens of an answer, so it adds up with them and not with their root.
-      later * pace.ms * Math.sqrt(this.#tokenError),
-      later * pace.doubtMs,
-      Math.sqrt(later) * pace.ms * this.#stepTime.relativeSigma,
-      length.deviation * pace.ms,
-    ];
+    const totalMs = ttftMs + later * pace.ms;
+    const tokens = Math.max(1, later);
     return {
-      ttftMs: first.ms,
+      ttftMs,
       perTokenMs: pace.ms,
-      totalMs: first.ms + later * pace.ms,
-      sigmaMs: Math.hypot(...sigmas),
-      ttftSigmaMs: Math.hypot(first.ms * Math.sqrt(this.#ttftError), first.doubtMs),
-      perTokenSigmaMs: Math.hypot(pace.ms * Math.sqrt(this.#tokenError), pace.doubtMs),
+      totalMs,
+      sigmaMs: Math.hypot(
+        Math.sqrt(this.#totalSpread.variance(totalMs)),
+        ttftDoubtMs,
+        // The pace's doubt is the same for all tokens of an answer, so it adds up with them and not with their root.
+        later * pace.doubtMs,
+        length.deviation * pace.ms,
+      ),
+      ttftSigmaMs: Math.hypot(Math.sqrt(this.#ttftSpread.variance(ttftMs)), ttftDoubtMs),
+      perTokenSigmaMs: Math.hypot(
+        Math.sqrt(this.#totalSpread.variance(tokens * pace.ms)) / tokens,
+        pace.doubtMs,
+      ),
     };
   }
 
@@ -137,13 +159,29 @@ export class LatencyModel {
     return Math.max(first.ms, (load.waiting / Math.max(1, load.decodeRows)) * this.#decodeMs);
   }
 
-  /** Everything that waits is prefilled first, in steps of at most prefillTokensMax that also decode the running rows; where
-   *  that would be more rows than a step has, as many answers must end before. */
+  /** Until the step under way has ended, of which half is left on average. Only then does the engine hear of a request, and
+   *  its times begin. */
+  #lagMs(load: RouteInput['load']): number {
+    const { decodeRows, decodeRanks, kvCells } = load;
+    if (decodeRows + load.waiting === 0) return 0;
+    const tokens = this.#underWay(load);
+    const work: StepWork = [1, decodeRows, tokens, decodeRanks, tokens * rankMean(load), kvCells];
+    return this.#stepTime.estimate(work).ms / 2;
+  }
+
+  /** Tokens of prompts in that step. */
+  #underWay({ waitingPromptTokens }: RouteInput['load']): number {
+    return Math.min(waitingPromptTokens, this.#chunk);
+  }
+
+  /** What waits behind the step under way is prefilled first, in steps of at most prefillTokensMax that also decode the running
+   *  rows; where that would be more rows than a step has, as many answers must end before. */
   #firstToken(input: Pick<RouteInput, 'load' | 'promptTokens'>, ranks: number): StepEstimate {
     const { load, promptTokens } = input;
-    const { decodeRows, kvCells, waiting, waitingPromptTokens } = load;
+    const { decodeRows, kvCells, waiting } = load;
     const { prefillTokensMax, rowsMax } = this.#options;
-    const tokens = promptTokens + waitingPromptTokens;
+    const before = load.waitingPromptTokens - this.#underWay(load);
+    const tokens = promptTokens + before;
     const prompts = Math.max(1, waiting);
     const steps = Math.max(1, Math.ceil(tokens / prefillTokensMax));
     const work: StepWork = [
@@ -152,8 +190,8 @@ export class LatencyModel {
       tokens,
       steps * load.decodeRanks,
       // The ranks of those that wait are not known: they are taken to be like those that run.
-      promptTokens * ranks + waitingPromptTokens * rankMean(load),
-      steps * kvCells + triangle(promptTokens) + prompts * triangle(waitingPromptTokens / prompts),
+      promptTokens * ranks + before * rankMean(load),
+      steps * kvCells + triangle(promptTokens) + prompts * triangle(before / prompts),
     ];
     const { ms, doubtMs } = this.#stepTime.estimate(work);
     const waitMs = (Math.max(0, decodeRows + waiting + 1 - rowsMax) / rowsMax) * this.#decodeMs;
@@ -177,12 +215,12 @@ export class LatencyModel {
 
   save(): string {
     const state: z.infer<typeof savedModel> = {
-      format: 'rankgate-latency/1',
+      format: 'rankgate-latency/2',
       identity: this.#options.identity,
       stepTime: this.#stepTime.save(),
       lengths: this.#lengths.save(),
-      ttftError: this.#ttftError,
-      tokenError: this.#tokenError,
+      ttftSpread: this.#ttftSpread.save(),
+      totalSpread: this.#totalSpread.save(),
       ttftBias: this.#ttftBias,
       tokenBias: this.#tokenBias,
     };
@@ -195,8 +233,8 @@ export class LatencyModel {
     if (data === null || !isDeepStrictEqual(data.identity, this.#options.identity)) return false;
     this.#stepTime.restore(data.stepTime);
     this.#lengths.restore(data.lengths);
-    this.#ttftError = data.ttftError;
-    this.#tokenError = data.tokenError;
+    this.#ttftSpread.restore(data.ttftSpread);
+    this.#totalSpread.restore(data.totalSpread);
     this.#ttftBias = data.ttftBias;
     this.#tokenBias = data.tokenBias;
     return true;
@@ -213,20 +251,14 @@ function triangle(tokens: number): number {
 }
 
 /** A step towards the multiple at which predictions are neither too short nor too long, on a scale of factors. */
-function corrected(bias: number, actual: number, predicted: number): number {
-  const ratio = Math.min(
-    biasMax,
-    Math.max(1 / biasMax, actual / Math.max(predicted, Number.EPSILON)),
-  );
-  return Math.min(biasMax, Math.max(1 / biasMax, bias * ratio ** biasGain));
+function corrected(bias: number, ratio: number, weight: number): number {
+  return within(bias * within(ratio) ** (weight * biasGain));
+}
+
+function within(factor: number): number {
+  return Math.min(biasMax, Math.max(1 / biasMax, factor));
 }
 
 function scaled({ ms, doubtMs }: StepEstimate, factor: number): StepEstimate {
   return { ms: ms * factor, doubtMs: doubtMs * factor };
-}
-
-/** A failed machine or a paused client makes one error huge; clipped, it counts as "off by as much as it said". */
-function blend(mean: number, actual: number, predicted: number): number {
-  const error = Math.abs(actual - predicted) / Math.max(predicted, Number.EPSILON);
-  return mean + errorGain * (Math.min(errorClip, error) ** 2 - mean);
 }

@@ -332,6 +332,7 @@ export class Answer {
       prediction: this.#plan.prediction,
       tokensMax: this.request.tokensMax,
       completionTokens,
+      load: this.#input.load,
       ttftMs,
       totalMs,
     });

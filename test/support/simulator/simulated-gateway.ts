@@ -174,12 +174,12 @@ export class SimulatedGateway {
 
   /** As server/answer.ts does: from the engine's own times. */
   #learn(input: RouteInput, plan: Plan, end: EngineEvent & { readonly kind: 'end' }): void {
-    const { adapter, budget, tokensMax } = input;
+    const { adapter, budget, tokensMax, load } = input;
     const { completionTokens, ttftMs, totalMs } = end;
     const { prediction } = plan;
     this.#router.settle({
       ...{ adapter: adapter?.name ?? null, prediction, tokensMax },
-      ...{ completionTokens, ttftMs, totalMs },
+      ...{ completionTokens, load, ttftMs, totalMs },
     });
     const met = wasMet(budget, { totalMs, ttftMs, tokens: completionTokens });
     if (met !== null) this.#router.judge({ input, plan, met, score: null });

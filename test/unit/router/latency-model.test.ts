@@ -6,6 +6,7 @@ import { createRng } from '../../support/random.ts';
 import { routedAdapter } from '../../support/routed-adapter.ts';
 
 const chunk = 64;
+const idle = { decodeRows: 0, decodeRanks: 0, waiting: 0, waitingPromptTokens: 0, kvCells: 0 };
 
 function stepMs(report: Omit<StepReport, 'ms'>): number {
   const { decodeRows, prefillTokens, decodeRanks, prefillRanks, kvCells } = report;
@@ -57,14 +58,7 @@ function inputOf(load: Partial<RouteInput['load']>, tokensMax = 101): RouteInput
     tokensMax,
     adapter: { ...routedAdapter(16), name: 'a' },
     system: null,
-    load: {
-      decodeRows: 0,
-      decodeRanks: 0,
-      waiting: 0,
-      waitingPromptTokens: 0,
-      kvCells: 0,
-      ...load,
-    },
+    load: { ...idle, ...load },
   };
 }
 
@@ -72,9 +66,10 @@ describe('a prediction', () => {
   const model = trainedModel();
 
   it('of the first token adds up prefill steps, each with the rows that decode beside it', () => {
-    // Two steps of prompt at rank 16 beside three rows of rank 8 that attend to 19,000 cells.
+    // Two steps of prompt at rank 16 beside three rows of rank 8 that attend to 19,000 cells, and half of the one under way.
     const beside = { decodeRows: 3, decodeRanks: 24, kvCells: 19_000 };
     const wanted =
+      stepMs({ ...noWork, ...beside }) / 2 +
       stepMs({
         ...beside,
         prefillTokens: 64,
@@ -93,11 +88,17 @@ describe('a prediction', () => {
 
   it('of the first token waits for all that came before', () => {
     const alone = model.predict(inputOf({}), 4)!;
-    const behind = model.predict(inputOf({ waiting: 2, waitingPromptTokens: 640 }), 4)!;
-    // Ten more steps of 64 tokens: ranks unknown, cells of two prompts of 320.
-    const wanted = 10 * stepMs({ ...noWork, prefillTokens: 64 }) + (0.001 * 2 * 320 * 321) / 2;
-    const added = behind.ttftMs - alone.ttftMs;
-    expect(Math.abs(added - wanted) / wanted).toBeLessThan(0.01);
+    const one = model.predict(inputOf({ waiting: 2, waitingPromptTokens: 640 }), 4)!;
+    const two = model.predict(inputOf({ waiting: 2, waitingPromptTokens: 1280 }), 4)!;
+    // Ten more steps of 64 tokens: ranks unknown, cells of two prompts.
+    const added = two.ttftMs - one.ttftMs;
+    const wanted = 10 * stepMs({ ...noWork, prefillTokens: 64 });
+    const cells = added - wanted;
+    expect(cells).toBeGreaterThan(0.001 * 640 ** 2 * 0.5);
+    expect(cells).toBeLessThan(0.001 * 640 ** 2);
+    // Of the first 640 the step under way has some, half as long as the others on average.
+    expect(one.ttftMs - alone.ttftMs).toBeLessThan(0.98 * added);
+    expect(one.ttftMs - alone.ttftMs).toBeGreaterThan(0.8 * wanted);
   });
 
   it('of the pace counts this row, those that run and those that wait', () => {
@@ -121,7 +122,13 @@ describe('a prediction', () => {
 
   it('waits for answers to end where every row is taken, and shares a step with no more rows than it has', () => {
     const held = trainedModel();
-    const answer = { adapter: 'b', tokensMax: 90, completionTokens: 90, prediction: null };
+    const answer = {
+      adapter: 'b',
+      tokensMax: 90,
+      completionTokens: 90,
+      load: idle,
+      prediction: null,
+    };
     for (let i = 0; i < 200; i++) held.settle({ ...answer, ttftMs: 10, totalMs: 1610 });
     const full = inputOf({ decodeRows: 32, decodeRanks: 256, waiting: 3 });
     const [after, before] = [held.predict(full, 4)!, model.predict(full, 4)!];
@@ -137,7 +144,7 @@ describe('a prediction', () => {
     const [steady, varied] = [trainedModel(), trainedModel()];
     const rng = createRng(2);
     for (let i = 0; i < 200; i++) {
-      const answer = { adapter: 'a', tokensMax: 4000, ttftMs: 10, totalMs: 1000 };
+      const answer = { adapter: 'a', tokensMax: 4000, load: idle, ttftMs: 10, totalMs: 1000 };
       steady.settle({ ...answer, completionTokens: 95, prediction: null });
       varied.settle({ ...answer, completionTokens: 10 + rng.below(180), prediction: null });
     }
@@ -155,7 +162,7 @@ describe('a prediction', () => {
     const input = inputOf({});
     const steps = model.predict(input, 4)!;
     const settle = (factor: number): void => {
-      const answer = { adapter: 'a', tokensMax: 101, completionTokens: 101 };
+      const answer = { adapter: 'a', tokensMax: 101, completionTokens: 101, load: idle };
       const [ttftMs, paceMs] = [2 * factor * steps.ttftMs, factor * steps.perTokenMs];
       const totalMs = ttftMs + 100 * paceMs;
       one.settle({ ...answer, ttftMs, totalMs, prediction: one.predict(input, 4)! });
@@ -179,7 +186,7 @@ describe('a prediction', () => {
     const input = inputOf({});
     const before = model.predict(input, 4)!;
     for (let i = 0; i < 100; i++) {
-      const answer = { adapter: 'a', tokensMax: 101, completionTokens: 101 };
+      const answer = { adapter: 'a', tokensMax: 101, completionTokens: 101, load: idle };
       const { ttftMs, totalMs } = before;
       late.settle({ ...answer, ttftMs: 1.6 * ttftMs, totalMs: 1.6 * totalMs, prediction: before });
       punctual.settle({

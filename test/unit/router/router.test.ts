@@ -110,6 +110,7 @@ function settle(router: Router, input: RouteInput, plan: Plan, seen: Simulated):
     prediction: plan.prediction,
     tokensMax: input.tokensMax,
     completionTokens: input.tokensMax,
+    load: input.load,
     ...seen,
   });
 }
