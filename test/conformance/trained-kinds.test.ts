@@ -21,27 +21,30 @@ function askedAt({ tokens }: Example, place: number): Example {
   return { tokens, learnt: Uint8Array.from(tokens, (_, i) => Number(i === place)) };
 }
 
+const bank = { atoms: 5, queryWidth: 6, blockLayers: 1 };
+const experts = [2, 6].map((rank) => ({ name: `of ${rank}`, rank }));
 const more: Readonly<Record<string, object>> = {
   fly: { scaling: 'none' },
   mora: { topK: 3 },
   svfit: { learningRate: 0.1 },
-  flexmore: {
-    experts: [
-      { name: 'one', rank: 2 },
-      { name: 'other', rank: 6 },
-    ],
-  },
+  flexmore: { experts },
   // Two groups of one block each: the second looks back at the first.
-  queryable: { bank: { atoms: 5, queryWidth: 6, blockLayers: 1 }, topK: 2 },
+  queryable: { bank, topK: 2 },
 };
+const cases: ReadonlyArray<readonly [name: string, more: object]> = [
+  ...trainedKinds.map((kind) => [kind, { kind, ...more[kind] }] as const),
+  ['queryable, all layers at once', { kind: 'queryable', bank: { ...bank, blockLayers: 2 } }],
+  ['queryable, no whole page', { kind: 'queryable', bank, rank: 6, topK: 5 }],
+  ['queryable, few targets', { kind: 'queryable', bank, targets: ['attn_q', 'ffn_down'] }],
+];
 
 describe('a decoder serves what was trained', () => {
-  it.each(trainedKinds)('%s', async (kind) => {
+  it.each(cases)('%s', async (name, own) => {
     const base = await openTinyBase();
     using _ = base.kernels;
     const recipe = tinyRecipe({
-      ...{ kind, rank: 8, stepsMax: 25, learningRate: 3e-2, schedule: 'constant', warmupShare: 0 },
-      ...more[kind],
+      ...{ rank: 8, stepsMax: 25, learningRate: 3e-2, schedule: 'constant', warmupShare: 0 },
+      ...own,
     });
     const open = (heldOut: readonly Example[]): TrainingSession =>
       new TrainingSession({ base, recipe, training: examples, heldOut, start: null });
@@ -59,14 +62,14 @@ describe('a decoder serves what was trained', () => {
     };
     const away: number[] = [];
     // Each session finds its base's singular vectors anew.
-    const few = kind === 'salt' || kind === 'svfit';
+    const few = name === 'salt' || name === 'svfit';
     for (const example of examples.slice(0, few ? 1 : 3)) {
       for (const place of few ? [5] : [1, 5, example.tokens.length - 1]) {
         using asked = open([askedAt(example, place)]);
         asked.restore({ ...session.checkpoint(), run: asked.run });
         const [{ loss }] = (await asked.evaluate(asked.files(), breathe)).slice(-1) as [RankLoss];
         const log = logOf(example, place, rows);
-        expect(Math.abs(log + loss), `${kind} at ${place}`).toBeLessThan(1e-4);
+        expect(Math.abs(log + loss), `${name} at ${place}`).toBeLessThan(1e-4);
         away.push(Math.abs(log - logOf(example, place, null)));
       }
     }
