@@ -23,6 +23,7 @@ import { hydra } from './families/hydra.ts';
 import { matryoshka } from './families/matryoshka.ts';
 import { mora } from './families/mora.ts';
 import { salt } from './families/salt.ts';
+import { rankAtEnergy, singularBasis } from './families/singular-basis.ts';
 import { svfit, svfitBasis } from './families/svfit.ts';
 import { triangular } from './families/triangular.ts';
 import type { Columns } from './orthogonal.ts';
@@ -264,12 +265,22 @@ async function packSvfit(
 function packBasis(modules: readonly NativeModule[], rankMax: number, about: About): Packed {
   const packer = createPacker();
   const energies: number[] = [];
+  const wanted: number[] = [];
+  let all = 0;
   for (const { site } of modules) {
-    const module = svfitBasis({ ...site }, rankMax);
-    packer.add(module);
-    for (let i = 0; i < module.rank; i++) energies[i] = (energies[i] ?? 0) + 1;
+    const own = { ...site };
+    packer.add(svfitBasis(own, rankMax));
+    const { sigma } = singularBasis(own);
+    wanted.push(rankAtEnergy(sigma, 0.99));
+    sigma.forEach((value, i) => {
+      all += value ** 2;
+      if (i < rankMax) energies[i] = (energies[i] ?? 0) + value ** 2;
+    });
   }
-  const describe = `the base's ${rankMax} largest singular directions of ${modules.length} modules`;
+  const kept = energies.reduce((sum, energy) => sum + energy, 0) / all;
+  const describe =
+    `the base's ${rankMax} largest singular directions of ${modules.length} modules: ${(100 * kept).toFixed(1)} % of their ` +
+    `energy, of which 99 % takes ${Math.min(...wanted)} to ${Math.max(...wanted)} ranks`;
   const named = { ...about, kind: 'basis', describe } as const;
   return finish(packer, { about: named, energies, options: noOptions });
 }

@@ -186,6 +186,7 @@ function describeGeneration(generation: Generation, { registry, engine }: Server
   const stored = registry.stored(generation);
   if (stored === null) throw new GatewayError('INTERNAL', `${generation} is named, not stored`);
   const { manifest, bytes } = stored;
+  const { needs } = manifest.options;
   const { residents, hosted = [] } = engine.stats();
   const resident = residents.find((one) => one.generation === generation);
   return {
@@ -199,7 +200,8 @@ function describeGeneration(generation: Generation, { registry, engine }: Server
     ),
     levels: manifest.levels === null ? 'uniform' : 'by-module',
     modules: manifest.modules.length,
-    needs: manifest.options.needs,
+    needs,
+    needs_describe: needs === null ? null : (registry.stored(needs)?.manifest.describe ?? null),
     bytes,
     leases: registry.leases(generation),
     residency:

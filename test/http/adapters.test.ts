@@ -228,6 +228,23 @@ describe('the life of an adapter', () => {
     expect(JSON.stringify(list.body)).not.toContain(directory);
   });
 
+  it('is shown with what it shares with others of its base', async () => {
+    const { options, ...plain } = fakeManifest(4);
+    harness.registry.store(
+      fakeGeneration('ba'),
+      { ...plain, kind: 'basis', options, describe: 'half of it' },
+      9,
+    );
+    const needs = fakeGeneration('ba');
+    const tenant = { ...plain, kind: 'svfit', options: { ...options, needs } } as const;
+    harness.registry.store(fakeGeneration('ca'), tenant, 7);
+    harness.registry.create('tenant', fakeGeneration('ca'));
+    const { body } = await call('GET', '/v1/adapters/tenant');
+    expect(body).toMatchObject({ kind: 'svfit', needs, needs_describe: 'half of it' });
+    const { body: other } = await call('GET', '/v1/adapters/support');
+    expect(other).toMatchObject({ needs: null, needs_describe: null });
+  });
+
   it('is shown in memory when its file is, and no slot has it', async () => {
     const tier = async () => ((await call('GET', '/v1/adapters/support')).body as Json).residency;
     expect(await tier()).toEqual({ tier: 'disk' });

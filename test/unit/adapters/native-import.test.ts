@@ -19,6 +19,7 @@ import { matryoshka } from '../../../src/adapters/families/matryoshka.ts';
 import { mora } from '../../../src/adapters/families/mora.ts';
 import { salt } from '../../../src/adapters/families/salt.ts';
 import { createRandom } from '../../../src/adapters/families/seeded-random.ts';
+import { rankAtEnergy, singularBasis } from '../../../src/adapters/families/singular-basis.ts';
 import { svfit } from '../../../src/adapters/families/svfit.ts';
 import { triangular } from '../../../src/adapters/families/triangular.ts';
 import { createImporter } from '../../../src/adapters/importer.ts';
@@ -240,7 +241,18 @@ describe('an adapter in its family’s own numbers', () => {
     const needs = imports.map(({ manifest }) => manifest.options.needs!);
     expect(needs[0]).toBe(needs[1]);
     expect(readdirSync(join(directory, 'blobs'))).toHaveLength(3);
-    expect(registry.stored(needs[0]!)?.manifest.kind).toBe('basis');
+    const { kind, describe: described, rankCurve } = registry.stored(needs[0]!)!.manifest;
+    expect(kind).toBe('basis');
+    // What it keeps of the base is told, and is of the base's own singular values.
+    const sigmas = sites().map((site) => singularBasis(site).sigma);
+    const energy = (count: number): number =>
+      sigmas.flatMap((sigma) => [...sigma.slice(0, count)]).reduce((sum, s) => sum + s * s, 0);
+    const most = sigmas.map((sigma) => rankAtEnergy(sigma, 0.99));
+    expect(described).toBe(
+      `the base's 8 largest singular directions of 2 modules: ${((100 * energy(8)) / energy(64)).toFixed(1)} % of their ` +
+        `energy, of which 99 % takes ${Math.min(...most)} to ${Math.max(...most)} ranks`,
+    );
+    expect(rankCurve[3]).toBeCloseTo(energy(4) / energy(8), 9);
     const basis = await read(needs[0]!);
     const packed = await read(imports[1]!.generation);
     const gates = packed.floats.get('gates')!.values;
