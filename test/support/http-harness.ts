@@ -1,3 +1,4 @@
+import { deepStrictEqual } from 'node:assert/strict';
 import { createHash } from 'node:crypto';
 import { getEventListeners } from 'node:events';
 import type { Generation } from '../../src/adapters/adapter.ts';
@@ -92,8 +93,8 @@ export interface Harness {
   /** With the key `who`. */
   call(who: string, method: string, path: string, sending?: Sending): Promise<Answer>;
   post(path: string, body: unknown, headers?: Record<string, string>): Promise<Response>;
-  /** Nothing of any request is left behind. */
   leftovers(): object;
+  /** Throws when anything of a request is left behind. */
   close(): void;
 }
 
@@ -190,6 +191,13 @@ export function createHarness(
     const bindings = peer === null ? {} : { incoming: { socket: { remoteAddress: peer } } };
     return app.hono.request(new URL(path, 'http://localhost').href, init, bindings as never);
   };
+  const leftovers = (): object => ({
+    live: engine.live,
+    leases: registry.leasesOpen,
+    flying: inFlight.count,
+    timers: clock.pending(),
+    listeners: getEventListeners(lifecycle.cutOff, 'abort').length,
+  });
   return {
     app,
     engine,
@@ -221,14 +229,11 @@ export function createHarness(
         headers: { 'content-type': 'application/json', ...headers },
         body: typeof body === 'string' ? body : JSON.stringify(body),
       }),
-    leftovers: () => ({
-      live: engine.live,
-      leases: registry.leasesOpen,
-      flying: inFlight.count,
-      timers: clock.pending(),
-      listeners: getEventListeners(lifecycle.cutOff, 'abort').length,
-    }),
-    close: () => metrics.close(),
+    leftovers,
+    close() {
+      metrics.close();
+      deepStrictEqual(leftovers(), nothingLeft);
+    },
   };
 }
 
