@@ -4,6 +4,7 @@
 import { randomUUID } from 'node:crypto';
 import { mkdirSync } from 'node:fs';
 import { open, rename } from 'node:fs/promises';
+import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import type { Generation } from './adapters/adapter.ts';
 import { blobPath } from './adapters/blobs.ts';
@@ -22,6 +23,7 @@ import type { ModelFile } from './model/model-source.ts';
 import { entryExecArgv, entryUrl } from './model/spawn-entry.ts';
 import { unloadUnused } from './server/adapters.ts';
 import type { Training } from './server/deps.ts';
+import { usableCores } from './usable-cores.ts';
 
 export interface TrainingParts {
   readonly config: Config;
@@ -101,6 +103,7 @@ function startTrainers(
     if (registry.stored(generation) !== null) return blobPath(parts.blobDirectory, generation);
     throw new GatewayError('ADAPTER_NOT_FOUND', 'the adapter that the job starts from is gone');
   };
+  const isQuota = usableCores().count < availableParallelism();
   // One core is left to serving, where there is one.
   const threads = config.trainerThreads ?? Math.max(1, config.threads - 1);
   const backend = config.trainerBackend ?? config.backend;
@@ -138,8 +141,8 @@ function startTrainers(
       return null;
     },
     pressure() {
-      const { running, threads: now } = engine.stats();
-      return { running, threads: now, threadsMax: config.threads };
+      const { running, waiting, threads: now } = engine.stats();
+      return { answers: running + waiting, isQuota, threads: now, threadsMax: config.threads };
     },
   });
 }

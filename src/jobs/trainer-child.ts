@@ -28,6 +28,8 @@ export class TrainerChild {
   /** Of CPU time: when it was last looked at, and at the first look since its last message. */
   #seenMs = 0;
   #silentSinceMs: number | null = null;
+  #hasSpoken = false;
+  #isHeld = false;
 
   constructor(options: TrainerChildOptions, spec: TrainerSpec, listener: TrainerListener) {
     this.#process = fork(fileURLToPath(options.entry), [JSON.stringify(spec)], {
@@ -39,6 +41,7 @@ export class TrainerChild {
     standBack(this.#process.pid, options.nice);
     this.#process.on('message', (message) => {
       this.#silentSinceMs = null;
+      this.#hasSpoken = true;
       listener.onMessage(message as FromTrainer);
     });
     onChildEnd(this.#process, options.after, listener.onEnd);
@@ -61,6 +64,14 @@ export class TrainerChild {
   send(message: ToTrainer): void {
     // The callback swallows the error of a channel that closes meanwhile: the end that follows is what counts.
     if (this.#process.connected) this.#process.send(message, () => {});
+  }
+
+  /** Stops all its threads where they are, or lets them go on. Only once it is sure to end with its gateway, which is when it
+   *  speaks (trainer/background.ts), and where there is that. */
+  hold(isHeld: boolean): void {
+    if (isHeld === this.#isHeld || !this.#hasSpoken || process.platform !== 'linux') return;
+    this.#isHeld = isHeld;
+    this.#process.kill(isHeld ? 'SIGSTOP' : 'SIGCONT');
   }
 
   /** Also ends a stopped process, which no other signal does. */

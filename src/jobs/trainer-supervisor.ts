@@ -60,11 +60,18 @@ interface Run {
 }
 
 const tickMs = 1000;
+/** From one look at the engine to the next, and how many it takes until a trainer that is held may go on for one: the least
+ *  that the pacer of the trainer itself leaves it too. */
+const lookMs = 20;
+const looksPerTurn = 50;
 
 export class TrainerSupervisor {
   readonly #options: TrainerSupervisorOptions;
   readonly #runs: Map<string, Run> = new Map();
   #cancelTick: () => void = () => {};
+  /** null: nobody looks, there is no trainer. */
+  #cancelLook: (() => void) | null = null;
+  #looks = 0;
   #share = 1;
   #isClosing = false;
   #onIdle: () => void = () => {};
@@ -100,11 +107,15 @@ export class TrainerSupervisor {
   async close(): Promise<void> {
     this.#isClosing = true;
     this.#cancelTick();
+    this.#cancelLook?.();
     if (this.#runs.size === 0) return;
     const idle = new Promise<void>((resolve) => {
       this.#onIdle = resolve;
     });
-    for (const { child } of this.#runs.values()) child?.send({ kind: 'stop' });
+    for (const { child } of this.#runs.values()) {
+      child?.hold(false);
+      child?.send({ kind: 'stop' });
+    }
     const cancel = this.#options.after(this.#options.stopMsMax, () => {
       for (const run of this.#runs.values()) {
         if (run.child !== null) run.child.kill();
@@ -123,7 +134,6 @@ export class TrainerSupervisor {
         this.#options.store.expire();
       });
       this.wake();
-      this.#setPace();
     });
   }
 
@@ -134,11 +144,17 @@ export class TrainerSupervisor {
     if (run.child === null || run.child.hasComputed(store.leaseMs)) store.renew(run.claim);
   }
 
-  #setPace(): void {
+  #look(): void {
+    const isLast = this.#runs.size === 0;
+    this.#cancelLook = isLast ? null : this.#options.after(lookMs, () => this.#look());
     const share = paceOf(this.#options.pressure());
-    if (share === this.#share) return;
+    this.#looks += 1;
+    const isHeld = share === 0 && this.#looks % looksPerTurn !== 0;
+    for (const { child } of this.#runs.values()) {
+      if (share !== this.#share) child?.send({ kind: 'pace', share });
+      child?.hold(isHeld);
+    }
     this.#share = share;
-    for (const { child } of this.#runs.values()) child?.send({ kind: 'pace', share });
   }
 
   #start(claim: Claimed): void {
@@ -176,6 +192,7 @@ export class TrainerSupervisor {
     );
     this.#runs.set(jobId, run);
     run.child.send({ kind: 'pace', share: this.#share });
+    if (this.#cancelLook === null) this.#look();
   }
 
   #hear(run: Run, message: FromTrainer): void {

@@ -34,6 +34,7 @@ function tell(message: FromTrainer): void {
 
 async function run(): Promise<void> {
   runInBackground();
+  tell({ kind: 'alive' });
   process.once('disconnect', () => process.exit(0));
   // The terminal's ^C reaches the whole group; the parent decides when this process ends.
   process.on('SIGINT', () => {});

@@ -89,7 +89,7 @@ function start(
       promoted.set(request.adapter, generation);
       return null;
     },
-    pressure: () => ({ running: 0, threads: 1, threadsMax: 1 }),
+    pressure: () => calm,
     stopMsMax: 5000,
     onFailure: (error) => void failures.push(error),
     ...over,
@@ -117,6 +117,17 @@ async function ended(job: Job): Promise<Job> {
     return now(job).finishedS !== null;
   }, 'the end');
   return now(job);
+}
+
+const calm: EnginePressure = { answers: 0, isQuota: false, threads: 1, threadsMax: 1 };
+
+/** By a signal, as /proc tells; never where there is none. */
+function isStopped(pid: number): boolean {
+  try {
+    return / [Tt] /.test(readFileSync(`/proc/${pid}/stat`, 'utf8').replace(/.*\)/, ''));
+  } catch {
+    return false;
+  }
 }
 
 /** Of its first thread. Infinity once it has ended. */
@@ -406,20 +417,78 @@ describe('trainers', () => {
   });
 
   it('are told how much they may compute as the engine’s load changes', async () => {
-    let pressure: EnginePressure = { running: 1, threads: 2, threadsMax: 2 };
+    let pressure: EnginePressure = { ...calm, answers: 1 };
     const orders = { steps: 2, holdAtStep: 1, echoPace: true };
     const supervisor = start(orders, { pressure: () => pressure });
     const job = test.store.create('', null, newJob());
     supervisor.wake();
+    const [pid] = supervisor.pids;
     const shares = (): string[] =>
       messages(job).flatMap((message) => /held-out loss (\S+) at/.exec(message)?.[1] ?? []);
-    await until(() => shares().length === 1, 'the first share');
-    pressure = { ...pressure, threads: 1 };
-    test.clock.advance(1000);
-    await until(() => shares().length === 2, 'the second share');
-    pressure = { ...pressure, threads: 2 };
-    test.clock.advance(1000);
-    await until(() => shares().length === 3, 'the third share');
+    /** A trainer that is held hears it in its turn. */
+    const heard = (count: number): Promise<void> =>
+      until(() => {
+        if (isStopped(pid!)) test.clock.advance(20);
+        return shares().length === count;
+      }, `share ${count}`);
+    await heard(1);
+    pressure = { ...pressure, threads: 0 };
+    test.clock.advance(20);
+    await heard(2);
+    pressure = calm;
+    test.clock.advance(20);
+    await heard(3);
     expect(shares().reverse()).toEqual(['1.0000', '0.0000', '1.0000']);
+  });
+
+  describe.runIf(process.platform === 'linux')('that answers leave nothing', () => {
+    let isFull: boolean;
+    let supervisor: TrainerSupervisor;
+    let job: Job;
+    let pid: number;
+    beforeEach(async () => {
+      isFull = false;
+      const pressure = (): EnginePressure => ({ ...calm, answers: 1, isQuota: isFull });
+      supervisor = start({ steps: 5, computeAtStep: 3, holdAtStep: 4 }, { pressure });
+      job = test.store.create('', null, newJob());
+      supervisor.wake();
+      [pid] = supervisor.pids as [number];
+      await until(() => now(job).progress?.step === 2, 'its checkpoint');
+      isFull = true;
+      test.clock.advance(20);
+      await until(() => isStopped(pid), 'held');
+    });
+
+    it('are held where they are, go on in their turns, and then for good', async () => {
+      let turns = 0;
+      for (let look = 0; look < 150; look++) {
+        test.clock.advance(20);
+        const usedMs = cpuMsOf(pid);
+        await until(() => isStopped(pid) || cpuMsOf(pid) > usedMs + 15, 'held or computing');
+        if (!isStopped(pid)) turns += 1;
+      }
+      expect(turns).toBe(3);
+      expect(now(job).attempts).toBe(0);
+      isFull = false;
+      for (let look = 0; look < 60; look++) {
+        test.clock.advance(20);
+        const usedMs = cpuMsOf(pid);
+        await until(() => cpuMsOf(pid) > usedMs + 1, 'computing');
+      }
+      expect(supervisor.pids).toEqual([pid]);
+    });
+
+    it('are gone when their job is cancelled', async () => {
+      test.store.cancel(job);
+      supervisor.wake();
+      await until(() => supervisor.pids.length === 0, 'its end');
+      expect(() => process.kill(pid, 0)).toThrow();
+    });
+
+    it('write a checkpoint when the gateway closes', async () => {
+      writeFileSync(join(scratchDir, 'go-on'), '');
+      await supervisor.close();
+      expect(now(job)).toMatchObject({ state: 'queued', attempts: 0, progress: { step: 4 } });
+    });
   });
 });
