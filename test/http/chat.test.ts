@@ -237,6 +237,7 @@ describe('a whole chat answer', () => {
         prediction: expect.objectContaining({ totalMs: 120.5 }),
         tokensMax: 512,
         completionTokens: 2,
+        load: expect.objectContaining({ decodeRows: 0, waiting: 0 }),
         ttftMs: 100,
         totalMs: 200,
       },
