@@ -32,7 +32,8 @@ export interface LoadHost {
   givePages(pages: readonly number[]): void;
   add(resident: Resident): void;
   settle(resident: Resident): void;
-  useBank(packed: PackedAdapter<ResidentKey>): AtomBank;
+  /** null: another is in use. */
+  useBank(packed: PackedAdapter<ResidentKey>): AtomBank | null;
 }
 
 interface Files {
@@ -160,6 +161,7 @@ export class Load implements AdapterLoad {
       this.#state = { kind: 'needing', files, basis };
       return;
     }
+    if (bank !== null && this.#host.useBank(bank) === null) return;
     const known = this.#host.residents.get(this.generation) ?? null;
     const resident = known ?? createResident(this.generation, this.#partsOf(files));
     const from = resident.pages.length;
@@ -194,7 +196,7 @@ export class Load implements AdapterLoad {
       }
       const { resident, files } = state;
       // The bank may have been replaced while pages were written.
-      if (files.bank !== null) this.#host.useBank(files.bank);
+      if (files.bank !== null && this.#host.useBank(files.bank) === null) return 'no-room';
       resident.pages.push(...state.pages);
       if (!this.#host.residents.has(this.generation)) this.#host.add(resident);
       resident.isGrowing = false;

@@ -47,14 +47,15 @@ export interface ResidentUse extends RowsSource, Disposable {
 }
 
 /** `reading`: the file is not in memory yet (`onProgress` tells when to come back). `no-room`: every page is in use or
- *  being loaded; come back after a release. `more`: written in part. `done`: resident, acquire it now. */
+ *  being loaded, or another atom bank is in use; come back after a release. `more`: written in part. `done`: resident,
+ *  acquire it now. */
 export type LoadProgress = 'reading' | 'no-room' | 'more' | 'done';
 
 export interface AdapterLoad {
   readonly generation: ResidentKey;
   /** Writes modules until `bytesMax` is reached, one at least. Throws ADAPTER_NOT_FOUND, ADAPTER_CORRUPT, BASE_MISMATCH,
-   *  UNSUPPORTED (more pages than the engine has; a second bank) or NO_CAPACITY (all that is left is pinned); the load is
-   *  over then and a later beginLoad starts afresh. */
+   *  UNSUPPORTED (more pages than the engine has; a bank beside a pinned one) or NO_CAPACITY (all that is left is pinned);
+   *  the load is over then and a later beginLoad starts afresh. */
   advance(bytesMax: number): LoadProgress;
   /** Ends the load for everyone who waits for it and frees its pages. No effect once it is done. */
   abandon(): void;
@@ -318,8 +319,8 @@ class PagedResidency implements Residency, LoadHost {
   }
 
   /** Makes this bank, or the one there that begins with it, the one of the stepper. A bank that is there may grow under
-   *  those who use it. Throws UNSUPPORTED while sequences use an unrelated one. */
-  useBank(packed: PackedAdapter<ResidentKey>): AtomBank {
+   *  those who use it. null while sequences use an unrelated one. Throws UNSUPPORTED while one of that is pinned. */
+  useBank(packed: PackedAdapter<ResidentKey>): AtomBank | null {
     const now = this.#bank;
     if (now !== null && (now.id === packed.generation || now.covers.has(packed.generation))) {
       return now;
@@ -331,22 +332,25 @@ class PagedResidency implements Residency, LoadHost {
     }
     if (now !== null && beginsWith(bank, now)) {
       for (const id of [now.id, ...now.covers]) bank.covers.add(id);
-    } else {
-      this.#dropBankUsers();
+    } else if (!this.#dropBankUsers()) {
+      return null;
     }
     this.options.stepper.setAtomBank(bank);
     this.#bank = bank;
     return bank;
   }
 
-  #dropBankUsers(): void {
+  /** False: some are in use. */
+  #dropBankUsers(): boolean {
     const old = [...this.residents.values()].filter(
       ({ maker }) => maker.manifest.kind === 'queryable',
     );
-    if (old.some((resident) => resident.uses > 0 || this.#isPinned(resident))) {
-      throw new GatewayError('UNSUPPORTED', 'adapters of another atom bank are in use or pinned');
+    if (old.some((resident) => this.#isPinned(resident))) {
+      throw new GatewayError('UNSUPPORTED', 'an adapter of another atom bank is pinned');
     }
+    if (old.some((resident) => !this.#isEvictable(resident))) return false;
     for (const resident of old) this.dispose(resident, 'bank-replaced');
+    return true;
   }
 
   dispose(resident: Resident, reason: DisposalReason): void {

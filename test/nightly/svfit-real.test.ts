@@ -10,7 +10,7 @@ it.each([
   [0, 227],
   [14, 355],
 ])(
-  '99 %% of the energy of q in block %i of SmolLM2 takes %i ranks',
+  'q in block %i of SmolLM2 needs %i ranks for 99 percent of its energy',
   async (block, wanted) => {
     using file = openGguf(await baseModelPath());
     const module = { block, projection: 'attn_q' } as const;

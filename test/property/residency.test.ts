@@ -192,17 +192,15 @@ describe('residency of every kind under any order of calls', () => {
       }),
       { numRuns: 150 },
     );
-    // The runs came where it matters; to pins that leave no room only some of them do.
-    seen.delete('NO_CAPACITY');
+    // The runs came where it matters; to pins that leave no room, or no other bank, only some of them do.
+    for (const some of ['NO_CAPACITY', 'UNSUPPORTED', 'load-failed']) seen.delete(some);
     expect(seen).toEqual(
       new Set([
-        'UNSUPPORTED',
         'bank-replaced',
         'basis-evicted',
         'evicted',
         'grown',
         'load-abandoned',
-        'load-failed',
         'more',
         'no-room',
         'reading',

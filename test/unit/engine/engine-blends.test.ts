@@ -285,6 +285,44 @@ describe("an instruction's prior", () => {
     prior,
   });
 
+  it('beside adapters of another bank takes turns with them: none fails, each is as it is alone', async () => {
+    const other = fakeGeneration(98);
+    const openBoth = async (key: ResidentKey): Promise<PackedAdapter> => {
+      if (key !== other && key !== two) return open(key);
+      const packed = await open(key === other ? bank : key);
+      const { manifest } = packed;
+      if (key === two) {
+        return {
+          ...packed,
+          manifest: { ...manifest, options: { ...manifest.options, needs: other } },
+        };
+      }
+      const { shape, values } = packed.floats.get('atoms')!;
+      const turned = { shape, values: values.map((value) => -value) };
+      return {
+        ...packed,
+        generation: other,
+        floats: new Map([...packed.floats, ['atoms', turned]]),
+      };
+    };
+    const request = (i: number): GenerateRequest =>
+      makeRequest({
+        ...{ id: `r${i}`, tokens: range(12 + i), tokensMax: 6 },
+        adapter: asked(i % 2 === 0 ? one : two, null),
+      });
+    const harness = new LoopHarness({ open: openBoth });
+    const heard = Array.from({ length: 8 }, (_, i) => harness.submit(request(i)));
+    await harness.drain();
+    for (const [i, told] of heard.entries()) {
+      expect(told.failure).toBeNull();
+      const alone = new LoopHarness({ open: openBoth });
+      const only = alone.submit(request(i));
+      await alone.drain();
+      expect(idsOf(told)).toEqual(idsOf(only));
+    }
+    expectClean(harness);
+  });
+
   it('reaches the rows as logits of atoms, made of token embeddings', async () => {
     const { stepper, seen } = watched();
     const harness = new LoopHarness({ stepper, open });
