@@ -41,7 +41,8 @@ export async function squeezeAdapter(c: Context<Env>, deps: ServerDeps): Promise
   const { generation: before } = recordOf(c, deps);
   const { rank, variance, mode = 'post' } = await readBody(c, deps, squeezeSchema);
   if (mode === 'cont') {
-    const message = 'mode cont trains on after squeezing: this build has no trainer, post is there';
+    const message =
+      'mode cont trains on afterwards: a fine-tuning job, whose recipe has squeeze of kind cont';
     throw new GatewayError('UNSUPPORTED', message, { param: 'mode' });
   }
   if ((rank === undefined) === (variance === undefined)) {
