@@ -55,7 +55,8 @@ export type RewardRecipe =
       readonly parts: readonly { readonly weight: number; readonly reward: SingleReward }[];
     };
 
-const text = z.string().min(1).max(4096);
+// Jobs are listed by the hundred, each with its recipe.
+const text = z.string().min(1).max(1024);
 const reference = text.nullable().default(null);
 const single = [
   z.strictObject({ kind: z.literal('full-stop') }),
@@ -76,7 +77,7 @@ const weighted = z.strictObject({
   parts: z
     .array(part)
     .min(1)
-    .max(16)
+    .max(8)
     .refine(
       (parts) => parts.reduce((sum, { weight }) => sum + weight, 0) < 1 + 1e-9,
       'weights add up to more than 1',

@@ -16,7 +16,7 @@ import { fewEntries, parseBody } from './schemas.ts';
 type Path = readonly [string, ...string[]];
 const where: Path = ['method', 'reinforcement', 'grader'];
 
-const text = z.string().min(1).max(4096);
+const text = z.string().min(1).max(1024);
 const compared = {
   type: z.string(),
   name: z.string().min(1).max(64),
@@ -28,7 +28,7 @@ const textSimilarity = z.strictObject({ ...compared, evaluation_metric: z.string
 const multi = z.strictObject({
   type: z.string(),
   name: z.string().min(1).max(64),
-  graders: fewEntries(16),
+  graders: fewEntries(8),
   calculate_output: text,
 });
 const typed = z.looseObject({ type: z.string().max(64) });

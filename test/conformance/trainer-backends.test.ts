@@ -32,7 +32,7 @@ async function train(kernels: Kernels, more: object = {}): Promise<Trained> {
   using session = new TrainingSession({ base, recipe, training, heldOut, start: null });
   const reports: StepReport[] = [];
   while (session.step < 3) reports.push(await session.takeStep(breathe));
-  const losses = await session.evaluate(session.publish(), breathe);
+  const losses = await session.evaluate(session.files(), breathe);
   return { reports, parameters: session.checkpoint().parameters, heldOut: losses.at(-1)!.loss };
 }
 
@@ -78,6 +78,8 @@ const ways = {
   svfit: { kind: 'svfit' },
   fly: { kind: 'fly', scaling: 'none' },
   mora: { kind: 'mora', recompute: true },
+  queryable: { kind: 'queryable', bank: { atoms: 5, queryWidth: 6, blockLayers: 1 } },
+  flexmore: { kind: 'flexmore', experts: [1, 3].map((rank) => ({ name: `of ${rank}`, rank })) },
   'lora from eva': { kind: 'lora', init: { kind: 'eva', rho: 2, tokens: 256 } },
   'sandwich, computed again': { objective: 'sandwich', recompute: true },
   'lora-pro under trp': {

@@ -82,6 +82,39 @@ describe('training, from a file to an answer', () => {
     expect(after).toBeLessThan(2 * before! + 0.1);
   });
 
+  it('by scores is what OpenAI’s client calls reinforcement', async () => {
+    const client = clientOf(gateway);
+    const prompts = Array.from({ length: 8 }, (_, i) => {
+      const messages = [{ role: 'user', content: `question ${i}` }];
+      return JSON.stringify({ messages, reference_answer: answer });
+    });
+    const file = await client.files.create({
+      file: await toFile(Buffer.from(prompts.join('\n')), 'prompts.jsonl'),
+      purpose: 'fine-tune',
+    });
+    const grader = {
+      type: 'text_similarity',
+      name: 'alike',
+      input: '{{sample.output_text}}',
+      reference: '{{item.reference_answer}}',
+      evaluation_metric: 'fuzzy_match',
+    } as const;
+    const hyperparameters = { n_epochs: 3, batch_size: 4 };
+    const { id } = await client.fineTuning.jobs.create({
+      ...{ model: gateway.modelName, training_file: file.id, suffix: 'scored', seed: 5 },
+      method: { type: 'reinforcement', reinforcement: { grader, hyperparameters } },
+    });
+    const job = await jobUntil(client, id, ({ status }) => status === 'succeeded');
+    expect(job.method).toMatchObject({ reinforcement: { grader, hyperparameters } });
+    expect(job.rankgate.progress).toMatchObject({ step: 6, steps: 6 }); // 8 prompts less one held out
+    const { losses, base_loss: base } = job.rankgate;
+    for (const loss of [base, ...losses!.map((one) => one.loss)]) {
+      expect(loss).toBeGreaterThan(0); // what answers lack of the full score
+      expect(loss).toBeLessThanOrEqual(1);
+    }
+    expect((await client.models.retrieve(job.fine_tuned_model!)).id).toBe(job.fine_tuned_model);
+  }, 120_000);
+
   it('is followed by the command line to its model', async () => {
     const [file, recipeFile] = [join(dataDir, 'talk.jsonl'), join(dataDir, 'recipe.json')];
     writeFileSync(file, examples);

@@ -109,6 +109,7 @@ describe('a fine-tuning job by OpenAI’s graders', () => {
     ['JSON of the sample', { ...check, input: '{{sample.output_json.x}}' }, `${at}.input`],
     ['another field', { ...check, reference: '{{item.category}}' }, `${at}.reference`],
     ['text around it', { ...check, reference: 'So {{item.completion}}' }, `${at}.reference`],
+    ['a long text', { ...check, reference: 'x'.repeat(1025) }, `${at}.reference`],
     ['a threshold', { ...alike, pass_threshold: 0.5 }, `${at}.pass_threshold`],
     ['several in several', { ...both('m'), graders: { m: both('right') } }, `${at}.graders.m.type`],
     ['a function', both('max(right, alike_2)'), `${at}.calculate_output`],
