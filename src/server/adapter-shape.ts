@@ -42,7 +42,7 @@ export async function squeezeAdapter(c: Context<Env>, deps: ServerDeps): Promise
   const { rank, variance, mode = 'post' } = await readBody(c, deps, squeezeSchema);
   if (mode === 'cont') {
     const message =
-      'mode cont trains on afterwards: a fine-tuning job, whose recipe has squeeze of kind cont';
+      'mode cont trains on afterwards: that is a fine-tuning job whose model is the squeezed adapter';
     throw new GatewayError('UNSUPPORTED', message, { param: 'mode' });
   }
   if ((rank === undefined) === (variance === undefined)) {
