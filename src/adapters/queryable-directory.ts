@@ -214,7 +214,7 @@ async function storeBank(
 }
 
 /** τ_k: the mean of the label's token embeddings, as the engine makes one of an instruction (engine/instruction-prior.ts). */
-function embeddedLabels(labels: readonly string[], file: GgufFile, width: number): Floats {
+export function embeddedLabels(labels: readonly string[], file: GgufFile, width: number): Floats {
   const tokenizer = createTokenizer(readTokenizerSource(file.metadata));
   const values = new Float32Array(labels.length * width);
   for (const [k, label] of labels.entries()) {

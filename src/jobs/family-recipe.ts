@@ -18,6 +18,8 @@ export interface BankRecipe {
   readonly balance: number;
   /** Of all steps, the first that mix all atoms. */
   readonly denseShare: number;
+  /** What all examples are learnt under, as requests say it by `instruction_prior` and `prior_strength`. */
+  readonly instruction: { readonly text: string; readonly strength: number } | null;
 }
 
 export interface ExpertRecipe {
@@ -35,6 +37,13 @@ export const bankSchema: z.ZodType<BankRecipe, unknown> = z.strictObject({
   // Section 6's, as are the sizes.
   balance: z.number().min(0).max(1e3).default(1e-2),
   denseShare: z.number().min(0).max(1).default(0.1),
+  instruction: z
+    .strictObject({
+      text: z.string().min(1).max(2000),
+      strength: z.number().min(0).max(100).default(0.5),
+    })
+    .nullable()
+    .default(null),
 });
 
 export const expertSchema: z.ZodType<ExpertRecipe> = z.strictObject({

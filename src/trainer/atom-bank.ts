@@ -2,14 +2,18 @@
 // that it becomes (adapters/queryable-directory.ts). From the base it brings a bank of its own. From another adapter it is over
 // that one's bank, which stays as it is byte for byte; with more atoms than that has, those and their keys are all that trains.
 
+import { columnsOf } from '../adapters/families/matrices.ts';
 import { scaleOf } from '../adapters/families/matryoshka.ts';
+import { instructionPrior, priorBias } from '../adapters/families/queryable.ts';
 import type { Columns } from '../adapters/orthogonal.ts';
 import type { PackedAdapter } from '../adapters/pack.ts';
 import { floatTensor, halfTensor, halvesOf } from '../adapters/pack-numbers.ts';
+import { embeddedLabels } from '../adapters/queryable-directory.ts';
 import { GatewayError } from '../errors.ts';
 import type { Recipe } from '../jobs/recipe.ts';
 import { earlierMax } from '../kernels/rank-routing.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
+import type { GgufFile } from '../model/gguf.ts';
 import { type SafetensorsTensor, writeSafetensors } from '../model/safetensors.ts';
 import { tensorName } from '../model/trained-delta.ts';
 import type { TrainedModule } from './family-graph.ts';
@@ -27,7 +31,12 @@ const atomsDefault = 8;
 const queryWidthDefault = 16;
 const blockLayersDefault = 5;
 
-export function queryableChoice(recipe: Recipe, start: QueryableStart | null): QueryableChoice {
+/** `bias`: of `priorOf`. */
+export function queryableChoice(
+  recipe: Recipe,
+  start: QueryableStart | null,
+  bias: readonly number[] | null = null,
+): QueryableChoice {
   const { rank, topK, scaling, bank } = recipe;
   const { balance, denseShare, ...wanted } = bank!;
   const known = start === null ? null : sizesOf(start.bank);
@@ -45,7 +54,25 @@ export function queryableChoice(recipe: Recipe, start: QueryableStart | null): Q
     kept: known?.atoms ?? 0,
     balance,
     denseShare,
+    bias,
   };
+}
+
+/** What the recipe's instruction adds to the atoms' logits, as the engine has it (engine/instruction-prior.ts). */
+export function priorOf(
+  recipe: Recipe,
+  from: StartOptions,
+  { file, width }: { readonly file: GgufFile; readonly width: number },
+): readonly number[] | null {
+  const { instruction = null } = recipe.bank ?? {};
+  if (instruction === null) return null;
+  const start = queryableStart(from);
+  const { atoms } = queryableChoice(recipe, start);
+  const labels = labelsOf(recipe, atoms, from.start);
+  const { values } = embeddedLabels([...labels, instruction.text], file, width);
+  const all = { rows: width, columns: atoms + 1, data: Float64Array.from(values) };
+  const e = columnsOf(all, atoms, 1).data;
+  return priorBias(instructionPrior(e, columnsOf(all, 0, atoms), 1), instruction.strength);
 }
 
 interface BankSizes {
@@ -66,10 +93,14 @@ function sizesOf({ floats, manifest }: PackedAdapter): BankSizes {
 export function checkQueryable(
   recipe: Recipe,
   { blocks }: Pick<DecoderConfig, 'blocks'>,
-  start: QueryableStart | null,
+  { prior = null, ...from }: StartOptions & { readonly prior?: readonly number[] | null },
 ): void {
+  const start = queryableStart(from);
   const { atoms, blockLayers } = queryableChoice(recipe, start);
-  const { labels } = recipe.bank!;
+  const { labels, instruction } = recipe.bank!;
+  if ((instruction === null) !== (prior === null)) {
+    throw new GatewayError('INTERNAL', 'queryable: an instruction and its prior go together');
+  }
   const groups = groupCount([{ block: blocks - 1, projection: 'attn_q' }], blockLayers);
   if (groups > earlierMax + 1) {
     const most = `at most ${earlierMax + 1} are served`;
@@ -144,14 +175,13 @@ export function labelsOf({ bank }: Recipe, atoms: number, start: PackedAdapter |
   return Array.from({ length: atoms }, (_, k) => known[k] ?? `atom ${k + 1}`);
 }
 
-/** null where training begins anew. */
-export function queryableStart({
-  start,
-  bank = null,
-}: {
+interface StartOptions {
   readonly start: PackedAdapter | null;
   readonly bank?: PackedAdapter | null;
-}): QueryableStart | null {
+}
+
+/** null where training begins anew. */
+export function queryableStart({ start, bank = null }: StartOptions): QueryableStart | null {
   if (start?.manifest.kind !== 'queryable') return null;
   if (bank === null) throw new GatewayError('INTERNAL', 'queryable: an adapter without its bank');
   return { adapter: start, bank };

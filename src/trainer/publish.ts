@@ -20,8 +20,12 @@ import type { TrainedModule } from './family-graph.ts';
 import { graphOf, type TrainingChoice } from './family-training.ts';
 import type { GrowthOptions } from './rank-growth.ts';
 
-/** `start`: what queryable goes on from. */
-export function choiceOf(recipe: Recipe, start: QueryableStart | null = null): TrainingChoice {
+/** `start`: what queryable goes on from; `prior`: what its instruction adds. */
+export function choiceOf(
+  recipe: Recipe,
+  start: QueryableStart | null = null,
+  prior: readonly number[] | null = null,
+): TrainingChoice {
   const { kind, rank, ranks, scaling, objective, order, topK, temperature, tailRank } = recipe;
   const alpha = rank * scaleOf(scaling, rank);
   switch (kind) {
@@ -48,7 +52,7 @@ export function choiceOf(recipe: Recipe, start: QueryableStart | null = null): T
     case 'flexmore':
       return { kind, experts: recipe.experts! };
     case 'queryable':
-      return queryableChoice(recipe, start);
+      return queryableChoice(recipe, start, prior);
   }
 }
 

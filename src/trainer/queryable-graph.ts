@@ -1,7 +1,7 @@
 // Queryable LoRA in training (algorithms.md section 6, adapters/families/queryable.ts): bank and keys are shared by all modules,
 // and a group of blocks routes once, by the low-rank state of its first q projection, with all earlier groups' summaries.
 // Everything is differentiated, through the softmax of the atoms that are chosen and the summaries; the choice itself is not,
-// nor how often an atom is chosen in what evens that out. No instruction is trained with: λ = 0, as requests have it by default.
+// nor how often an atom is chosen in what evens that out. An instruction's prior is the same for all rows.
 
 import { type QueryableOptions, queryable } from '../adapters/families/queryable.ts';
 import { GatewayError } from '../errors.ts';
@@ -10,13 +10,14 @@ import { moduleIndex } from '../model/decoder-config.ts';
 import type { ModuleRef } from '../model/stepper.ts';
 import {
   type DeltaInput,
+  everyRow,
   type Shapes,
   type TrainedDelta,
   tensorName,
 } from '../model/trained-delta.ts';
 import { type FamilyGraph, type NamedNumbers, numbersOf, shapesOf } from './family-graph.ts';
 
-export interface QueryableTraining extends Omit<QueryableOptions, 'earlierBlocks' | 'bias'> {
+export interface QueryableTraining extends Omit<QueryableOptions, 'earlierBlocks'> {
   /** Blocks that route together. */
   readonly blockLayers: number;
   /** `bank`: everything. `adapter`: A, B and keys over a bank that stays. `new-atoms`: atoms after the first `kept`, and their keys. */
@@ -46,7 +47,7 @@ const sharedNames = ['keys', 'atoms', 'query', 'summary', 'context'] as const;
 
 export function queryableGraph(choice: QueryableTraining): FamilyGraph {
   return {
-    family: queryable({ ...choice, earlierBlocks: true, bias: null }),
+    family: queryable({ ...choice, earlierBlocks: true }),
     over(modules) {
       const places = modules.map(({ site: { weight: _, ...place } }) => place);
       const own = modules.flatMap(({ site, tensors }) =>
@@ -151,7 +152,7 @@ function trainedBy({ part }: QueryableTraining, groups: number): (name: string) 
 
 /** Numbers of the graph that do not train: sums and places as products. */
 export function queryableConstants(
-  { rank, atoms }: Pick<QueryableTraining, 'rank' | 'atoms'>,
+  { rank, atoms, queryWidth, bias }: QueryableTraining,
   groups: number,
 ): NamedNumbers {
   const oneAt = (length: number, i: number): Float32Array =>
@@ -168,8 +169,16 @@ export function queryableConstants(
   return {
     shift: { shape: [atoms, 1 + atoms], values: shift },
     ones: { shape: [1, rank], values: new Float32Array(rank).fill(1) },
+    // Before the division by √dq.
+    ...(bias === null
+      ? {}
+      : { prior: { shape: [1, atoms], values: scaledBias(bias, queryWidth) } }),
     ...Object.fromEntries(places),
   };
+}
+
+function scaledBias(bias: readonly number[], queryWidth: number): Float32Array {
+  return Float32Array.from(bias, (value) => value * Math.sqrt(queryWidth));
 }
 
 function placeName(count: number, j: number): string {
@@ -194,7 +203,9 @@ function route(ops: ForwardOps, at: At, parts: RouteArguments): Tensor {
     summaries.length === 0
       ? own
       : ops.add(own, ops.linear(lookedBack(ops, at, { h, summaries, scale }), at('context')));
-  const logits = ops.linear(q, at('keys')); // [T, K]
+  const asked = ops.linear(q, at('keys')); // [T, K]
+  const logits =
+    options.bias === null ? asked : ops.add(asked, everyRow(ops, at('prior'), h.shape[0]!));
   const shares = ops.training.softmaxTop(logits, topK, scale); // [T, K]
   input.observe('shares', shares);
   if (isBalanced) {

@@ -59,6 +59,8 @@ export interface SessionOptions {
   readonly modules?: ReadonlySet<number> | null;
   /** The bank that `start` is over, of a queryable adapter. */
   readonly bank?: PackedAdapter | null;
+  /** What a queryable's instruction adds to its atoms' logits. */
+  readonly prior?: readonly number[] | null;
 }
 
 export interface StepReport {
@@ -118,7 +120,7 @@ export class TrainingSession implements Disposable {
     const { recompute, batchWindows: windows, windowTokens: windowRows } = recipe;
     const modules = startModules(options);
     const growth = growthOf(recipe, modules.length);
-    this.#choice = choiceOf(recipe, queryableStart(options));
+    this.#choice = choiceOf(recipe, queryableStart(options), options.prior);
     this.#training = new FamilyTraining(this.#choice, modules, growth);
     this.parameters = this.#training.parameters;
     this.#added = new Float32Array(Math.max(...this.parameters.map(({ values }) => values.length)));
@@ -303,7 +305,7 @@ export function checkSizes(options: SessionOptions): void {
     throw new GatewayError('INVALID_REQUEST', 'there is no example to train on');
   }
   if (start !== null) checkStart(recipe, start, base.hash);
-  if (recipe.kind === 'queryable') checkQueryable(recipe, base.config, queryableStart(options));
+  if (recipe.kind === 'queryable') checkQueryable(recipe, base.config, options);
 }
 
 function heldOutBatches(examples: readonly Example[], recipe: Recipe): Layout[] {

@@ -16,6 +16,7 @@ import { readDecoderConfig } from '../model/decoder-config.ts';
 import { rememberedSha256 } from '../model/file-hash.ts';
 import { type GgufFile, openGguf } from '../model/gguf.ts';
 import { loadWeights } from '../model/weights.ts';
+import { priorOf } from './atom-bank.ts';
 import { readCheckpoint, writeCheckpoint } from './checkpoint.ts';
 import { compareAdapters } from './compare.ts';
 import { EggrollSession } from './eggroll-session.ts';
@@ -89,7 +90,8 @@ async function trainModules(
   const base = await openBase(spec, prepared.file);
   using _ = base.kernels;
   const learningRate = rateOf(recipe, sweepRates[0]!);
-  const options = { ...prepared, base, recipe: { ...recipe, learningRate } };
+  const prior = priorOf(recipe, prepared, { file: prepared.file, width: base.config.width });
+  const options = { ...prepared, prior, base, recipe: { ...recipe, learningRate } };
   using session =
     recipe.method === 'gradient'
       ? new TrainingSession(options)

@@ -6,6 +6,7 @@ import type { Packed } from '../../src/adapters/pack-pairs.ts';
 import { importPacked } from '../../src/adapters/packed-import.ts';
 import { isQueryable, packQueryable } from '../../src/adapters/queryable-directory.ts';
 import { createResidency } from '../../src/adapters/residency.ts';
+import { composeRows } from '../../src/adapters/rows.ts';
 import { openGguf } from '../../src/model/gguf.ts';
 import type { AdapterRows, Stepper } from '../../src/model/stepper.ts';
 import type { AdapterFiles } from '../../src/trainer/publish.ts';
@@ -46,7 +47,7 @@ export async function importFiles(
 export async function rowsOf(
   { adapter, bank }: Imported,
   stepper: Stepper,
-  baseHash: string,
+  { baseHash, atomBias = null }: { readonly baseHash: string; readonly atomBias?: number[] | null },
 ): Promise<AdapterRows> {
   const files = new Map([adapter, ...(bank === null ? [] : [bank])].map((x) => [x.generation, x]));
   const residency = createResidency({
@@ -62,5 +63,7 @@ export async function rowsOf(
   for (let progress = load.advance(1e9); progress !== 'done'; progress = load.advance(1e9)) {
     if (progress !== 'more') throw new Error(`the load is at ${progress}`);
   }
-  return residency.acquire(adapter.generation)!.rows(adapter.manifest.rankMax);
+  const use = residency.acquire(adapter.generation)!;
+  const part = { use, rank: adapter.manifest.rankMax, weight: 1 };
+  return composeRows([part], { flyTopK: null, atomBias });
 }

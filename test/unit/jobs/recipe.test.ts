@@ -47,7 +47,8 @@ describe('a recipe', () => {
     expect(recipe).toMatchObject({ ranks: [8], topK: 1, recompute: false });
     const { bank, topK } = parseRecipe({ kind: 'queryable' }, 'recipe');
     const open = { atoms: null, queryWidth: null, blockLayers: null, labels: null };
-    expect([bank, topK]).toEqual([{ ...open, balance: 1e-2, denseShare: 0.1 }, 2]);
+    const weights = { balance: 1e-2, denseShare: 0.1, instruction: null };
+    expect([bank, topK]).toEqual([{ ...open, ...weights }, 2]);
     expect(parseRecipe(JSON.parse(JSON.stringify(recipe)), 'recipe')).toEqual(recipe);
   });
 

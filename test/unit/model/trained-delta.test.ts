@@ -247,7 +247,7 @@ describe('routing through the decoder', () => {
     queryWidth: 5,
     topK: 3,
     blockLayers: 1,
-    ...{ part: 'bank' as const, kept: 0, balance: 0 },
+    ...{ part: 'bank' as const, kept: 0, balance: 0, bias: null },
   } as const;
 
   /** All numbers, moved along `direction`. */

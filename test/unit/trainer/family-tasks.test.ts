@@ -131,7 +131,7 @@ describe('queryable', () => {
       queryWidth: 4,
       topK: 4,
       blockLayers: 1,
-      ...{ part: 'bank' as const, kept: 0, balance: 0 },
+      ...{ part: 'bank' as const, kept: 0, balance: 0, bias: null },
     };
     const delta = queryableDelta([site], options);
     const random = createRandom(8n);

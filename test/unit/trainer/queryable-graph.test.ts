@@ -19,7 +19,7 @@ import { bytesOfNumbers } from '../../support/module-program.ts';
 const [rows, groups, width] = [7, 4, 16];
 const options = {
   ...{ rank: 4, alpha: 8, atoms: 5, queryWidth: 3, topK: 2, blockLayers: 1 },
-  ...{ part: 'bank' as const, kept: 0, balance: 0 },
+  ...{ part: 'bank' as const, kept: 0, balance: 0, bias: null },
 } as const;
 const scale = options.alpha / options.rank;
 const random = createRandom(31n);
@@ -41,9 +41,12 @@ const blocks = Array.from({ length: groups }, () => ({
   b: rounded(normalColumns(random, 4, width)),
 }));
 
+type Bias = readonly number[] | null;
+const biases: readonly Bias[] = [null, [0.4, -0.3, 0, 0.8, -1]];
+
 /** What each group adds, and every gradient, in f64. */
-function defined(): { readonly ys: Columns[]; readonly gradients: Map<string, Columns> } {
-  const router = routerOf(shared, { ...options, earlierBlocks: true, bias: null });
+function defined(bias: Bias): { readonly ys: Columns[]; readonly gradients: Map<string, Columns> } {
+  const router = routerOf(shared, { ...options, earlierBlocks: true, bias });
   const summaries: Columns[] = [];
   const passes = blocks.map(({ x, a, b }) => {
     const h = transposedTimes(a, x);
@@ -77,10 +80,10 @@ function defined(): { readonly ys: Columns[]; readonly gradients: Map<string, Co
   return { ys: passes.map(({ y }) => y), gradients };
 }
 
-it('the definition has the slopes of central differences, through all groups', () => {
+it.each(biases)('the definition has the slopes of central differences: prior %j', (bias) => {
   const loss = (): number =>
-    defined().ys.reduce((sum, y, block) => sum + sumOfProducts(y, blocks[block]!.dy), 0);
-  const { gradients } = defined();
+    defined(bias).ys.reduce((sum, y, block) => sum + sumOfProducts(y, blocks[block]!.dy), 0);
+  const { gradients } = defined(bias);
   const own = blocks.flatMap(({ x, a, b }, block): [string, Columns][] => {
     const module = { block, projection: 'attn_q' } as const;
     return [
@@ -100,9 +103,10 @@ it('the definition has the slopes of central differences, through all groups', (
   }
 });
 
-it('routes, looks back and learns as it is defined, over four groups', () => {
+it.each(biases)('routes, looks back and learns as it is defined: prior %j', (bias) => {
+  const own = { ...options, bias };
   using kernels = new GgmlKernels({ threads: 1 });
-  const delta = queryableDelta(places, options);
+  const delta = queryableDelta(places, own);
   const stored = new Map(
     Object.entries({ ...delta.trained, ...delta.constants }).map(([name, shape]) => [
       name,
@@ -113,7 +117,7 @@ it('routes, looks back and learns as it is defined, over four groups', () => {
     kernels.write(stored.get(name)!, bytesOfNumbers(values), 0);
   };
   for (const [name, { data }] of Object.entries(shared)) write(name, data);
-  for (const [name, { values }] of Object.entries(queryableConstants(options, groups))) {
+  for (const [name, { values }] of Object.entries(queryableConstants(own, groups))) {
     write(name, values);
   }
   blocks.forEach(({ a, b }, block) => {
@@ -148,7 +152,7 @@ it('routes, looks back and learns as it is defined, over four groups', () => {
     program.write(`dy${i}`, Float32Array.from(dy.data));
   });
   program.run([]);
-  const { ys, gradients } = defined();
+  const { ys, gradients } = defined(bias);
   const compare = (name: string, wanted: Columns): void => {
     const got = new Float32Array(wanted.data.length);
     program.read(name, 0, got);
