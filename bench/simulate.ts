@@ -5,6 +5,7 @@
 
 import { readFileSync } from 'node:fs';
 import { fixedRank, rankLadder, routed } from '../test/support/simulator/contestants.ts';
+import { type Foreseen, foresee } from '../test/support/simulator/foresight.ts';
 import { searchHindsight } from '../test/support/simulator/hindsight.ts';
 import { largeMachine, type Machine, smallMachine } from '../test/support/simulator/machine.ts';
 import type { Contestant, Result, Scenario } from '../test/support/simulator/scenario.ts';
@@ -18,7 +19,7 @@ import {
   smallTiers,
   type Traffic,
 } from '../test/support/simulator/traffic.ts';
-import { type Report, round, type Series, seriesOf } from './measure.ts';
+import { quantile, type Report, round, type Series, seriesOf } from './measure.ts';
 import { addSummaries } from './summary-series.ts';
 
 export interface SimulateSizes {
@@ -26,6 +27,10 @@ export interface SimulateSizes {
   readonly seconds: number;
   readonly loads: readonly number[];
   readonly hindsightRounds: number;
+  /** Requests whose prediction is compared with what could have been known, and of how many seconds of each load. */
+  readonly foreseen: number;
+  readonly foreseenSeconds: number;
+  readonly futures: number;
   /** Requests that wait at once when capacity is measured. */
   readonly backlog: number;
   /** Of 1,000 requests a second; a twelfth of it of 10,000. */
@@ -37,6 +42,9 @@ const fullSimulate: SimulateSizes = {
   seconds: 240,
   loads: [0.5, 0.8, 0.95, 1.2],
   hindsightRounds: 20,
+  foreseen: 40,
+  foreseenSeconds: 40,
+  futures: 12,
   backlog: 400,
   manySeconds: 60,
 };
@@ -76,6 +84,7 @@ export async function benchSimulate(
     return reportOf([await compare('trace', scenario, sizes)], {});
   }
   const compared: Compared[] = [];
+  const floors: Record<string, number> = {};
   for (let seed = 1; seed <= sizes.seeds; seed++) {
     const capacity = await capacityOf(smallMachine, sizes.backlog, seed);
     for (const load of sizes.loads) {
@@ -83,14 +92,42 @@ export async function benchSimulate(
       const arrivals = createTraffic({ ...smallTraffic, seed, seconds: sizes.seconds, perSecond });
       const scenario = { seed, machine: smallMachine, arrivals };
       compared.push(await compare(String(Math.round(100 * load)), scenario, sizes));
+      if (seed === 1) Object.assign(floors, await floorFigures(load, sizes));
     }
   }
-  return reportOf(compared, await manyFigures(sizes.manySeconds));
+  return reportOf(compared, { ...floors, ...(await manyFigures(sizes.manySeconds)) });
+}
+
+/** How far off a prediction must be, answers' lengths known, and how far off those of the same requests are. */
+async function floorFigures(
+  load: number,
+  { foreseen: samples, foreseenSeconds: seconds, futures, backlog }: SimulateSizes,
+): Promise<Record<string, number>> {
+  const whole = { ...smallTraffic, endsEarly: 0 };
+  const perSecond = load * (await capacityOf(smallMachine, backlog, 1, whole));
+  const traffic = { ...whole, seed: 11, seconds, perSecond };
+  const scenario = { seed: 1, machine: smallMachine, arrivals: createTraffic(traffic) };
+  const foreseen = await foresee(scenario, guarded, { traffic, samples, futures });
+  const figures: Record<string, number> = {};
+  for (const [name, guess] of [
+    ['error_floor', (one: Foreseen) => one.expectedMs],
+    ['error_beside_floor', (one: Foreseen) => one.predictedMs],
+  ] as const) {
+    const errors = foreseen.map((one) => Math.abs(guess(one) / one.actualMs - 1));
+    figures[`${name}_median_${Math.round(100 * load)}`] = round(quantile(errors, 0.5));
+    figures[`${name}_p90_${Math.round(100 * load)}`] = round(quantile(errors, 0.9));
+  }
+  return figures;
 }
 
 /** Requests a second that are served at full ranks when there is always one that waits. */
-async function capacityOf(machine: Machine, count: number, seed: number): Promise<number> {
-  const traffic = { ...smallTraffic, seed, seconds: count, perSecond: 2 };
+async function capacityOf(
+  machine: Machine,
+  count: number,
+  seed: number,
+  kind: typeof smallTraffic = smallTraffic,
+): Promise<number> {
+  const traffic = { ...kind, seed, seconds: count, perSecond: 2 };
   const arrivals: Arrival[] = createTraffic(traffic)
     .slice(0, count)
     .map((one) => ({ ...one, atMs: 0 }));
@@ -181,6 +218,13 @@ function reportOf(compared: readonly Compared[], more: Readonly<Record<string, n
         runs.map((run) => gapClosed(own(run), run)),
       );
       series[`${label} ${name}: gap_closed`] = closed;
+      for (const [figure, read] of [
+        ['error_median', (one: Summary) => one.errorMedian],
+        ['error_p90', (one: Summary) => one.errorP90],
+      ] as const) {
+        const errors = runs.flatMap((run) => read(own(run)) ?? []); // none where nothing was predicted
+        if (errors.length > 0) figures[`${figure}_${name}_${label}`] = seriesOf('1', errors).median;
+      }
       figures[`gap_closed_${name}_${label}`] = closed.median;
       figures[`met_share_${name}_${label}`] = of('met_share');
       figures[`refused_${name}_${label}`] = runs.reduce((sum, run) => sum + refusals(own(run)), 0);
@@ -199,6 +243,7 @@ function reportOf(compared: readonly Compared[], more: Readonly<Record<string, n
       'simulated: the router and the engine loop of this commit on a machine of made-up or measured step costs (test/support/simulator/machine.ts); loads are shares of the rate served at full ranks',
       'quality: mean fidelity of the feasible requests, 0 for one that is late or refused; gap_closed: (policy - best fixed rank) / (hindsight - best fixed rank)',
       'hindsight: a local search over all ranks with everything known, a lower bound of the optimum; quality_to_bound: against each request alone on the machine, an upper bound',
+      'error_floor: what the best guess at an arrival would be off that knows everything but who comes later (test/support/simulator/foresight.ts), of answers that use their limit; error_beside_floor: the plan, of the same requests; error: all requests of the compared runs, of which 30 % end early',
     ],
   };
 }

@@ -8,6 +8,7 @@ import { createTraffic, smallTiers } from '../../support/simulator/traffic.ts';
 
 const tiny = {
   ...{ seeds: 1, seconds: 20, loads: [0.8], hindsightRounds: 2, backlog: 20, manySeconds: 1.2 },
+  ...{ foreseen: 3, foreseenSeconds: 8, futures: 3 },
 };
 
 describe('bench simulate', () => {
@@ -21,6 +22,9 @@ describe('bench simulate', () => {
       expect.arrayContaining([
         'gap_closed_guarded_80',
         'met_share_largest_80',
+        'error_median_guarded_80',
+        'error_floor_p90_80',
+        'error_beside_floor_p90_80',
         'minute_1000_cpu_s',
       ]),
     );
