@@ -26,13 +26,6 @@ const entries = [
   'engine/text-worker.ts',
   'adapters/import-worker.ts',
   'trainer/trainer-process.ts',
-  'trainer/batch-growth.ts', // these six: tested, not yet in a recipe
-  'trainer/codyra.ts',
-  'trainer/trp.ts',
-  'trainer/coso.ts',
-  'trainer/coso-file.ts',
-  'trainer/frequent-directions.ts',
-  'trainer/queryable-graph.ts', // likewise
   'model/training-decoder.ts', // bench trainstep; the trainer's when it is there
   'adapters/families/lora.ts', // what the trainer of step 4 makes: imports come as PEFT
 ];

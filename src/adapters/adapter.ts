@@ -102,6 +102,8 @@ export interface MadeSource {
   /** Which of these, in a few words. */
   readonly by: string;
   readonly from: readonly Generation[];
+  /** Hash of the file beside it that says what training from here must leave as it is. */
+  readonly keeps?: Generation;
 }
 
 export interface AdapterManifest {

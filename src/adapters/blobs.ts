@@ -4,14 +4,14 @@
 
 import { constants, type promises, readdirSync, statSync, unlinkSync } from 'node:fs';
 import { mkdir, open, rename, unlink } from 'node:fs/promises';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { GatewayError } from '../errors.ts';
 import { type Generation, isGeneration } from './adapter.ts';
 import { generationOf } from './pack.ts';
 
 export interface BlobStore {
-  /** Durable when it resolves. Idempotent. Throws DISK_FULL. */
-  put(bytes: Uint8Array): Promise<Generation>;
+  /** Durable when it resolves, and so is what it keeps, beside it. Idempotent. Throws DISK_FULL. */
+  put(bytes: Uint8Array, kept?: Uint8Array | null): Promise<Generation>;
   /** The next three act at once, so that deciding and acting cannot be torn apart by an import that ends meanwhile. */
   has(generation: Generation): boolean;
   /** Idempotent. */
@@ -24,7 +24,9 @@ export interface BlobStore {
 export type BlobFiles = Pick<typeof promises, 'open' | 'rename' | 'unlink' | 'mkdir'>;
 
 const suffix = '.safetensors';
+const keptSuffix = '.coso.safetensors';
 const unfinished = '.part';
+const hashLength = 64;
 
 /** Where a generation's packed file is, for the engine's readPacked. */
 export function blobPath(directory: string, generation: Generation): string {
@@ -32,33 +34,34 @@ export function blobPath(directory: string, generation: Generation): string {
   return join(directory, `${generation.slice('sha256:'.length)}${suffix}`);
 }
 
+/** What training from a packed file must keep (trainer/continual.ts) is beside it, and goes with it. */
+export function keptPath(packedPath: string): string {
+  return packedPath.slice(0, -suffix.length) + keptSuffix;
+}
+
 export function createBlobStore(
   directory: string,
   files: BlobFiles = { open, rename, unlink, mkdir },
 ): BlobStore {
   return {
-    async put(bytes) {
+    async put(bytes, kept = null) {
       const generation = generationOf(bytes);
       const path = blobPath(directory, generation);
-      try {
-        await files.mkdir(directory, { recursive: true });
-        await writeWhole(files, { path: `${path}${unfinished}`, bytes });
-        await files.rename(`${path}${unfinished}`, path);
-        await syncDirectory(files, directory);
-      } catch (error) {
-        await files.unlink(`${path}${unfinished}`).catch(() => {}); // sweep is there for what stays.
-        throw storeError(error);
-      }
+      // First: what is there has what it names.
+      if (kept !== null) await putFile(files, { path: keptPath(path), bytes: kept });
+      await putFile(files, { path, bytes });
       return generation;
     },
     has: (generation) => isFile(blobPath(directory, generation)),
     remove(generation) {
-      removeFile(blobPath(directory, generation));
+      const path = blobPath(directory, generation);
+      for (const one of [path, keptPath(path)]) removeFile(one);
     },
     sweep(isKnown) {
       for (const name of listFiles(directory)) {
-        const generation = `sha256:${name.slice(0, -suffix.length)}`;
-        const isBlob = name.endsWith(suffix) && isGeneration(generation);
+        const generation = `sha256:${name.slice(0, hashLength)}`;
+        const isWhole = [suffix, keptSuffix].includes(name.slice(hashLength));
+        const isBlob = isWhole && isGeneration(generation);
         const isOurs = isBlob || name.endsWith(`${suffix}${unfinished}`);
         if (isOurs && !(isBlob && isKnown(generation))) removeFile(join(directory, name));
       }
@@ -69,6 +72,19 @@ export function createBlobStore(
 interface NewFile {
   readonly path: string;
   readonly bytes: Uint8Array;
+}
+
+async function putFile(files: BlobFiles, { path, bytes }: NewFile): Promise<void> {
+  const part = `${path}${unfinished}`;
+  try {
+    await files.mkdir(dirname(path), { recursive: true });
+    await writeWhole(files, { path: part, bytes });
+    await files.rename(part, path);
+    await syncDirectory(files, dirname(path));
+  } catch (error) {
+    await files.unlink(part).catch(() => {}); // sweep is there for what stays.
+    throw storeError(error);
+  }
 }
 
 async function writeWhole(files: BlobFiles, { path, bytes }: NewFile): Promise<void> {

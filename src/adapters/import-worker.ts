@@ -11,7 +11,7 @@ import { packNative } from './native-import.ts';
 import { type PackedAdapter, readPacked } from './pack.ts';
 import { type LevelRule, type Packed, type SqueezeTarget, squeezePacked } from './pack-pairs.ts';
 import { packPeft, unpackPeft } from './pack-peft.ts';
-import { importPacked, packedConfig } from './packed-import.ts';
+import { checkKept, importPacked, packedConfig } from './packed-import.ts';
 import { isCovered } from './page-writing.ts';
 import type { AdapterBase } from './peft.ts';
 import { readPeftDirectory } from './peft-directory.ts';
@@ -98,7 +98,8 @@ async function importDirectory(job: DirectoryJob): Promise<ImportAnswer> {
   }
   if (input.config.trim() === packedConfig.trim()) {
     const packed = importPacked(input.config, input.weights, base);
-    const adapter = { ...(await store(packed, blobDirectory)), warnings: [] };
+    checkKept(packed, input.kept);
+    const adapter = { ...(await store(packed, blobDirectory, input.kept)), warnings: [] };
     return { kind: 'imported', adapter, shared: null };
   }
   return importNative(job, input);
@@ -150,8 +151,9 @@ function noneWhenAbsent(error: unknown): null {
 async function store(
   { manifest, bytes }: Packed,
   blobDirectory: string,
+  kept: Uint8Array | null = null,
 ): Promise<Omit<ImportedAdapter, 'warnings'>> {
-  const generation = await createBlobStore(blobDirectory).put(bytes);
+  const generation = await createBlobStore(blobDirectory).put(bytes, kept);
   return { manifest, generation, bytes: bytes.length };
 }
 

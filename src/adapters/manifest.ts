@@ -37,6 +37,7 @@ const source = z.discriminatedUnion('format', [
     format: z.literal('rankgate'),
     by: z.string().max(200),
     from: z.array(generation).max(64),
+    keeps: generation.exactOptional(),
   }),
 ]);
 

@@ -42,6 +42,14 @@ export function importPacked(config: string, weights: Uint8Array, base: AdapterB
   return { manifest: packed.manifest, bytes: weights };
 }
 
+/** What came beside a packed file is what it names. Nothing may come: it is served all the same. Throws INVALID_ADAPTER. */
+export function checkKept({ manifest: { source } }: Packed, kept: Uint8Array | null): void {
+  const named = source.format === 'rankgate' ? source.keeps : undefined;
+  if (kept === null || generationOf(kept) === named) return;
+  const message = 'the .coso.safetensors beside it is not what its manifest names';
+  throw new GatewayError('INVALID_ADAPTER', message);
+}
+
 function open(bytes: Uint8Array): PackedAdapter {
   try {
     return openPacked(bytes, generationOf(bytes));

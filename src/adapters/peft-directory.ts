@@ -5,10 +5,12 @@ import { constants } from 'node:fs';
 import { access, type FileHandle, lstat, open } from 'node:fs/promises';
 import { join } from 'node:path';
 import { GatewayError } from '../errors.ts';
+import { keptPath } from './blobs.ts';
 import { configBytesMax } from './peft-config.ts';
 
 /** Largest adapter_model.safetensors. */
 const weightsBytesMax: number = 2 * 1024 ** 3;
+const weightsName = 'adapter_model.safetensors';
 /** A read of 2 GiB or more at once is refused by Node 20. */
 const readBytesMax = 256 * 1024 * 1024;
 
@@ -17,6 +19,8 @@ export interface PeftDirectory {
   readonly format: 'peft' | 'rankgate';
   readonly config: string;
   readonly weights: Uint8Array;
+  /** What a trainer left beside a packed file. */
+  readonly kept: Uint8Array | null;
 }
 
 /** Throws INVALID_ADAPTER. */
@@ -33,10 +37,13 @@ export async function readPeftDirectory(directory: string): Promise<PeftDirector
   const configName = isOurs ? 'rankgate.json' : 'adapter_config.json';
   const config = await readBounded(directory, configName, configBytesMax);
   await refusePickle(directory);
-  const weights = await readBounded(directory, 'adapter_model.safetensors', weightsBytesMax);
+  const weights = await readBounded(directory, weightsName, weightsBytesMax);
+  const keptName = keptPath(weightsName);
+  const hasKept = isOurs && (await has(directory, keptName));
+  const kept = hasKept ? await readBounded(directory, keptName, weightsBytesMax) : null;
   try {
     const text = new TextDecoder('utf-8', { fatal: true }).decode(config);
-    return { format: isOurs ? 'rankgate' : 'peft', config: text, weights };
+    return { format: isOurs ? 'rankgate' : 'peft', config: text, weights, kept };
   } catch (cause) {
     throw new GatewayError('INVALID_ADAPTER', `${configName} is not UTF-8`, { cause });
   }

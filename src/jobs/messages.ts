@@ -71,6 +71,8 @@ export type FromTrainer =
       readonly steps: number;
       /** Bytes by what they are for. */
       readonly memory: Readonly<Record<string, number>>;
+      /** Directions that older data use and that stay as they are; null: the recipe keeps none. */
+      readonly kept: number | null;
       /** What computes, as kernels describe themselves. */
       readonly kernels: string;
     }

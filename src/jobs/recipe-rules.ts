@@ -20,6 +20,7 @@ export function conflict(recipe: Recipe): readonly [path: string, message: strin
   const rules: readonly Rule[] = [
     [isRising, 'ranks', `must rise to rank, ${most}: ranks above them would never train`],
     [new Set(targets).size === targets.length, 'targets', 'names a projection twice'],
+    ...rankRules(recipe),
     ...kindRules(recipe),
     ...familyRules(recipe),
     ...eggrollRules(recipe),
@@ -131,5 +132,46 @@ function eggrollRules({ method, ...recipe }: Recipe): readonly Rule[] {
     [isLora, 'method.kind', 'eggroll trains kind lora, init kaiming, modules all'],
     [isPlain, 'method.kind', 'eggroll has no regularizer, no batchSchedule, and scaling none'],
     [recipe.rank <= rankMaxLimit - 8, 'rank', 'a row of eggroll has 8 ranks of noise beside it'],
+  ];
+}
+
+/** codyra, squeeze and coso each want a plain run of plain pairs for themselves. */
+function rankRules(recipe: Recipe): readonly Rule[] {
+  const { kind, method, init, modules, regularizer, rankSelection, squeeze, continual } = recipe;
+  const given = Object.entries({ rankSelection, squeeze, continual }).flatMap(([path, value]) =>
+    value === null ? [] : [{ path, name: value.kind }],
+  );
+  const isPlain =
+    kind === 'lora' &&
+    method === 'gradient' &&
+    init.kind === 'kaiming' &&
+    modules === 'all' &&
+    regularizer === null;
+  const wanted = 'kind lora, method gradient, init kaiming, modules all and no regularizer';
+  return [
+    ...given.map(({ path, name }): Rule => [isPlain, `${path}.kind`, `${name} wants ${wanted}`]),
+    ...given
+      .slice(1)
+      .map(({ path, name }): Rule => [false, `${path}.kind`, `${name} beside ${given[0]!.name}`]),
+    ...optionRules(recipe),
+  ];
+}
+
+function optionRules(recipe: Recipe): readonly Rule[] {
+  const { rank, order, weightDecay, rankSelection, squeeze, continual } = recipe;
+  const { name } = recipe.optimizer;
+  const isLoraPro = name.startsWith('lora-pro');
+  const from = squeeze === null || squeeze.kind === 'cont' ? rank + 1 : squeeze.from;
+  return [
+    [rankSelection === null || !isLoraPro, 'optimizer.name', `${name} knows no gates: codyra`],
+    [from > rank, 'squeeze.from', `${from} ranks are to become ${rank}: more are wanted`],
+    [squeeze === null || order === 'svd', 'order', `${order}: what is cut is in the order of svd`],
+    [
+      squeeze?.kind !== 'anneal' || !(isLoraPro || name === 'dct-adamw'),
+      'optimizer.name',
+      `${name} moves ranks together: those that anneal takes away would come back`,
+    ],
+    [continual === null || name === 'adamw', 'optimizer.name', `coso steps as adamw, not ${name}`],
+    [continual === null || weightDecay === 0, 'weightDecay', 'would forget what coso keeps'],
   ];
 }

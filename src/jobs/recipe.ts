@@ -9,6 +9,14 @@ import type { LevelRule } from '../adapters/pack-pairs.ts';
 import { GatewayError } from '../errors.ts';
 import { type Projection, projections } from '../model/decoder-config.ts';
 import { type BankRecipe, bankSchema, type ExpertRecipe, expertSchema } from './family-recipe.ts';
+import {
+  type CodyraRecipe,
+  type CosoRecipe,
+  codyraSchema,
+  cosoSchema,
+  type SqueezeRecipe,
+  squeezeSchema,
+} from './rank-recipe.ts';
 import { conflict } from './recipe-rules.ts';
 import { type RewardRecipe, rewardSchema } from './reward-recipe.ts';
 
@@ -139,7 +147,8 @@ export interface Recipe {
     | { readonly kind: 'kaiming' }
     | { readonly kind: 'eva'; readonly rho: number; readonly tokens: number };
   readonly regularizer: TrpRecipe | null;
-  readonly rankSelection: null;
+  readonly rankSelection: CodyraRecipe | null;
+  readonly squeeze: SqueezeRecipe | null;
   /** `diffora`: this share of the targets' modules, found by a search as long as that share of the run. */
   readonly modules:
     | 'all'
@@ -150,7 +159,7 @@ export interface Recipe {
     readonly eta: number;
     readonly max: number;
   } | null;
-  readonly continual: null;
+  readonly continual: CosoRecipe | null;
   /** Steps between evaluations; null: at the end only. */
   readonly evaluateEvery: number | null;
   readonly checkpointEvery: number;
@@ -279,7 +288,8 @@ const schema = z.strictObject({
     })
     .nullable()
     .default(null),
-  rankSelection: z.null().default(null),
+  rankSelection: codyraSchema.nullable().default(null),
+  squeeze: squeezeSchema.nullable().default(null),
   modules: z
     .union([
       z.literal('all'),
@@ -298,7 +308,7 @@ const schema = z.strictObject({
     })
     .nullable()
     .default(null),
-  continual: z.null().default(null),
+  continual: cosoSchema.nullable().default(null),
   evaluateEvery: stepCount.nullable().default(null),
   checkpointEvery: stepCount.default(50),
   heldOutShare: z.number().min(0).max(0.5).default(0.1),
@@ -310,8 +320,6 @@ const schema = z.strictObject({
 const unbuilt: Readonly<Record<string, readonly string[]>> = {
   kind: ['sara'],
   'init.kind': ['meta'],
-  'rankSelection.kind': ['codyra'],
-  'continual.kind': ['coso'],
 };
 
 /** `where` begins each message. Throws INVALID_REQUEST, or UNSUPPORTED for what is not built. */
@@ -331,7 +339,9 @@ export function parseRecipe(json: unknown, where: string): Recipe {
   const objective = data.objective ?? (data.kind === 'matryoshka' ? 'diag' : 'plain');
   const quarter = Math.max(1, Math.floor(most / 4));
   const isSum = objective === 'plain' || objective === 'diag' || objective === 'binary';
-  const order = data.order ?? (isSum ? 'svd' : 'as-trained');
+  // CoDyRA's ranks are in the order of their gates.
+  const hasOrder = !isSum || data.rankSelection !== null;
+  const order = data.order ?? (hasOrder ? 'as-trained' : 'svd');
   const trainsSum = objective === 'diag' || objective === 'binary';
   const recipe: Recipe = {
     ...data,

@@ -361,7 +361,8 @@ export class TrainerSupervisor {
 }
 
 function startMessage(message: Extract<FromTrainer, { kind: 'started' }>): string {
-  const { steps, memory, kernels } = message;
+  const { steps, memory, kernels, kept } = message;
   const bytes = Object.values(memory).reduce((sum, part) => sum + part, 0);
-  return `training has begun: ${steps} steps, ${(bytes / 1e6).toFixed(0)} MB, on ${kernels}`;
+  const keeps = kept === null ? '' : `, ${kept} directions of older data are kept`;
+  return `training has begun: ${steps} steps, ${(bytes / 1e6).toFixed(0)} MB, on ${kernels}${keeps}`;
 }

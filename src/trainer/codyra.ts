@@ -1,6 +1,42 @@
 // CoDyRA's choice of ranks (arXiv 2412.01004): y += B·(g ⊙ A·x), and after a dense phase each step pulls the gates g towards
 // zero by a growing threshold. Ranks whose gates reach zero are gone; the others' gates give their order. The reference
-// zeroes gates below the threshold once more after it took it off; that is not what the formula says, and not done here.
+// zeroes gates below the threshold once more after it took it off; that is not what the formula says, and not done here. Nor
+// is what was learnt merged into the base, which all adapters share.
+
+import { type Family, pairFamily } from '../adapters/families/family.ts';
+import { type LoraOptions, lora } from '../adapters/families/lora.ts';
+import { filled, picked } from '../adapters/families/matrices.ts';
+import { GatewayError } from '../errors.ts';
+import type { TrainedModule } from './family-graph.ts';
+import type { Parameter } from './optimizers/optimizer.ts';
+
+/** A lora whose ranks have gates of their own, which train with it: s·(g ⊙ B)·A, g drawn from N(0, 1). */
+export function gatedLora(options: LoraOptions): Family {
+  const plain = lora(options);
+  return pairFamily({
+    kind: 'lora',
+    describe: `${plain.describe}, its ranks chosen by CoDyRA`,
+    axes: { ...plain.axes, g: ['rank', 1] },
+    trained: [...plain.trained, 'g'],
+    order: options.order,
+    init(site, random) {
+      const pair = plain.init(site, random);
+      return { ...pair, g: filled(options.rank, 1, () => random.normal()) };
+    },
+    pair(site, tensors, k) {
+      const pair = plain.pair(site, tensors, k);
+      const g = tensors.g!.data;
+      return {
+        ...pair,
+        gates: pair.gates.map((scale, r) => scale * g[r]!),
+        gradient(d) {
+          const data = d.gates.map((value, r) => value * pair.gates[r]!);
+          return { ...pair.gradient(d), g: { rows: 1, columns: data.length, data } };
+        },
+      };
+    },
+  });
+}
 
 /** The proximal step of threshold·|g|: sign(g)·max(|g| − threshold, 0). */
 export function shrinkGates(gates: Float32Array | Float64Array, threshold: number): void {
@@ -21,6 +57,12 @@ export function thresholdAt(step: number, steps: number, options: ThresholdOptio
   const first = Math.ceil(options.denseShare * steps);
   if (step <= first) return 0;
   return (options.thresholdMax * (step - first)) / Math.max(1, steps - 1 - first);
+}
+
+/** What is done to the gates among the parameters after a step. */
+export function shrinkRanks(parameters: readonly Parameter[], threshold: number): void {
+  for (const { name, values } of parameters)
+    if (name.endsWith('.g')) shrinkGates(values, threshold);
 }
 
 /** g ⊙ B, a row times its gate: what a module without gates computes the same with. */
@@ -52,9 +94,21 @@ export function throughGates(
 }
 
 /** Ranks with a gate, the largest first. */
-export function keptRanks(gates: Float32Array): number[] {
+export function keptRanks(gates: Float32Array | Float64Array): number[] {
   const size = (r: number): number => Math.abs(gates[r]!);
   return Array.from(gates.keys())
     .filter((r) => size(r) > 0)
     .sort((x, y) => size(y) - size(x) || x - y);
+}
+
+/** The modules without the ranks that are gone, and without those that have none left. Throws INVALID_ADAPTER when nothing is. */
+export function openModules(modules: readonly TrainedModule[]): TrainedModule[] {
+  const open = modules.flatMap(({ site, tensors }) => {
+    const order = keptRanks(tensors.g!.data);
+    const kept = Object.entries(tensors).map(([name, x]) => [name, picked(x, order)] as const);
+    return order.length === 0 ? [] : [{ site, tensors: Object.fromEntries(kept) }];
+  });
+  if (open.length > 0) return open;
+  const message = 'codyra: the threshold has closed every gate: a smaller thresholdMax is wanted';
+  throw new GatewayError('INVALID_ADAPTER', message, { param: 'rankSelection.thresholdMax' });
 }

@@ -1,23 +1,39 @@
 // CoSO (arXiv 2505.11816) for low-rank pairs: what a module does to the inputs of earlier tasks stays as it is. M [in, k]
 // spans them. A moves where M is not seen (dA·M = 0): by Adam in the leading directions P of what is left of its gradient
-// then. B moves only as no rank that answers to M notices: (B + dB)·A·M = B·A·M. The paper trains whole matrices, and has
-// no B; that moments turn with P is ours too. Factors are rank-major.
+// then. B moves only as no rank that answers to M notices: (B + dB)·A·M = B·A·M. What A's gradients show of this task's inputs
+// is gathered, and joins M at the end. The paper trains whole matrices, and has no B; that moments turn with P is ours too.
+// Factors are rank-major, and all ranks have one scale.
 
 import { added, beside, scaled, times } from '../adapters/families/matrices.ts';
 import { type Columns, scaled as eachScaled, innerProducts, svd } from '../adapters/orthogonal.ts';
 import { orthonormal } from '../adapters/randomized-svd.ts';
 import { GatewayError } from '../errors.ts';
+import { addRow, createSketch, type Sketch, sketchOf } from './frequent-directions.ts';
 import { type AdamOptions, adamStep, momentLengths, momentsOf } from './optimizers/adam.ts';
 import type { Optimizer, Parameter, ParameterShape } from './optimizers/optimizer.ts';
 import { addBack, project, sideOf } from './optimizers/projection.ts';
 import { createState, floats, type OptimizerState, withState } from './optimizers/state.ts';
 
 /** No weight decay: it would forget. */
-export interface CosoOptions extends Omit<AdamOptions, 'weightDecay'> {
+export interface CosoOptions extends Omit<AdamOptions, 'weightDecay'>, BasisOptions {
   /** Directions that A moves in at a time, r1. */
-  readonly rank: number;
+  readonly directions: number;
   /** Steps between two choices of them, K. */
   readonly gap: number;
+  /** Rows that stand for all gradients of an A, r2. */
+  readonly sketch: number;
+}
+
+export interface BasisOptions {
+  /** Of the sketch, that the basis holds afterwards. */
+  readonly energy: number;
+  /** Directions that a basis may have: what is beyond is not kept. */
+  readonly keptMax: number;
+}
+
+export interface Coso extends Optimizer {
+  /** M by A's name, with what this task's inputs add to it. */
+  consolidated(): Map<string, Columns>;
 }
 
 // Of a gradient's or a factor's length: what f32 arithmetic leaves of a direction that is not there.
@@ -28,30 +44,67 @@ export function createCoso(
   options: CosoOptions,
   parameters: readonly ParameterShape[],
   bases: ReadonlyMap<string, Columns>,
-): Optimizer {
-  const directions = ({ rows, columns }: ParameterShape): number =>
-    Math.min(options.rank, rows, columns);
-  const state = createState(
-    parameters.flatMap((parameter) => {
-      const { name, rows, columns } = parameter;
-      if (!name.endsWith('.a')) {
-        return [...momentLengths(name, rows * columns), [`${name}.held`, rows * rows]];
-      }
-      const count = directions(parameter);
-      return [...momentLengths(name, count * rows), [`${name}.p`, count * columns]];
+): Coso {
+  const isA = ({ name }: ParameterShape): boolean => name.endsWith('.a');
+  const sketches = new Map(
+    parameters.filter(isA).map(({ name, columns }) => {
+      return [name, createSketch(Math.min(options.sketch, columns), columns)] as const;
     }),
   );
-  return withState({ name: 'coso', state, parameters }, (current, learningRate) => {
+  const state = stateOf(options, parameters, sketches);
+  const basisOf = (name: string, width: number): Columns => bases.get(name) ?? emptyBasis(width);
+  const optimizer = withState({ name: 'coso', state, parameters }, (current, learningRate) => {
     const byName = new Map(current.map((parameter) => [parameter.name, parameter]));
     for (const parameter of current) {
-      const isA = parameter.name.endsWith('.a');
-      const a = isA ? parameter : byName.get(`${parameter.name.slice(0, -1)}a`);
-      const basis = bases.get(a?.name ?? '') ?? emptyBasis(a?.columns ?? 0);
-      const setting = { options, state, basis, learningRate };
-      if (isA) moveA(setting, parameter);
-      else moveB(setting, parameter, a);
+      const { name } = parameter;
+      const a = isA(parameter) ? parameter : byName.get(`${name.slice(0, -1)}a`);
+      if (a === undefined) throw new GatewayError('INVALID_REQUEST', `coso: ${name} has no a`);
+      const setting = { options, state, basis: basisOf(a.name, a.columns), learningRate };
+      if (a === parameter) {
+        gather(sketches.get(name)!, parameter);
+        moveA(setting, parameter);
+      } else moveB(setting, parameter, a);
     }
   });
+  const basesBytes = Array.from(bases.values()).reduce((sum, { data }) => sum + data.byteLength, 0);
+  return {
+    ...optimizer,
+    stateBytes: optimizer.stateBytes + basesBytes,
+    consolidated: () =>
+      new Map(
+        Array.from(sketches, ([name, { size, width, data, filled }]) => {
+          const copy = { size, width, data: data.slice(), filled: filled.slice() };
+          return [name, extendBasis(basisOf(name, width), sketchOf(copy), options)] as const;
+        }),
+      ),
+  };
+}
+
+function stateOf(
+  options: CosoOptions,
+  parameters: readonly ParameterShape[],
+  sketches: ReadonlyMap<string, Sketch>,
+): OptimizerState {
+  const { arrays } = createState(
+    parameters.flatMap(({ name, rows, columns }) => {
+      if (!sketches.has(name)) {
+        return [...momentLengths(name, rows * columns), [`${name}.held`, rows * rows] as const];
+      }
+      const count = Math.min(options.directions, rows, columns);
+      return [...momentLengths(name, count * rows), [`${name}.p`, count * columns] as const];
+    }),
+  );
+  const gathered = Array.from(sketches, ([name, { data, filled }]) => [
+    [`${name}.rows`, data] as const,
+    [`${name}.filled`, filled] as const,
+  ]).flat();
+  return { steps: 0, arrays: new Map([...arrays, ...gathered]) };
+}
+
+function gather(sketch: Sketch, { gradient, rows, columns }: Parameter): void {
+  for (let r = 0; r < rows; r++) {
+    addRow(sketch, gradient.subarray(r * columns, (r + 1) * columns));
+  }
 }
 
 interface Setting {
@@ -65,7 +118,8 @@ function moveA({ options, state, basis, learningRate }: Setting, parameter: Para
   const { name, values, gradient, rows, columns } = parameter;
   const saved = floats(state, `${name}.p`);
   const count = saved.length / columns;
-  if ((state.steps - 1) % options.gap === 0) {
+  // While B is zero nothing leads: the first directions are those of the first gradient there is.
+  if ((state.steps - 1) % options.gap === 0 || saved.every((value) => value === 0)) {
     const before = Float64Array.from(saved);
     saved.set(leadingDirections(parameter, basis, count));
     turnMoments(momentsOf(state, name), { before, now: saved, count, rows });
@@ -118,11 +172,10 @@ function turnMoments(
   }
 }
 
-function moveB(setting: Setting, parameter: Parameter, a: Parameter | undefined): void {
+function moveB(setting: Setting, parameter: Parameter, a: Parameter): void {
   const { options, state, basis, learningRate } = setting;
   const { name, values, gradient, rows, columns } = parameter;
   const saved = floats(state, `${name}.held`); // [R, R], directions of which no more are zero
-  if (a === undefined) throw new GatewayError('INVALID_REQUEST', `coso: ${name} has no a`);
   // A·M does not change after that.
   if (state.steps === 1) saved.set(answeringRanks(a, basis));
   const held = Float64Array.from(saved);
@@ -167,14 +220,18 @@ function lengthOf({ data }: Columns): number {
 }
 
 /** At the end of a task whose inputs the sketch stands for (a column each): the fewest directions more with which the basis
- *  holds this share of the sketch's energy. */
-export function extendBasis(basis: Columns, sketch: Columns, energy: number): Columns {
+ *  holds this share of the sketch's energy, or as many as it may have. */
+export function extendBasis(
+  basis: Columns,
+  sketch: Columns,
+  { energy, keptMax }: BasisOptions,
+): Columns {
   const total = lengthOf(sketch) ** 2;
   const { us, sigma } = svd(outside(basis, sketch));
   let missing = sigma.reduce((sum, size) => sum + size * size, 0);
   let count = 0;
   while (
-    count < sigma.length &&
+    count < Math.min(sigma.length, keptMax - basis.columns) &&
     missing > (1 - energy) * total &&
     sigma[count]! > negligible * Math.sqrt(total)
   ) {
@@ -183,4 +240,16 @@ export function extendBasis(basis: Columns, sketch: Columns, energy: number): Co
   }
   const scales = sigma.slice(0, count).map((size) => 1 / size);
   return beside(basis, orthonormal(outside(basis, eachScaled(us, scales))));
+}
+
+/** A [in, R] where ranks that add nothing as yet, whose columns of B are zero, see nothing of M: these B's may move. */
+export function freedRanks(a: Columns, b: Columns, basis: Columns): Columns {
+  const free = outside(basis, a);
+  const data = a.data.slice();
+  for (let r = 0; r < a.columns; r++) {
+    const [from, to] = [r * a.rows, (r + 1) * a.rows];
+    const isNew = b.data.subarray(r * b.rows, (r + 1) * b.rows).every((value) => value === 0);
+    if (isNew) data.set(free.data.subarray(from, to), from);
+  }
+  return { ...a, data };
 }

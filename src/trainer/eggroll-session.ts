@@ -206,7 +206,7 @@ export class EggrollSession implements Disposable {
   /** The adapter as it is now. */
   publish(): Packed {
     const { base, recipe, start } = this.#options;
-    const about = { baseHash: base.hash, step: this.#step, start };
+    const about = { baseHash: base.hash, step: this.#step, start, bases: null };
     return publishModules(recipe, this.#training.modules(), about);
   }
 

@@ -24,10 +24,11 @@ import {
   type TrainedDelta,
   tensorName,
 } from '../model/trained-delta.ts';
+import { gatedLora } from './codyra.ts';
 
 /** Queryable adapters are not of single modules: queryable-graph.ts. */
 export type FamilyChoice =
-  | (LoraOptions & { readonly kind: 'lora' })
+  | (LoraOptions & { readonly kind: 'lora' | 'gated-lora' })
   | (MatryoshkaOptions & { readonly kind: 'matryoshka' })
   | (HydraOptions & { readonly kind: 'hydra' })
   | (TriangularOptions & { readonly kind: 'triangular' })
@@ -105,6 +106,8 @@ function moduleGraph(choice: FamilyChoice): ModuleGraph {
   switch (choice.kind) {
     case 'lora':
       return pairGraph(lora(choice));
+    case 'gated-lora':
+      return gatedGraph(gatedLora(choice));
     case 'matryoshka':
       return pairGraph(matryoshka(choice));
     case 'hydra':
@@ -165,6 +168,22 @@ function pairGraph(family: Family): ModuleGraph {
       delta: lowRank({ in: site.in, out: site.out, rank: tensors.a!.columns }),
       numbers: named(tensors, family.trained),
     }),
+  };
+}
+
+/** The same, each rank's scale times its own gate. */
+function gatedGraph(family: Family): ModuleGraph {
+  return {
+    ...pairGraph(family),
+    module(site, tensors) {
+      const { delta, numbers } = pairGraph(family).module(site, tensors);
+      const add: ModuleDelta['add'] = (ops, at, input) => {
+        const own = everyRow(ops, at.g!, input.x.shape[0]!); // [T, R]
+        return delta.add(ops, at, { ...input, gate: (ranks) => ops.mul(input.gate(ranks), own) });
+      };
+      const trained = shapesOf(numbers);
+      return { delta: { ...delta, trained, add }, numbers };
+    },
   };
 }
 

@@ -15,7 +15,8 @@ export interface MemorySizes {
   readonly config: DecoderConfig;
   readonly recipe: Pick<
     Recipe,
-    'kind' | 'rank' | 'targets' | 'batchWindows' | 'windowTokens' | 'recompute'
+    | ('kind' | 'rank' | 'rankSelection' | 'targets')
+    | ('batchWindows' | 'windowTokens' | 'recompute')
   >;
   /** Most learnt tokens of one micro-batch: only they have logits. */
   readonly answersMax: number;
@@ -72,7 +73,7 @@ function scratchNumbers({ config, recipe, answersMax }: MemorySizes, factors: nu
     queries * has('attn_output') +
     state * (1 + has('ffn_gate', 'ffn_up')) +
     inner * (2 + has('ffn_down'));
-  const own = targets.map((name) => keptBy(kind, projectionShape(config, name), rank));
+  const own = targets.map((name) => keptBy(recipe, projectionShape(config, name)));
   const kept = attention + mlp + rows * own.reduce((sum, numbers) => sum + numbers, 0);
   const isSeen = kind === 'fly' || kind === 'mora';
   const seen = isSeen ? blocks * rows * rank * targets.length : 0;
@@ -96,9 +97,8 @@ function scratchNumbers({ config, recipe, answersMax }: MemorySizes, factors: nu
 
 /** Of a row in a projection, for the way back: h, what else has its width, and what the family multiplies besides the input. */
 function keptBy(
-  kind: Recipe['kind'],
+  { kind, rank, rankSelection }: MemorySizes['recipe'],
   { in: width, out }: { readonly in: number; readonly out: number },
-  rank: number,
 ): number {
   switch (kind) {
     case 'hydra':
@@ -109,7 +109,7 @@ function keptBy(
     case 'queryable':
       return 2 * rank;
     default:
-      return rank;
+      return rankSelection === null ? rank : 3 * rank; // gates, and what they are multiplied with
   }
 }
 

@@ -3,19 +3,22 @@
 
 import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
+import { keptPath } from '../adapters/blobs.ts';
 import { type Family, type Site, streamOf, type Tensors } from '../adapters/families/family.ts';
 import { scaleOf } from '../adapters/families/matryoshka.ts';
 import { createRandom, type Random } from '../adapters/families/seeded-random.ts';
 import { grownTriangular } from '../adapters/families/triangular.ts';
 import { pairKinds } from '../adapters/manifest.ts';
 import { asServed, bySvd, packRouted } from '../adapters/native-import.ts';
-import type { PackedAdapter } from '../adapters/pack.ts';
+import { generationOf, type PackedAdapter } from '../adapters/pack.ts';
 import { type Packed, packPairs, prefixOf, ranksAt } from '../adapters/pack-pairs.ts';
 import { GatewayError } from '../errors.ts';
 import type { Recipe } from '../jobs/recipe.ts';
 import { writeFileDurably } from '../model/file-hash.ts';
+import { ranksBefore } from './annealing.ts';
 import { type QueryableStart, queryableChoice } from './atom-bank.ts';
 import { writeError } from './checkpoint.ts';
+import { openModules } from './codyra.ts';
 import type { TrainedModule } from './family-graph.ts';
 import { graphOf, type TrainingChoice } from './family-training.ts';
 import type { GrowthOptions } from './rank-growth.ts';
@@ -29,8 +32,12 @@ export function choiceOf(
   const { kind, rank, ranks, scaling, objective, order, topK, temperature, tailRank } = recipe;
   const alpha = rank * scaleOf(scaling, rank);
   switch (kind) {
-    case 'lora':
-      return { kind, rank, alpha, rslora: false, order: order === 'svd' ? 'svd' : 'as-trained' };
+    case 'lora': {
+      const first = ranksBefore(recipe);
+      const sizes = { rank: first, alpha: first * scaleOf(scaling, rank), rslora: false };
+      const gated = recipe.rankSelection === null ? kind : 'gated-lora';
+      return { kind: gated, ...sizes, order: order === 'svd' ? 'svd' : 'as-trained' };
+    }
     case 'matryoshka': {
       const mask = objective === 'diag' || objective === 'binary' ? objective : 'prefix';
       return { kind, maxRank: rank, ranks, scaling, mask, order };
@@ -131,15 +138,22 @@ export function continuedFrom(
 ): TrainedModule {
   const { rankMax } = start.manifest;
   const served = servedFactors(start, site, { level: rankMax, ranks: rankMax });
-  const { gates } = familyOf(recipe).pair(site, tensors, null);
-  const [a, b] = [tensors.a!, tensors.b!].map((x) => ({ ...x, data: x.data.slice() }));
+  const own = Object.fromEntries(
+    Object.entries(tensors).map(([name, x]) => [name, { ...x, data: x.data.slice() }]),
+  );
   for (let r = 0; r < rankMax; r++) {
     const row = served.a.subarray(r * site.in, (r + 1) * site.in);
     // A rank that the module does not have keeps its random A, or it would never train.
-    if (row.some((value) => value !== 0)) a!.data.set(row, r * site.in);
-    for (let i = r * site.out; i < (r + 1) * site.out; i++) b!.data[i] = served.b[i]! / gates[r]!;
+    if (row.every((value) => value === 0)) continue;
+    own.a!.data.set(row, r * site.in);
+    own.b!.data.set(served.b.subarray(r * site.out, (r + 1) * site.out), r * site.out);
+    own.g?.data.fill(1, r, r + 1);
   }
-  return { site, tensors: { a: a!, b: b! } };
+  const { gates } = familyOf(recipe).pair(site, own, null);
+  own.b!.data.forEach((value, i, data) => {
+    if (value !== 0) data[i] = value / gates[Math.floor(i / site.out)]!;
+  });
+  return { site, tensors: own };
 }
 
 /** Throws INVALID_REQUEST for an adapter that the recipe cannot hold. */
@@ -157,7 +171,8 @@ export function checkStart(recipe: Recipe, { manifest }: PackedAdapter, baseHash
   if (manifest.baseHash !== baseHash) refuse('it is of another base');
   if (isQueryable && kind !== 'queryable') refuse(`a ${kind} has no atoms`);
   if (!isQueryable && !pairKinds.includes(kind)) refuse(`a ${kind} is no low-rank pair`);
-  if (rankMax > recipe.rank) refuse(`it has ${rankMax} ranks, the recipe ${recipe.rank}`);
+  const ranks = ranksBefore(recipe);
+  if (rankMax > ranks) refuse(`it has ${rankMax} ranks, the recipe ${ranks}`);
   if (other !== undefined) refuse(`it changes ${other.projection}, which targets leaves out`);
 }
 
@@ -166,25 +181,32 @@ export interface PublishAbout {
   readonly step: number;
   /** What training went on from. */
   readonly start: PackedAdapter | null;
+  /** The bases that will be beside it. */
+  readonly bases: Uint8Array | null;
 }
 
 /** Throws INVALID_ADAPTER where a number is beyond what packed files hold. svfit as a lora: without a basis of its own. */
 export function publishModules(
   recipe: Recipe,
   modules: readonly TrainedModule[],
-  { baseHash, step, start }: PublishAbout,
+  { baseHash, step, start, bases }: PublishAbout,
 ): Packed {
   const family = familyOf(recipe);
-  const from = start === null ? [] : [start.generation];
+  const made = {
+    by: `${step} steps of training`,
+    from: start === null ? [] : [start.generation],
+    ...(bases === null ? {} : { keeps: generationOf(bases) }),
+  };
   const about = {
     kind: recipe.kind === 'svfit' ? 'lora' : recipe.kind,
     describe: family.describe,
     baseHash,
-    source: { format: 'rankgate', by: `${step} steps of training`, from },
+    source: { format: 'rankgate', ...made },
   } as const;
   if (family.route !== null) return packRouted(modules, family, about);
   const order = recipe.order === 'svd' ? bySvd : asServed;
-  const sources = modules.map(({ site, tensors }) => ({
+  const served = recipe.rankSelection === null ? modules : openModules(modules);
+  const sources = served.map(({ site, tensors }) => ({
     module: site,
     squeeze: () => order(family, site, tensors),
   }));
@@ -201,10 +223,13 @@ export interface AdapterFiles {
 export async function writePublished(
   directory: string,
   { config, bytes }: AdapterFiles,
+  bases: Uint8Array | null = null,
 ): Promise<void> {
+  const path = join(directory, 'adapter_model.safetensors');
   try {
     await mkdir(directory, { recursive: true });
-    await writeFileDurably(join(directory, 'adapter_model.safetensors'), bytes);
+    await writeFileDurably(path, bytes);
+    if (bases !== null) await writeFileDurably(keptPath(path), bases);
     await writeFileDurably(join(directory, 'rankgate.json'), config);
   } catch (cause) {
     throw writeError(cause);

@@ -26,7 +26,7 @@ export function pruneProducts(
 }
 
 /** Each a is followed by its b. */
-function pairsOf(parameters: readonly Parameter[]): LowRankPair[] {
+export function pairsOf(parameters: readonly Parameter[]): LowRankPair[] {
   return Array.from({ length: parameters.length / 2 }, (_, i) => ({
     a: parameters[2 * i]!,
     b: parameters[2 * i + 1]!,

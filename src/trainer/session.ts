@@ -17,9 +17,14 @@ import type { Kernels } from '../kernels/kernels.ts';
 import type { DecoderWeights } from '../model/decoder.ts';
 import type { DecoderConfig } from '../model/decoder-config.ts';
 import { TrainingDecoder } from '../model/training-decoder.ts';
+import { cutProducts, ranksAfter, ranksBefore } from './annealing.ts';
 import { checkQueryable, labelsOf, queryableFiles, queryableStart } from './atom-bank.ts';
 import { nextBatchSize } from './batch-growth.ts';
 import { type Checkpoint, joinValues, refused, splitValues } from './checkpoint.ts';
+import { shrinkRanks, thresholdAt } from './codyra.ts';
+import { type Bases, cosoOf } from './continual.ts';
+import type { Coso } from './coso.ts';
+import { writeBases } from './coso-file.ts';
 import { ServedLoss } from './evaluation.ts';
 import { type Example, hashExamples } from './examples.ts';
 import { FamilyTraining, type Observer, type TrainingChoice } from './family-training.ts';
@@ -57,6 +62,8 @@ export interface SessionOptions {
   readonly start: PackedAdapter | null;
   /** moduleIndex of those that are trained, of the targets'; null: all. */
   readonly modules?: ReadonlySet<number> | null;
+  /** What `start` must keep, where the recipe has coso. */
+  readonly bases?: Bases;
   /** The bank that `start` is over, of a queryable adapter. */
   readonly bank?: PackedAdapter | null;
   /** What a queryable's instruction adds to its atoms' logits. */
@@ -97,6 +104,8 @@ export class TrainingSession implements Disposable {
   readonly #data: string;
   #recipe: RunRecipe;
   #optimizer: Optimizer;
+  /** The same, where the recipe has it. */
+  #coso: Coso | null = null;
   #step = 0;
   #skipped = false;
   /** Micro-batches that were taken, and how many the next step takes. */
@@ -129,20 +138,25 @@ export class TrainingSession implements Disposable {
     this.#decoder = new TrainingDecoder({ ...over, delta: this.#training.delta, recompute });
     this.#served = new ServedLoss(over, recipe, this.#training);
     for (const [name, values] of this.#training.constants) this.#decoder.write(name, values);
-    this.#optimizer = optimizerOf(recipe, this.parameters);
+    this.#optimizer = this.#createOptimizer();
     this.#upload();
   }
 
   /** Begins anew, with this learning rate and number of steps. */
   restart(learningRate: number, stepsMax: number | null): void {
     this.#recipe = { ...this.#recipe, learningRate, stepsMax };
-    this.#optimizer = optimizerOf(this.#recipe, this.parameters);
+    this.#optimizer = this.#createOptimizer();
     this.#step = 0;
     this.#skipped = false;
     this.#taken = 0;
     this.#accumulation = this.#recipe.accumulation;
     this.#training.restart();
     this.#upload();
+  }
+
+  #createOptimizer(): Optimizer {
+    this.#coso = cosoOf(this.#recipe, this.parameters, this.#options.bases ?? new Map());
+    return this.#coso ?? optimizerOf(this.#recipe, this.parameters);
   }
 
   /** Names all that the result depends on. */
@@ -175,7 +189,7 @@ export class TrainingSession implements Disposable {
     const { base, recipe } = this.#options;
     return estimateMemory({
       config: base.config,
-      recipe,
+      recipe: { ...recipe, rank: ranksBefore(recipe) },
       answersMax: this.#answersMax,
       weightBytes: bytesOfWeights(base.weights),
       optimizerBytes: this.#optimizer.stateBytes,
@@ -213,7 +227,7 @@ export class TrainingSession implements Disposable {
     }
     if (isTaken) {
       this.#optimizer.step(this.parameters, learningRate);
-      pruneProducts(recipe, this.parameters, this.#step + 1);
+      this.#reduceRanks();
       this.#training.afterStep(this.#observer);
       this.#upload();
     }
@@ -227,22 +241,40 @@ export class TrainingSession implements Disposable {
     return { step: this.#step, loss, gradientNorm, learningRate, tokens, microBatches, isTaken };
   }
 
-  /** The adapter as it is now. */
-  publish(): Packed {
+  /** After the optimiser's step. */
+  #reduceRanks(): void {
+    const { parameters, steps } = this;
+    const { rankSelection, squeeze } = this.#recipe;
+    pruneProducts(this.#recipe, parameters, this.#step + 1);
+    if (rankSelection !== null) {
+      shrinkRanks(parameters, thresholdAt(this.#step, steps, rankSelection));
+    }
+    if (squeeze === null) return;
+    const ranks = ranksAfter(this.#recipe, this.#step + 1, steps);
+    if (cutProducts(parameters, ranks)) this.#optimizer = this.#createOptimizer();
+  }
+
+  /** The adapter as it is now, and what will be beside it. */
+  publish(bases: Uint8Array | null = null): Packed {
     const { base, recipe, start } = this.#options;
-    const about = { baseHash: base.hash, step: this.#step, start };
+    const about = { baseHash: base.hash, step: this.#step, start, bases };
     return publishModules(recipe, this.#training.modules(), about);
   }
 
   /** What an import takes of it. */
-  files(): AdapterFiles {
+  files(bases: Uint8Array | null = null): AdapterFiles {
     const { base, recipe, start } = this.#options;
     const choice = this.#choice;
     if (choice.kind !== 'queryable') {
-      return { config: packedConfig, bytes: this.publish().bytes };
+      return { config: packedConfig, bytes: this.publish(bases).bytes };
     }
     const labels = labelsOf(recipe, choice.atoms, start);
     return queryableFiles(choice, this.#training.modules(), { labels, baseHash: base.hash });
+  }
+
+  /** What the next training must leave as it is; null where the recipe wants nothing kept. */
+  bases(): Uint8Array | null {
+    return this.#coso === null ? null : writeBases(this.#coso.consolidated());
   }
 
   /** Held-out loss of the base; null without held-out examples. */

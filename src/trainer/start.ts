@@ -7,8 +7,11 @@ import type { Columns } from '../adapters/orthogonal.ts';
 import type { FloatName, PackedAdapter } from '../adapters/pack.ts';
 import type { Recipe } from '../jobs/recipe.ts';
 import { moduleIndex, type Projection, projectionShape } from '../model/decoder-config.ts';
+import { tensorName } from '../model/trained-delta.ts';
 import { readWeight } from '../model/training-decoder.ts';
 import { type QueryableStart, queryableChoice, queryableStart } from './atom-bank.ts';
+import type { Bases } from './continual.ts';
+import { freedRanks } from './coso.ts';
 import { evaModules } from './eva.ts';
 import type { Example } from './examples.ts';
 import type { TrainedModule } from './family-graph.ts';
@@ -24,12 +27,14 @@ export interface Start {
   readonly training: readonly Example[];
   readonly start: PackedAdapter | null;
   readonly modules?: ReadonlySet<number> | null;
+  /** Of what `start` must keep, where the recipe has coso. */
+  readonly bases?: Bases;
   /** The bank that `start` is over, of a queryable adapter. */
   readonly bank?: PackedAdapter | null;
 }
 
 export function startModules(from: Start): TrainedModule[] {
-  const { base, recipe, training, start, modules = null } = from;
+  const { base, recipe, training, start, modules = null, bases = new Map() } = from;
   if (recipe.kind === 'queryable') return startOverBank(from);
   if (recipe.init.kind === 'eva') return evaStart({ base, recipe, training }, recipe.init);
   return Array.from({ length: base.config.blocks }, (_, block) =>
@@ -38,7 +43,11 @@ export function startModules(from: Start): TrainedModule[] {
       .map((projection) => {
         const site = siteOf(base, block, projection);
         const module = { site, tensors: initialTensors(recipe, site) };
-        return start === null ? module : continuedFrom(recipe, module, start);
+        if (start === null) return module;
+        const { tensors } = continuedFrom(recipe, module, start);
+        const basis = bases.get(tensorName(site, 'a'));
+        if (basis === undefined) return { site, tensors };
+        return { site, tensors: { ...tensors, a: freedRanks(tensors.a!, tensors.b!, basis) } };
       }),
   ).flat();
 }

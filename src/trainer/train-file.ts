@@ -16,9 +16,11 @@ import { readDecoderConfig } from '../model/decoder-config.ts';
 import { rememberedSha256 } from '../model/file-hash.ts';
 import { type GgufFile, openGguf } from '../model/gguf.ts';
 import { loadWeights } from '../model/weights.ts';
+import { startOf } from './annealing.ts';
 import { priorOf } from './atom-bank.ts';
 import { readCheckpoint, writeCheckpoint } from './checkpoint.ts';
 import { compareAdapters } from './compare.ts';
+import { type Bases, directionsIn, readKept } from './continual.ts';
 import { EggrollSession } from './eggroll-session.ts';
 import { gainAurac } from './evaluation.ts';
 import {
@@ -30,7 +32,7 @@ import {
   splitExamples,
 } from './examples.ts';
 import { searchModules } from './module-search.ts';
-import { writePublished } from './publish.ts';
+import { type AdapterFiles, writePublished } from './publish.ts';
 import {
   type Breathe,
   type SessionOptions,
@@ -71,6 +73,7 @@ interface Prepared extends Split {
   readonly recipe: Recipe;
   readonly file: GgufFile;
   readonly start: PackedAdapter | null;
+  readonly bases: Bases;
   readonly bank: PackedAdapter | null;
 }
 
@@ -90,8 +93,9 @@ async function trainModules(
   const base = await openBase(spec, prepared.file);
   using _ = base.kernels;
   const learningRate = rateOf(recipe, sweepRates[0]!);
+  const start = startOf(recipe, prepared.start);
   const prior = priorOf(recipe, prepared, { file: prepared.file, width: base.config.width });
-  const options = { ...prepared, prior, base, recipe: { ...recipe, learningRate } };
+  const options = { ...prepared, start, prior, base, recipe: { ...recipe, learningRate } };
   using session =
     recipe.method === 'gradient'
       ? new TrainingSession(options)
@@ -102,7 +106,8 @@ async function trainModules(
   const compared = { ...prepared, base };
   const training: Training = { spec, recipe, session, hooks, compared };
   const { steps, memory } = session;
-  hooks.tell({ kind: 'started', steps, memory, kernels: base.kernels.description });
+  const kept = recipe.continual === null ? null : directionsIn(prepared.bases);
+  hooks.tell({ kind: 'started', steps, memory, kernels: base.kernels.description, kept });
   try {
     await train(training);
   } catch (error) {
@@ -175,19 +180,20 @@ export async function readExampleFile(
 
 async function readStarts(
   { startFrom, compare: compared }: TrainerSpec,
-  { kind }: Recipe,
-): Promise<Pick<Prepared, 'start' | 'bank'>> {
+  { kind, continual }: Recipe,
+): Promise<Pick<Prepared, 'start' | 'bases' | 'bank'>> {
   if (compared !== null && kind === 'queryable') {
     const message = 'a refresh compares low-rank pairs, and a queryable adapter is none';
     throw new GatewayError('UNSUPPORTED', message, { param: 'kind' });
   }
-  if (startFrom === null) return { start: null, bank: null };
+  if (startFrom === null) return { start: null, bank: null, bases: new Map() };
   const start = await readStart(startFrom);
   const { needs } = start.manifest.options;
   const isOver = start.manifest.kind === 'queryable' && needs !== null;
   return {
     start,
     bank: isOver ? await readStart(blobPath(dirname(startFrom), needs)) : null,
+    bases: continual === null ? new Map() : await readKept(startFrom, start),
   };
 }
 
@@ -233,15 +239,22 @@ async function train(training: Training): Promise<void> {
     }
   }
   await saveCheckpoint(training);
-  const files = session.files();
+  const [files, bases] = publishLast(session);
   const baseLoss = await session.baseLoss(breathe);
   const losses = await session.evaluate(files, breathe);
   hooks.tell({ kind: 'evaluation', step: session.step, losses });
   const directory = join(spec.folder, 'adapter');
-  await writePublished(directory, files);
+  await writePublished(directory, files, bases);
   const aurac = baseLoss === null ? null : gainAurac(baseLoss, losses).v1;
   const comparison = await compare(training, files.bytes, breathe);
   hooks.tell({ kind: 'result', directory, losses, baseLoss, aurac, comparison });
+}
+
+/** The adapter, and what the next training from it must keep. */
+function publishLast(session: Training['session']): readonly [AdapterFiles, Uint8Array | null] {
+  if (!(session instanceof TrainingSession)) return [session.files(), null];
+  const bases = session.bases();
+  return [session.files(bases), bases];
 }
 
 /** What was made beside what it was made from. */

@@ -68,7 +68,7 @@ function dieOnce(): void {
 }
 
 async function train(): Promise<void> {
-  await tell({ kind: 'started', steps, memory: { base: 1_000_000 }, kernels: 'none' });
+  await tell({ kind: 'started', steps, memory: { base: 1_000_000 }, kernels: 'none', kept: null });
   while (step < steps) {
     step += 1;
     chain = nextOf(chain, step);

@@ -101,13 +101,20 @@ function commandOf(pid: string): string {
   }
 }
 
+interface KillOptions {
+  readonly suffix: string;
+  readonly kills: number;
+  readonly random: () => number;
+  readonly more?: Parameters<typeof createJob>[2];
+}
+
 /** Kills a job's trainers at random moments, so many times, and answers what it makes in the end. */
 export async function trainWithKills(
   gateway: GatewayProcess,
-  { suffix, kills, random }: { suffix: string; kills: number; random: () => number },
+  { suffix, kills, random, more = {} }: KillOptions,
 ): Promise<{ job: TrainedJob; killed: number }> {
   const client = clientOf(gateway);
-  const { id } = await createJob(gateway, suffix);
+  const { id } = await createJob(gateway, suffix, more);
   let [killed, target] = [0, Math.floor(random() * 10)];
   while (killed < kills) {
     // Only a checkpoint that is further than all before makes the attempts count anew: three in a row end the job.

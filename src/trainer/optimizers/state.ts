@@ -4,10 +4,12 @@ import { GatewayError } from '../../errors.ts';
 import { readSafetensors, writeSafetensors } from '../../model/safetensors.ts';
 import type { Optimizer, Parameter, ParameterShape } from './optimizer.ts';
 
+type Numbers = Float32Array | Float64Array | Int32Array;
+
 export interface OptimizerState {
   /** Steps taken, the one under way included. */
   steps: number;
-  readonly arrays: ReadonlyMap<string, Float32Array | Int32Array>;
+  readonly arrays: ReadonlyMap<string, Numbers>;
 }
 
 /** Zeros of these lengths. */
@@ -42,7 +44,7 @@ export function withState(
     },
     save() {
       const tensors = Array.from(arrays, ([key, array]) => {
-        const dtype = array instanceof Float32Array ? ('F32' as const) : ('I32' as const);
+        const dtype = dtypeOf(array);
         return [key, { dtype, shape: [array.length], data: bytesOf(array) }] as const;
       });
       const metadata = new Map([
@@ -90,6 +92,11 @@ function mismatch(message: string): GatewayError {
   return new GatewayError('SHAPE_MISMATCH', message);
 }
 
-function bytesOf({ buffer, byteOffset, byteLength }: Float32Array | Int32Array): Uint8Array {
+function dtypeOf(array: Numbers): 'F32' | 'F64' | 'I32' {
+  if (array instanceof Float64Array) return 'F64';
+  return array instanceof Float32Array ? 'F32' : 'I32';
+}
+
+function bytesOf({ buffer, byteOffset, byteLength }: Numbers): Uint8Array {
   return new Uint8Array(buffer, byteOffset, byteLength);
 }

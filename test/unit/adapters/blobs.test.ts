@@ -1,10 +1,15 @@
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { mkdir, open, rename, unlink } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { Generation } from '../../../src/adapters/adapter.ts';
-import { type BlobFiles, blobPath, createBlobStore } from '../../../src/adapters/blobs.ts';
+import {
+  type BlobFiles,
+  blobPath,
+  createBlobStore,
+  keptPath,
+} from '../../../src/adapters/blobs.ts';
 import { generationOf } from '../../../src/adapters/pack.ts';
 
 const bytes = new TextEncoder().encode('an adapter, whole or not at all');
@@ -125,6 +130,43 @@ describe('a blob store', () => {
     expect(readdirSync(directory).filter((name) => !name.endsWith('.safetensors'))).toEqual([
       'notes.txt',
     ]);
+  });
+
+  it('has what a blob keeps beside it before the blob, and removes both', async () => {
+    const kept = Uint8Array.of(1, 2, 3);
+    const path = keptPath(blobPath(directory, generation));
+    for (let n = 1; ; n++) {
+      rmSync(directory, { recursive: true, force: true });
+      const { files } = filesThatFail(n, 'EIO');
+      const whole = await createBlobStore(directory, files)
+        .put(bytes, kept)
+        .catch(() => null);
+      const store = createBlobStore(directory);
+      const isWhole = store.has(generation);
+      if (isWhole) expect(new Uint8Array(readFileSync(path))).toEqual(kept);
+      store.sweep(() => isWhole);
+      const left = existsSync(directory) ? readdirSync(directory).length : 0;
+      expect(left).toBe(isWhole ? 2 : 0);
+      if (whole === null) continue;
+      expect(n).toBe(19); // nine calls of each file before
+      store.remove(generation);
+      store.remove(generation);
+      expect(readdirSync(directory)).toEqual([]);
+      break;
+    }
+  });
+
+  it('sweeps what no generation keeps', async () => {
+    const store = createBlobStore(directory);
+    await store.put(bytes, Uint8Array.of(1));
+    const other = await store.put(Uint8Array.of(1), Uint8Array.of(2));
+    const path = keptPath(blobPath(directory, generation));
+    writeFileSync(`${path}.part`, 'half');
+    store.sweep((known) => known === generation);
+    expect([store.has(generation), store.has(other)]).toEqual([true, false]);
+    expect(new Set(readdirSync(directory))).toEqual(
+      new Set([basename(blobPath(directory, generation)), basename(path)]),
+    );
   });
 
   it.each([

@@ -1,10 +1,19 @@
-import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import type { AdapterManifest } from '../../../src/adapters/adapter.ts';
-import { createBlobStore } from '../../../src/adapters/blobs.ts';
+import { blobPath, createBlobStore, keptPath } from '../../../src/adapters/blobs.ts';
 import { createImporter } from '../../../src/adapters/importer.ts';
+import { generationOf } from '../../../src/adapters/pack.ts';
 import { packPairs } from '../../../src/adapters/pack-pairs.ts';
 import { packPeft } from '../../../src/adapters/pack-peft.ts';
 import { importPacked, packedConfig } from '../../../src/adapters/packed-import.ts';
@@ -163,6 +172,33 @@ describe('the importer', () => {
       manifest: { kind: 'eora' },
     });
     expect(registry.create('repair', adapter.generation).generation).toBe(adapter.generation);
+  });
+
+  it('lets in what a packed file keeps beside it, and goes without it, but takes no other', async () => {
+    const kept = Uint8Array.of(1, 2, 3);
+    const bytes = withManifest(compensation(), (manifest) => ({
+      ...manifest,
+      source: { ...source, keeps: generationOf(kept) },
+    }));
+    const files = { 'rankgate.json': packedConfig, 'adapter_model.safetensors': bytes };
+    const folder = folderWith({ ...files, 'adapter_model.coso.safetensors': Uint8Array.of(1) });
+    await expect(importer.importPeft(folder)).rejects.toMatchObject({
+      code: 'INVALID_ADAPTER',
+      message: expect.stringContaining('.coso.safetensors beside it is not what'),
+    });
+    rmSync(join(folder, 'adapter_model.coso.safetensors'));
+    const { generation, manifest } = await importer.importPeft(folder);
+    const path = keptPath(blobPath(join(directory, 'blobs'), generation));
+    expect(existsSync(path)).toBe(false);
+    writeFileSync(join(folder, 'adapter_model.coso.safetensors'), kept);
+    expect(await importer.importPeft(folder)).toMatchObject({ generation, manifest });
+    expect(new Uint8Array(readFileSync(path))).toEqual(kept);
+    expect(manifest.source).toEqual({ ...source, keeps: generationOf(kept) });
+    // Named and let go, both are gone.
+    registry.create('careful', generation);
+    registry.remove('careful', null);
+    await registry.durable();
+    await expect.poll(() => readdirSync(join(directory, 'blobs'))).toEqual([]);
   });
 
   it('refuses a directory that is both', async () => {

@@ -12,6 +12,10 @@ function refusal(json: unknown): Pick<GatewayError, 'code' | 'message'> {
   throw new Error(`accepted: ${JSON.stringify(json)}`);
 }
 
+function lora(more: object): object {
+  return { kind: 'lora', ...more };
+}
+
 function eggroll(more: object): object {
   return { method: { kind: 'eggroll', reward: { kind: 'full-stop' }, ...more } };
 }
@@ -79,6 +83,42 @@ describe('a recipe', () => {
     [{ rank: 257 }, 'recipe.rank: '],
     [{ rank: '16' }, 'recipe.rank: '],
     [{ learningRate: 0 }, 'recipe.learningRate: '],
+    [{ kind: 'fly', rankSelection: { kind: 'codyra' } }, 'recipe.rankSelection.kind: codyra wants'],
+    [
+      lora({ kind: 'matryoshka', continual: { kind: 'coso' } }),
+      'recipe.continual.kind: coso wants',
+    ],
+    [lora({ squeeze: { kind: 'post', from: 32 }, init: { kind: 'eva' } }), 'recipe.squeeze.kind: '],
+    [
+      lora({ continual: { kind: 'coso' }, regularizer: { kind: 'trp' } }),
+      'recipe.continual.kind: ',
+    ],
+    [
+      lora({ rankSelection: { kind: 'codyra' }, continual: { kind: 'coso' } }),
+      'recipe.continual.kind: coso beside codyra',
+    ],
+    [
+      { ...eggroll({}), rankSelection: { kind: 'codyra' } },
+      'recipe.rankSelection.kind: codyra wants',
+    ],
+    [
+      lora({ rankSelection: { kind: 'codyra', thresholdMax: 0 } }),
+      'recipe.rankSelection.threshold',
+    ],
+    [
+      lora({ rankSelection: { kind: 'codyra' }, optimizer: { name: 'lora-pro' } }),
+      'recipe.optimizer.name: ',
+    ],
+    [lora({ squeeze: { kind: 'anneal' } }), 'recipe.squeeze.from: '],
+    [lora({ squeeze: { kind: 'anneal', from: 16 } }), 'recipe.squeeze.from: 16 ranks are to'],
+    [lora({ squeeze: { kind: 'in', from: 32 } }), 'recipe.squeeze.kind: '],
+    [lora({ squeeze: { kind: 'post', from: 32 }, order: 'as-trained' }), 'recipe.order: '],
+    [
+      lora({ squeeze: { kind: 'anneal', from: 32 }, optimizer: { name: 'dct-adamw' } }),
+      'recipe.optimizer.name: dct-adamw moves ranks together',
+    ],
+    [lora({ continual: { kind: 'coso' }, optimizer: { name: 'sgd' } }), 'recipe.optimizer.name: '],
+    [lora({ continual: { kind: 'coso' }, weightDecay: 0.1 }), 'recipe.weightDecay: '],
     [{ learningRate: Number.NaN }, 'recipe.learningRate: '],
     [{ optimizer: { name: 'adamw', beta1: 1 } }, 'recipe.optimizer.beta1: '],
     [{ optimizer: { name: 'adamw', momentum: 0.5 } }, 'recipe.optimizer: '],
@@ -155,6 +195,18 @@ describe('a recipe', () => {
     expect(parseRecipe({ ...eggroll({}), stepsMax: 7, rank: 8 }, 'recipe')).toMatchObject({
       ...{ stepsMax: 7, ranks: [1, 2, 4, 8] },
     });
+  });
+
+  it('has the published numbers of codyra and coso, and codyra’s ranks in the order of their gates', () => {
+    const codyra = parseRecipe(lora({ rankSelection: { kind: 'codyra' } }), 'recipe');
+    expect(codyra.rankSelection).toEqual({ kind: 'codyra', denseShare: 0.5, thresholdMax: 0.005 });
+    expect(codyra.order).toBe('as-trained');
+    const coso = parseRecipe(lora({ continual: { kind: 'coso' } }), 'recipe');
+    expect(coso.continual).toMatchObject({ directions: 16, gap: 20, energy: 0.98 });
+    expect(coso.order).toBe('svd');
+    for (const recipe of [codyra, coso]) {
+      expect(parseRecipe(JSON.parse(JSON.stringify(recipe)), 'recipe')).toEqual(recipe);
+    }
   });
 
   it('takes lora-pro where all ranks have one scale', () => {

@@ -1,13 +1,25 @@
-import { describe, expect, it } from 'vitest';
-import { svd } from '../../../src/adapters/orthogonal.ts';
+import { afterAll, describe, expect, it } from 'vitest';
+import { transposedTimes } from '../../../src/adapters/families/matrices.ts';
+import { createRandom } from '../../../src/adapters/families/seeded-random.ts';
+import { svd, transpose } from '../../../src/adapters/orthogonal.ts';
+import { generationOf, openPacked } from '../../../src/adapters/pack.ts';
+import { GgmlKernels } from '../../../src/kernels/ggml/ggml-kernels.ts';
+import type { Kernels } from '../../../src/kernels/kernels.ts';
 import {
   gatedRows,
   keptRanks,
+  openModules,
   shrinkGates,
+  shrinkRanks,
   thresholdAt,
   throughGates,
 } from '../../../src/trainer/codyra.ts';
+import { familyGraph } from '../../../src/trainer/family-graph.ts';
+import { FamilyTraining } from '../../../src/trainer/family-training.ts';
 import { createAdamw } from '../../../src/trainer/optimizers/adam.ts';
+import { type SessionOptions, TrainingSession } from '../../../src/trainer/session.ts';
+import { normalColumns, testSite } from '../../support/family-site.ts';
+import { ModuleProgram } from '../../support/module-program.ts';
 import {
   backward,
   columnsOf,
@@ -17,6 +29,7 @@ import {
   squaredDistance,
 } from '../../support/product-problem.ts';
 import { createRng, normals } from '../../support/random.ts';
+import { openTinyBase, tinyExamples, tinyRecipe } from '../../support/training-base.ts';
 
 describe('shrinkGates', () => {
   it('is the minimum of ½(x − g)² + threshold·|x|', () => {
@@ -166,6 +179,103 @@ describe('training with gates', () => {
     for (const { left, ratio } of results) {
       if (left === 3) expect(ratio).toBeGreaterThan(1 - 1e-6); // No three ranks are nearer.
       expect(ratio).toBeLessThanOrEqual(1.05);
+    }
+  });
+});
+
+describe('a module with gates, as it is trained', () => {
+  const [rank, rows] = [16, 64];
+  const site = testSite({ in: 24, out: 20 });
+
+  /** Ranks that are left of 16 when three have something to learn, by the graph, the optimiser and the steps of a session. */
+  function left(kernels: Kernels, seed: number): number {
+    const { noisy } = planted(site.out, site.in, { rank: 3, noise: 0.02, seed: 200 + seed });
+    const goal = transpose(columnsOf(noisy, site.out)); // [in, out]
+    const choice = { kind: 'gated-lora', rank, alpha: rank, rslora: false, order: 'svd' } as const;
+    const random = createRandom(BigInt(seed));
+    const tensors = familyGraph(choice).family.init(site, random);
+    const training = new FamilyTraining(choice, [{ site, tensors }]);
+    const { parameters } = training;
+    using program = new ModuleProgram(kernels, site, training.delta, rows);
+    const adam = { name: 'adamw', beta1: 0.9, beta2: 0.9999, epsilon: 1e-8 } as const;
+    const optimizer = createAdamw({ ...adam, weightDecay: 0.1 }, parameters);
+    const weight = site.weight();
+    const wanted = { ...goal, data: goal.data.map((x, i) => x + weight.data[i]!) };
+    const scales = new Array<number>(rank).fill(1);
+    const steps = 1500;
+    for (let step = 0; step < steps; step++) {
+      const x = normalColumns(random, rows, site.in);
+      program.write(parameters.map(({ name, values }) => [name, values] as const));
+      const y = program.run(x, null, scales);
+      const target = transposedTimes(wanted, x);
+      const dy = y.data.map((value, i) => (value - target.data[i]!) / rows);
+      program.run(x, { ...y, data: dy }, scales);
+      for (const { name, gradient } of parameters) program.read(name, gradient);
+      optimizer.step(parameters, 0.01);
+      shrinkRanks(parameters, thresholdAt(step, steps, { denseShare: 0.5, thresholdMax: 0.02 }));
+    }
+    const [open] = openModules(training.modules());
+    return open!.tensors.a!.columns;
+  }
+
+  it('finds a planted rank of 3', () => {
+    using kernels = new GgmlKernels({ threads: 1 });
+    expect([0, 1].map((seed) => left(kernels, seed))).toEqual([3, 3]);
+  });
+});
+
+describe('a session with gates', async () => {
+  const base = await openTinyBase();
+  afterAll(() => base.kernels[Symbol.dispose]());
+  const training = tinyExamples(16, 48);
+  const breathe = async (): Promise<void> => {};
+  const sessionOf = (more: object, over: Partial<SessionOptions> = {}): TrainingSession => {
+    const step = { accumulation: 8, learningRate: 1e-2, schedule: 'constant', weightDecay: 0.1 };
+    const recipe = tinyRecipe({ kind: 'lora', rank: 8, stepsMax: 60, ...step, ...more });
+    return new TrainingSession({ base, recipe, training, heldOut: training, start: null, ...over });
+  };
+  const codyra = { kind: 'codyra', denseShare: 0.5, thresholdMax: 0.06 };
+
+  it('publishes the ranks whose gates stayed open, unevenly, in the order of the gates', async () => {
+    using session = sessionOf({ rankSelection: codyra });
+    const losses: number[] = [];
+    while (session.step < session.steps) losses.push((await session.takeStep(breathe)).loss);
+    const gates = session.parameters.filter(({ name }) => name.endsWith('.g'));
+    const counts = gates.map(({ values }) => keptRanks(values).length);
+    expect(new Set(counts).size).toBeGreaterThan(2);
+    const packed = session.publish();
+    const { modules } = packed.manifest;
+    expect(modules.map(({ rank }) => rank)).toEqual(counts.filter((count) => count > 0));
+    const total = counts.reduce((sum, count) => sum + count, 0);
+    expect(total).toBeLessThan(0.7 * 8 * 14);
+    const byRank = await session.evaluate(packed, breathe);
+    expect(losses.at(-1)).toBeLessThan(losses[0]! - 0.15);
+    // Another step says what all the ranks, those that are gone as well, come to; every example is in it.
+    const { loss } = await session.takeStep(breathe);
+    expect(Math.abs(byRank.at(-1)!.loss - loss)).toBeLessThan(1e-3);
+  });
+
+  it('fails by name when every gate is closed', async () => {
+    using session = sessionOf({ stepsMax: 4, rankSelection: { ...codyra, thresholdMax: 10 } });
+    while (session.step < session.steps) await session.takeStep(breathe);
+    expect(() => session.publish()).toThrow('closed every gate');
+  });
+
+  it('goes on from an adapter as it is served, its ranks with gates of 1', async () => {
+    using first = sessionOf({ rank: 2, stepsMax: 20, weightDecay: 0 });
+    while (first.step < first.steps) await first.takeStep(breathe);
+    const { bytes } = first.publish();
+    const start = openPacked(bytes, generationOf(bytes));
+    using second = sessionOf({ rank: 4, rankSelection: codyra }, { start });
+    const [before, after] = [
+      (await first.evaluate(first.publish(), breathe)).at(-1)!.loss,
+      (await second.evaluate(second.publish(), breathe)).at(-1)!.loss,
+    ];
+    expect(after).toBeCloseTo(before, 4);
+    const gates = second.parameters.filter(({ name }) => name.endsWith('.g'));
+    for (const { values } of gates) {
+      expect(Array.from(values.subarray(0, 2))).toEqual([1, 1]);
+      expect(values[2]).not.toBe(1);
     }
   });
 });

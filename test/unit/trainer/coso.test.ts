@@ -7,10 +7,10 @@ import {
   createCoso,
   emptyBasis,
   extendBasis,
+  freedRanks,
   outside,
 } from '../../../src/trainer/coso.ts';
 import { readBases, writeBases } from '../../../src/trainer/coso-file.ts';
-import { addRow, createSketch, sketchOf } from '../../../src/trainer/frequent-directions.ts';
 import { createAdamw } from '../../../src/trainer/optimizers/adam.ts';
 import type { Optimizer } from '../../../src/trainer/optimizers/optimizer.ts';
 import { backward, type Pair, parameterOf, productOf } from '../../support/product-problem.ts';
@@ -18,8 +18,9 @@ import { createRng, normals } from '../../support/random.ts';
 import { largestDifference } from '../../support/trainer-numbers.ts';
 
 const adam = { beta1: 0.9, beta2: 0.999, epsilon: 1e-8 } as const;
-const options: CosoOptions = { ...adam, rank: 6, gap: 5 };
 const [width, height, ranks] = [24, 4, 6];
+const whole = { energy: 1 - 1e-10, keptMax: width };
+const options: CosoOptions = { ...adam, ...whole, directions: 6, gap: 5, sketch: 12 };
 
 function random(rows: number, columns: number, seed: number): Columns {
   const rng = createRng(seed);
@@ -85,17 +86,10 @@ describe('coso', () => {
   function learnOld(): { pair: Pair; basis: Columns } {
     const pair = pairOf(7, 0.3);
     const optimizer = createCoso(options, [pair.a, pair.b], new Map());
-    const sketch = createSketch(12, width);
     const first = lossOf(pair, old);
-    for (let t = 0; t < 400; t++) {
-      lossOf(pair, old);
-      for (let r = 0; r < ranks; r++) {
-        addRow(sketch, pair.a.gradient.subarray(r * width, (r + 1) * width));
-      }
-      optimizer.step([pair.a, pair.b], 0.01);
-    }
+    train(pair, old, optimizer, 400);
     expect(lossOf(pair, old)).toBeLessThan(0.01 * first);
-    return { pair, basis: extendBasis(emptyBasis(width), sketchOf(sketch), 1 - 1e-10) };
+    return { pair, basis: optimizer.consolidated().get('m.a')! };
   }
 
   it('learns a new task in other directions, and leaves the old one as it was', () => {
@@ -175,7 +169,11 @@ describe('coso', () => {
     const sides = orthonormal(random(ranks, 2, 41));
     const pair = pairOf(42, 0.3);
     pair.a.values.fill(0);
-    const optimizer = createCoso({ ...options, rank: 2, gap: 1 }, [pair.a, pair.b], new Map());
+    const optimizer = createCoso(
+      { ...options, directions: 2, gap: 1 },
+      [pair.a, pair.b],
+      new Map(),
+    );
     const alone = [0, 1].map(() => parameterOf('x', ranks, new Float32Array(ranks)));
     const plain = { name: 'adamw', ...adam, weightDecay: 0 } as const;
     const references = alone.map((parameter) => createAdamw(plain, [parameter]));
@@ -207,15 +205,45 @@ describe('coso', () => {
 
   it('goes on after a restore, bit for bit, also between two choices of directions', () => {
     const bases = new Map([['m.a', part(0)]]);
-    const [whole, parts] = [pairOf(14, 0.3), pairOf(14, 0.3)];
-    train(whole, fresh, createCoso(options, [whole.a, whole.b], bases), 17);
+    const [straight, parts] = [pairOf(14, 0.3), pairOf(14, 0.3)];
+    const optimizer = createCoso(options, [straight.a, straight.b], bases);
+    train(straight, fresh, optimizer, 17);
     const first = createCoso(options, [parts.a, parts.b], bases);
     train(parts, fresh, first, 8);
     const second = createCoso(options, [parts.a, parts.b], bases);
     second.restore(first.save());
     train(parts, fresh, second, 9);
-    expect(parts.a.values).toEqual(whole.a.values);
-    expect(parts.b.values).toEqual(whole.b.values);
+    expect(parts.a.values).toEqual(straight.a.values);
+    expect(parts.b.values).toEqual(straight.b.values);
+    // What it gathered on the way as well.
+    expect(second.consolidated()).toEqual(optimizer.consolidated());
+    expect(second.consolidated().get('m.a')!.columns).toBeGreaterThan(5);
+    expect(second.consolidated()).toEqual(second.consolidated()); // asking changes nothing
+  });
+
+  it('begins to move A at the first gradient that there is', () => {
+    const pair = pairOf(15, 0);
+    const before = pair.a.values.slice();
+    const optimizer = createCoso({ ...options, gap: 100 }, [pair.a, pair.b], new Map());
+    train(pair, fresh, optimizer, 1); // B was zero, and A had no gradient
+    expect(pair.a.values).toEqual(before);
+    train(pair, fresh, optimizer, 1);
+    expect(largestDifference(pair.a.values, before)).toBeGreaterThan(1e-3);
+  });
+
+  it('ranks that add nothing as yet are free to learn', () => {
+    const basis = part(0);
+    const [a, b] = [random(width, ranks, 20), random(height, ranks, 21)];
+    b.data.fill(0, 4 * height);
+    const freed = freedRanks(a, b, basis);
+    expect(freed.data.subarray(0, 4 * width)).toEqual(a.data.subarray(0, 4 * width));
+    const seen = innerProducts(freed, basis).data; // [R, 5]
+    for (let k = 0; k < 5; k++) {
+      expect(
+        largest({ rows: 2, columns: 1, data: seen.subarray(k * ranks + 4, (k + 1) * ranks) }),
+      ).toBeLessThan(1e-14);
+    }
+    expect(largest(freed)).toBeGreaterThan(0.1);
   });
 });
 
@@ -226,7 +254,7 @@ describe('extendBasis', () => {
       const shared = random(120, 3, 50);
       const own = random(120, 4, 60 + task);
       const data = Float64Array.from([...shared.data, ...own.data], (x, i) => x * 10 ** -(i % 3));
-      basis = extendBasis(basis, { rows: 120, columns: 7, data }, 0.98);
+      basis = extendBasis(basis, { rows: 120, columns: 7, data }, { energy: 0.98, keptMax: 120 });
     }
     expect(basis.columns).toBeGreaterThan(40);
     expect(basis.columns).toBeLessThanOrEqual(3 + 20 * 4);
@@ -240,12 +268,25 @@ describe('extendBasis', () => {
     const sizes = [10, 3, 1, 0.1]; // energies 100, 9, 1, 0.01 of 110.01
     const sketch = { ...q, data: q.data.map((x, i) => x * sizes[Math.floor(i / 30)]!) };
     const counts = [0.9, 0.91, 0.995, 0.99995, 1].map(
-      (energy) => extendBasis(emptyBasis(30), sketch, energy).columns,
+      (energy) => extendBasis(emptyBasis(30), sketch, { energy, keptMax: 30 }).columns,
     );
     expect(counts).toEqual([1, 2, 3, 4, 4]);
-    const basis = extendBasis(emptyBasis(30), sketch, 0.98);
-    expect(extendBasis(basis, sketch, 0.98).columns).toBe(basis.columns);
-    expect(extendBasis(basis, { ...sketch, data: sketch.data.map(() => 0) }, 0.98)).toEqual(basis);
+    const most = { energy: 0.98, keptMax: 30 };
+    const basis = extendBasis(emptyBasis(30), sketch, most);
+    expect(extendBasis(basis, sketch, most).columns).toBe(basis.columns);
+    expect(extendBasis(basis, { ...sketch, data: sketch.data.map(() => 0) }, most)).toEqual(basis);
+  });
+
+  it('has no more directions than it may, those with the most energy', () => {
+    const q = orthonormal(random(30, 4, 71));
+    const sketch = { ...q, data: q.data.map((x, i) => x * (4 - Math.floor(i / 30))) };
+    const two = extendBasis(emptyBasis(30), sketch, { energy: 1, keptMax: 2 });
+    expect(two.columns).toBe(2);
+    expect(largest(outside(two, { ...q, columns: 2, data: q.data.subarray(0, 60) }))).toBeLessThan(
+      1e-12,
+    );
+    expect(extendBasis(two, sketch, { energy: 1, keptMax: 2 })).toEqual(two);
+    expect(extendBasis(two, sketch, { energy: 1, keptMax: 1 })).toEqual(two);
   });
 });
 

@@ -23,6 +23,7 @@ interface Case {
   readonly ffnWidth: number;
   readonly vocabSize: number;
   readonly rank: number;
+  readonly rankSelection?: Recipe['rankSelection'];
   readonly batchWindows: number;
   readonly windowTokens: number;
   readonly answersMax: number;
@@ -49,6 +50,7 @@ const cases: Readonly<Record<string, Partial<Case>>> = {
   'one block': { blocks: 1, ffnWidth: 256 },
   'few targets': { targets: ['attn_q', 'attn_v'], answersMax: 32 },
   'many blocks': { blocks: 16, kvHeads: 6, answersMax: 100 },
+  'a lora with gates': { rankSelection: { kind: 'codyra', denseShare: 0, thresholdMax: 1 } },
   hydra: { kind: 'hydra' },
   triangular: { kind: 'triangular' },
   fly: { kind: 'fly', rank: 32 },
@@ -59,7 +61,8 @@ const cases: Readonly<Record<string, Partial<Case>>> = {
 };
 
 function measure(sizes: Case, recompute: boolean): { estimate: number; measured: number } {
-  const { kind, rank, batchWindows, windowTokens, answersMax, targets, ...model } = sizes;
+  const { kind, rank, batchWindows, windowTokens, answersMax, targets, ...more } = sizes;
+  const { rankSelection = null, ...model } = more;
   const headSize = sizes.width / sizes.heads;
   const config: DecoderConfig = {
     ...{ ...model, headSize, family: 'llama', name: 'sizes', contextLength: 4096 },
@@ -79,7 +82,7 @@ function measure(sizes: Case, recompute: boolean): { estimate: number; measured:
   const tokenEmbedding = store(config.vocabSize, config.width);
   const outputNorm = store(config.width);
   const weights = { tokenEmbedding, output: tokenEmbedding, outputNorm, blocks };
-  const recipe = { kind, rank, targets, batchWindows, windowTokens, recompute };
+  const recipe = { kind, rank, rankSelection, targets, batchWindows, windowTokens, recompute };
   const { delta, numbers } = trained(config, recipe);
   using _ = new TrainingDecoder({
     ...{ config, weights, kernels, answersMax, recompute },
@@ -101,11 +104,19 @@ function measure(sizes: Case, recompute: boolean): { estimate: number; measured:
 /** As the recipe's session makes it. */
 function trained(
   config: DecoderConfig,
-  { kind, rank, targets }: Pick<Case, 'kind' | 'rank' | 'targets'>,
+  {
+    kind,
+    rank,
+    rankSelection,
+    targets,
+  }: Pick<Recipe, 'kind' | 'rank' | 'rankSelection' | 'targets'>,
 ): FamilyTraining {
   const experts = [3, 1].map((part) => ({ name: `of ${part}`, rank: (part * rank) / 4 }));
   const more = { topK: Math.ceil(rank / 4), ...(kind === 'flexmore' ? { experts } : {}) };
-  const recipe = parseRecipe({ kind, rank, ...(kind === 'queryable' ? {} : more) }, 'recipe');
+  const recipe = parseRecipe(
+    { kind, rank, rankSelection, ...(kind === 'queryable' ? {} : more) },
+    'recipe',
+  );
   const weight = (): never => {
     throw new Error('no weight is wanted');
   };

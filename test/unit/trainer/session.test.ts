@@ -42,6 +42,12 @@ const cases = [
     recipe: { objective: 'sandwich', optimizer: { name: 'adabelief' } },
   },
   { name: 'diag, frugal', recipe: { optimizer: { name: 'frugal', gap: 3 }, recompute: true } },
+  {
+    name: 'codyra',
+    recipe: { kind: 'lora', rankSelection: { kind: 'codyra', thresholdMax: 0.1 } },
+  },
+  { name: 'coso', recipe: { kind: 'lora', continual: { kind: 'coso', gap: 3, sketch: 8 } } },
+  { name: 'anneal', recipe: { kind: 'lora', squeeze: { kind: 'anneal', from: 16, share: 0.7 } } },
 ] as const;
 
 describe('a training session', () => {

@@ -1,11 +1,14 @@
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
 import { aurac } from '../../../src/adapters/aurac.ts';
+import { generationOf, openPacked } from '../../../src/adapters/pack.ts';
 import { importPacked } from '../../../src/adapters/packed-import.ts';
 import type { FromTrainer, TrainerSpec } from '../../../src/jobs/messages.ts';
 import { sha256OfFile } from '../../../src/model/file-hash.ts';
+import { directionsIn } from '../../../src/trainer/continual.ts';
+import { readBases } from '../../../src/trainer/coso-file.ts';
 import { sweepRates } from '../../../src/trainer/sweep.ts';
 import { type TrainHooks, trainFile } from '../../../src/trainer/train-file.ts';
 import { tinyPath } from '../../support/open-test-decoder.ts';
@@ -106,6 +109,68 @@ describe('a training file and a recipe', () => {
     const bytes = new Uint8Array(adapterBytes(result.directory));
     const { manifest } = importPacked(config, bytes, { ...tinyBase, hash: modelHash });
     expect(manifest).toMatchObject({ kind: 'matryoshka', rankMax: 4, baseHash: modelHash });
+  });
+
+  it('with coso leave beside the adapter what the next run keeps, stopped anywhere or not', async () => {
+    const continual = { kind: 'coso', gap: 3, sketch: 8 };
+    const recipe = tinyRecipe({
+      ...{ kind: 'lora', rank: 4, stepsMax: 9, checkpointEvery: 4, learningRate: 1e-2 },
+      continual,
+    });
+    const bytesIn = (directory: string): Buffer[] =>
+      readdirSync(directory)
+        .sort()
+        .map((name) => readFileSync(join(directory, name)));
+    const told = await run(specOf({ recipe }));
+    expect(told[0]).toMatchObject({ kind: 'started', kept: 0 });
+    const { directory } = only(told, 'result')[0]!;
+    expect(readdirSync(directory).sort()).toEqual([
+      ...['adapter_model.coso.safetensors', 'adapter_model.safetensors', 'rankgate.json'],
+    ]);
+    for (const breaths of [3, 11, 18, 21]) {
+      const first = await run(specOf({ recipe }), breaths);
+      expect(first.at(-1)).toEqual({ kind: 'stopped' });
+      const last = only(first, 'checkpoint').at(-1);
+      const second = await run(specOf({ recipe, resumeFrom: last?.path ?? null }));
+      expect(bytesIn(only(second, 'result')[0]!.directory)).toEqual(bytesIn(directory));
+    }
+    const startFrom = join(directory, 'adapter_model.safetensors');
+    const more = tinyRecipe({ kind: 'lora', rank: 8, stepsMax: 6, continual });
+    const next = await run(specOf({ recipe: more, startFrom }));
+    const { kept } = next[0] as { kept: number };
+    expect(kept).toBeGreaterThan(14); // at least one of each module
+    const after = only(next, 'result')[0]!.directory;
+    const bases = readBases(readFileSync(join(after, 'adapter_model.coso.safetensors')));
+    expect(directionsIn(bases)).toBeGreaterThan(kept);
+    // Nothing of it is lost in silence.
+    rmSync(join(directory, 'adapter_model.coso.safetensors'));
+    await expect(run(specOf({ recipe: more, startFrom }))).rejects.toMatchObject({
+      code: 'INVALID_ADAPTER',
+      message: expect.stringContaining('must not forget is not beside the adapter'),
+    });
+    const plain = tinyRecipe({ kind: 'lora', rank: 8, stepsMax: 2 });
+    expect((await run(specOf({ recipe: plain, startFrom })))[0]).toMatchObject({ kept: null });
+  });
+
+  it('with squeeze cont begin from the ranks of an adapter that are worth most', async () => {
+    const first = only(await run(specOf()), 'result')[0]!;
+    const startFrom = join(first.directory, 'adapter_model.safetensors');
+    const recipe = tinyRecipe({ kind: 'lora', rank: 2, stepsMax: 1, learningRate: 1e-6 });
+    await expect(run(specOf({ recipe, startFrom }))).rejects.toThrow('it has 4 ranks');
+    const cont = { ...recipe, squeeze: { kind: 'cont' } as const };
+    const { losses, directory } = only(
+      await run(specOf({ recipe: cont, startFrom })),
+      'result',
+    )[0]!;
+    // As the adapter at two ranks: a step that small changes nothing.
+    expect(losses.at(-1)!.loss).toBeCloseTo(first.losses[1]!.loss, 3);
+    const bytes = new Uint8Array(adapterBytes(directory));
+    const { manifest } = openPacked(bytes, generationOf(bytes));
+    const from = generationOf(new Uint8Array(readFileSync(startFrom)));
+    expect(manifest).toMatchObject({ rankMax: 2, source: { from: [from] } });
+    await expect(run(specOf({ recipe: cont }))).rejects.toMatchObject({
+      ...{ code: 'INVALID_REQUEST', param: 'squeeze.kind' },
+    });
   });
 
   it('choose modules before the run, and can be stopped there', async () => {
