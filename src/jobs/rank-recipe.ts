@@ -50,7 +50,8 @@ export const cosoSchema: z.ZodType<CosoRecipe, unknown> = z.strictObject({
   kind: z.literal('coso'),
   directions: rank.default(16), // published: 15 to 70
   gap: z.int().min(1).max(1_000_000).default(20), // published: 1 to 20
-  sketch: z.int().min(2).max(512).default(32), // published: 100 to 160
+  // Published: 100 to 160. Measured on the default base, all modules, 16 ranks: 2.3 s of a core a step with 32, 6.9 with 100.
+  sketch: z.int().min(2).max(512).default(32),
   energy: share.default(0.98), // the publication's
   keptMax: z.int().min(1).max(1024).default(128), // guess
 });
