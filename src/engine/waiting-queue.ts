@@ -205,8 +205,12 @@ export class WaitingQueue<T extends Waiting> {
     }
     const own = this.#lines.get(tenant)?.waiting.length ?? 0;
     if (most === undefined || most.length <= own + 1) return undefined;
-    const last = most.at(most.length - 1)!;
-    return last.expiresMs === Number.POSITIVE_INFINITY ? undefined : last;
+    // Those at the end may have been preempted, for they are late: few, as only who ran can be.
+    for (let index = most.length - 1; index >= 0; index--) {
+      const one = most.at(index)!;
+      if (one.expiresMs < Number.POSITIVE_INFINITY) return one;
+    }
+    return undefined;
   }
 
   /** Whose time has passed goes behind all that may be in time. */

@@ -200,5 +200,7 @@ describe('WaitingQueue', () => {
     const resumed = new WaitingQueue<Waiting>();
     for (let i = 0; i < 3; i++) resumed.add(one({ arrival: i, tenant: 'flood' }));
     expect(resumed.displaceable('new')).toBeUndefined(); // their readers have had something
+    resumed.add(one({ arrival: 0.5, tenant: 'flood', expiresMs: 1e6 }));
+    expect(resumed.displaceable('new')?.id).toBe('s0.5'); // whoever is behind it
   });
 });
