@@ -33,7 +33,7 @@ export interface Runnable {
   /** The step that last computed it; that of its admission before the first. */
   readonly lastStep: number;
   /** How long the step may take for it; Infinity: as long as it likes. */
-  paceMs(nowMs: number): number;
+  paceMs(nowMs: number, isAlone: boolean): number;
 }
 
 /** The step's number and time, and what is known of its cost; null: nothing yet. */
@@ -74,7 +74,7 @@ export function rowMs(costs: StepCosts, { rowRanks, position }: Runnable): numbe
 /** What one of the next `count` tokens of a prompt adds. */
 export function promptTokenMs(
   costs: StepCosts,
-  { rowRanks, position }: Runnable,
+  { rowRanks, position }: Pick<Runnable, 'rowRanks' | 'position'>,
   count: number,
 ): number {
   const cells = position + (count + 1) / 2;
@@ -89,6 +89,8 @@ class Ledger {
   readonly #creditMs: Moment['creditMs'];
   readonly #wantedMs: Map<string, number> = new Map();
   #allWantedMs = 0;
+  /** Tenants that are within their credit. */
+  readonly #calm: Set<string> = new Set();
 
   constructor({ costs, creditMs }: Moment, runnables: readonly Runnable[]) {
     this.costs = costs ?? noCosts;
@@ -101,6 +103,14 @@ class Ledger {
       this.#wantedMs.set(one.tenant, (this.#wantedMs.get(one.tenant) ?? 0) + ms);
       this.#allWantedMs += ms;
     }
+    for (const tenant of this.#wantedMs.keys()) {
+      if (creditMs(tenant) >= prefillMsMax) this.#calm.add(tenant);
+    }
+  }
+
+  /** Whether it has used up what it may have in one step by its credit, and others have not. */
+  isBeyond(tenant: string): boolean {
+    return this.#calm.size > 0 && !this.#calm.has(tenant);
   }
 
   has(tenant: string): boolean {
@@ -116,11 +126,11 @@ class Ledger {
     this.spentMs.set(tenant, (this.spentMs.get(tenant) ?? 0) + ms);
   }
 
-  /** What a tenant may add by its credit, or because others want as much. */
+  /** What a tenant may add by its credit, or because others want as much: not if these are within theirs. */
   ownLeftMs(tenant: string): number {
     const others = this.#wantedMs.size - 1;
     if (others < 1) return Number.POSITIVE_INFINITY;
-    const meanMs = (this.#allWantedMs - this.wantedMs(tenant)) / others;
+    const meanMs = this.isBeyond(tenant) ? 0 : (this.#allWantedMs - this.wantedMs(tenant)) / others;
     return Math.max(this.#creditMs(tenant), meanMs) - (this.spentMs.get(tenant) ?? 0);
   }
 
@@ -194,11 +204,11 @@ function chooseRows<T extends Runnable>(
   return rows;
 }
 
-/** The longest that the step may be for every row that a step of `ms` would not be too long for already. */
+/** The longest that prompts may make the step for every row that a step of `ms` would not be too long for already. */
 function bearableMs(rows: readonly Runnable[], ms: number, nowMs: number): number {
   let most = Number.POSITIVE_INFINITY;
   for (const row of rows) {
-    const pace = row.paceMs(nowMs);
+    const pace = row.paceMs(nowMs, false); // there is a prompt
     if (pace >= ms) most = Math.min(most, pace);
   }
   return most;
@@ -208,13 +218,15 @@ function isStarved({ lastStep }: Runnable, step: number): boolean {
   return step - lastStep > starvedSteps;
 }
 
-/** Tenants that want less go first, and with them whoever is urgent among their own. */
+/** Whoever is urgent, whosever it is; behind all of them tenants that are beyond their credit, who wants least first. */
 function comparePrompts(a: Runnable, b: Runnable, step: number, ledger: Ledger): number {
   const [aStarved, bStarved] = [a, b].map((one) => isStarved(one, step));
   if (aStarved !== bStarved) return aStarved ? -1 : 1;
   if (aStarved) return a.lastStep - b.lastStep || a.arrival - b.arrival;
+  const [aBeyond, bBeyond] = [a, b].map(({ tenant }) => ledger.isBeyond(tenant));
+  if (aBeyond !== bBeyond) return aBeyond ? 1 : -1;
   const more = ledger.wantedMs(a.tenant) - ledger.wantedMs(b.tenant);
-  if (a.tenant !== b.tenant && more !== 0) return more;
+  if (aBeyond && a.tenant !== b.tenant && more !== 0) return more;
   if (a.priority !== b.priority) return b.priority - a.priority;
   if (a.dueMs !== b.dueMs) return a.dueMs - b.dueMs;
   return a.arrival - b.arrival;

@@ -57,6 +57,9 @@ export interface SequenceOptions {
 const overrun = 0.25;
 /** Of its rank, on the way. */
 const changesMax = 64;
+/** Share of a stated time that is kept back: ranks take all the time that there is, and steps scatter. Beside others more:
+ *  whoever comes makes steps longer. Of 0 to 0.2, in the simulator (docs/log.md). */
+const [reserveAlone, reserveBeside] = [0.02, 0.06] as const;
 
 export class Sequence {
   readonly request: GenerateRequest;
@@ -159,10 +162,18 @@ export class Sequence {
     return this.request.tokens.length;
   }
 
+  /** Some of it, or it had. */
+  get hasAnswer(): boolean {
+    return this.generatedCount > 0 || this.preemptions > 0;
+  }
+
+  get hasBegun(): boolean {
+    return this.position > 0 || this.hasAnswer;
+  }
+
   /** Never for one whose reader has had something of it. */
   get expiresMs(): number {
-    const isNew = this.generatedCount === 0 && this.preemptions === 0;
-    return isNew ? this.#expiresMs : Number.POSITIVE_INFINITY;
+    return this.hasAnswer ? Number.POSITIVE_INFINITY : this.#expiresMs;
   }
 
   get generatedCount(): number {
@@ -186,17 +197,24 @@ export class Sequence {
 
   /** How long the next step may take for the answer to come as its request states; Infinity: as long as it likes; not above
    *  0: it is too late. One that is behind by the token has its pace and not what would catch up. */
-  paceMs(nowMs: number): number {
+  paceMs(nowMs: number, isAlone: boolean): number {
+    const reserveShare = isAlone ? reserveAlone : reserveBeside;
     const { tokensMax, tokensLikely = tokensMax, urgency } = this.request;
     let pace = Number.POSITIVE_INFINITY;
     if (urgency.perTokenMs !== null && this.firstTokenMs !== null) {
+      const own = (1 - reserveShare) * urgency.perTokenMs;
       const tokens = this.generatedCount - this.#firstCount + 1;
-      const ahead = this.firstTokenMs + tokens * urgency.perTokenMs - nowMs;
-      pace = Math.max(urgency.perTokenMs, ahead);
+      const ahead = this.firstTokenMs + tokens * own - nowMs;
+      pace = Math.max(own, ahead);
     }
     const had = this.generatedCount;
     const left = Math.max(1, tokensLikely - had, Math.ceil(had * overrun));
-    return Math.min(pace, (this.endDueMs - nowMs) / Math.min(left, tokensMax - had));
+    const reserveMs = reserveShare * (urgency.deadlineMs ?? 0);
+    const leftMs = this.endDueMs - nowMs;
+    return Math.min(
+      pace,
+      (leftMs > reserveMs ? leftMs - reserveMs : leftMs) / Math.min(left, tokensMax - had),
+    );
   }
 
   /** Of its adapters, now. */
@@ -238,8 +256,9 @@ export class Sequence {
 
   /** Its time has passed before anything was computed, and it may have fewer ranks. */
   isOverdue(nowMs: number): boolean {
-    const isFresh = this.generatedCount === 0 && this.preemptions === 0;
-    return isFresh && this.endDueMs <= nowMs && this.isGovernable && this.rank > this.rankLeast;
+    return (
+      !this.hasAnswer && this.endDueMs <= nowMs && this.isGovernable && this.rank > this.rankLeast
+    );
   }
 
   /** The cells that are computed from now on are computed at it. */

@@ -153,9 +153,9 @@ describe('planStep', () => {
             });
             const rowsMs = parts.reduce((sum, { isRow, ms }) => sum + (isRow ? ms : 0), costs.step);
             const allMs = parts.reduce((sum, { ms }) => sum + ms, costs.step);
-            const kept = parts.filter(({ isRow, job }) => isRow && job.paceMs(0) >= rowsMs);
+            const kept = parts.filter(({ isRow, job }) => isRow && job.paceMs(0, false) >= rowsMs);
             const prompts = parts.filter(({ isRow }) => !isRow);
-            const paceMs = Math.min(never, ...kept.map(({ job }) => job.paceMs(0)));
+            const paceMs = Math.min(never, ...kept.map(({ job }) => job.paceMs(0, false)));
             // One token of a prompt goes along whatever it does.
             const isOne = prompts.length === 1 && prompts[0]!.count === 1;
             if (prompts.length > 0 && !isOne)
@@ -234,6 +234,21 @@ describe('planStep', () => {
     expect(chunk(-4, -1)).toBe(100);
   });
 
+  it('takes the prompt that is due first, whosever it is, and last those of tenants beyond their credit', () => {
+    const limits = { tokensMax: 500, segmentsMax: 8, prefillTokensMax: 400 };
+    const prompt = (id: string, tenant: string, dueMs: number): Runnable =>
+      one(id, { tenant, dueMs, promptTokensLeft: 10 });
+    const busy = [prompt('b1', 'busy', 300), prompt('b2', 'busy', 200), prompt('b3', 'busy', 100)];
+    const all = [...busy, prompt('c', 'calm', 150), prompt('d', 'calm', 400)];
+    const order = (credits: Readonly<Record<string, number>>): string =>
+      planStep(all, limits, { ...moment, creditMs: (tenant) => credits[tenant]! })
+        .segments.map(({ id }) => id)
+        .join(' ');
+    expect(order({ busy: 500, calm: 500 })).toBe('b3 c b2 b1 d');
+    expect(order({ busy: 0, calm: 500 })).toBe('c d b3'); // and 0.3 of what those take
+    expect(order({ busy: 0, calm: 0 })).toBe('b3 c b2 d'); // nobody is beyond the other: as much as it wants
+  });
+
   it('holds a tenant without credit to a share of what the others have in the step', () => {
     const limits = { tokensMax: 500, segmentsMax: 100, prefillTokensMax: 400 };
     const flood = Array.from({ length: 30 }, (_, i) =>
@@ -247,8 +262,10 @@ describe('planStep', () => {
     };
     expect(rowsOf(creditMs, ...flood, ...others)).toBe(1); // 0.3 · (8 + 2 · 2) ms: one row of 2 ms, for one it has always
     const many = Array.from({ length: 10 }, (_, i) => one(`x${i}`, { tenant: 'x' }));
-    expect(rowsOf(creditMs, ...flood, ...many)).toBe(10); // as many as the other one wants
-    expect(rowsOf(creditMs, ...flood, ...many, others[1]!)).toBe(5); // of 10 and 1; 0.3 · 30 ms would be 4
+    expect(rowsOf(creditMs, ...flood, ...many)).toBe(4); // 0.3 · (8 + 10 · 2)
+    const none = (): number => 0;
+    expect(rowsOf(none, ...flood, ...many)).toBe(10); // nobody has credit: as many as the other one wants
+    expect(rowsOf(none, ...flood, ...many, others[1]!)).toBe(5); // of 10 and 1; 0.3 · 30 ms would be 4
     expect(rowsOf(() => 500, ...flood, ...others)).toBe(30);
     expect(rowsOf(creditMs, ...flood)).toBe(30); // alone
   });

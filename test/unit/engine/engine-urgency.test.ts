@@ -305,8 +305,11 @@ describe('ranks on the way', () => {
     for (const one of heard) {
       const end = one.events.at(-1);
       expect(end?.kind === 'end' ? end.totalMs : never).toBeLessThanOrEqual(4000);
-      expect(end?.kind === 'end' ? end.rankMean : 0).toBeGreaterThan(2);
     }
+    const means = heard
+      .map((one) => one.events.at(-1)!)
+      .map((end) => (end.kind === 'end' ? end.rankMean : 0));
+    expect(means.reduce((a, b) => a + b, 0) / means.length).toBeGreaterThan(8); // rank 1 would do
   });
 
   it('stay when the caller fixed them, stated no time, or nothing is known of costs', async () => {

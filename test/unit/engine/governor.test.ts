@@ -12,7 +12,7 @@ const ladder = [0, 1, 2, 4, 8, 16, 32].map((rank) => ({
 function row(id: string, rank: number, pace: number, over: Partial<GovernedRow> = {}): GovernedRow {
   return {
     ...{ id, tenant: 't', arrival: 0, priority: 5, dueMs: never, promptTokensLeft: 0 },
-    ...{ position: 100, lastStep: 0, rankStep: -never },
+    ...{ position: 100, lastStep: 0, rankStep: -never, hasBegun: true },
     ...{ rank, rowRanks: rank, ladder, paceMs: () => pace },
     ...over,
   };
@@ -37,11 +37,12 @@ describe('planRanks', () => {
     expect(orders.every(({ reason }) => reason === 'late')).toBe(true);
   });
 
-  it('leaves alone what is in time, and looks at every fourth step only', () => {
+  it('leaves alone what is in time, looks at every second step, and does nothing without costs', () => {
     const rows = [row('a', 32, 50), row('b', 32, 200)];
     expect(told(rows)).toEqual([]);
     const slow = [row('a', 32, 30), row('b', 32, 200)];
-    expect([401, 402, 403].flatMap((step) => told(slow, { ...moment, step }))).toEqual([]);
+    expect(told(slow)).not.toEqual([]);
+    expect(told(slow, { ...moment, step: 401 })).toEqual([]);
     expect(told(slow, { ...moment, costs: null })).toEqual([]);
   });
 
@@ -75,7 +76,7 @@ describe('planRanks', () => {
     for (const pace of [14, 20, 25, 31, 38, 43]) {
       let rows = [row('a', 32, pace), row('b', 32, 3 * pace), row('c', 16, never, { ladder: [] })];
       let changes = 0;
-      for (let step = 400; step < 800; step += 4) {
+      for (let step = 400; step < 800; step++) {
         const orders = planRanks(rows, { ...moment, step });
         changes += orders.length;
         rows = rows.map((one) => {
@@ -97,5 +98,37 @@ describe('planRanks', () => {
     const ranks = 64 + orders.reduce((sum, { row: { rank }, rank: to }) => sum + to - rank, 0);
     expect(12 + 0.5 * ranks).toBeLessThanOrEqual(0.75 * 46);
     expect(told([...rows, { ...prompt, dueMs: 900 }])).toEqual([]); // too late already
+  });
+
+  it('takes ranks from prompts that together cannot begin in time, where that costs least', () => {
+    const costs = { ...moment.costs!, prefillRank: 0.05 };
+    const prompt = (id: string, dueMs: number, over: Partial<GovernedRow> = {}): GovernedRow =>
+      row(id, 32, never, { promptTokensLeft: 100, position: 0, hasBegun: false, dueMs, ...over });
+    const share = (rank: number, ms: number): number => (100 * (1 + 0.05 * rank)) / ms;
+    const at = { ...moment, costs };
+    expect(told([prompt('p', 1600)], at)).toEqual([]); // 260 of 600 ms
+    const two = [prompt('p', 1600), prompt('q', 2000)];
+    const orders = planRanks(two, at);
+    const ranks = new Map(orders.map(({ row: { id }, rank }) => [id, rank]));
+    const all = (p: number, q: number): number => share(p, 600) + share(q, 1000);
+    const [p, q] = [ranks.get('p') ?? 32, ranks.get('q') ?? 32];
+    expect(all(32, 32)).toBeGreaterThan(0.5);
+    expect(all(p, q)).toBeLessThanOrEqual(0.5);
+    expect(orders.every(({ reason }) => reason === 'late')).toBe(true);
+    // No other choice within it has more quality.
+    const worth = (rank: number): number => Math.sqrt(rank / 32);
+    for (const { rank: a } of ladder) {
+      for (const { rank: b } of ladder) {
+        if (all(a, b) > 0.5) continue;
+        expect(worth(a) + worth(b)).toBeLessThanOrEqual(worth(p) + worth(q) + 0.1);
+      }
+    }
+    // Nobody loses anything for who is too late, or for who fixed its rank when that alone is too much.
+    expect(told([prompt('p', 1600), prompt('late', 900)], at)).toEqual([]);
+    const fixed = prompt('fixed', 1300, { ladder: [] });
+    expect(told([fixed], at)).toEqual([]);
+    expect(told([fixed, prompt('p', 1600)], at)).toEqual(['p 0 late']);
+    // The ranks of a prompt are those of all of it.
+    expect(told([fixed, prompt('p', 1600, { hasBegun: true })], at)).toEqual([]);
   });
 });
