@@ -5,7 +5,7 @@ import { describe, expect, it } from 'vitest';
 // The rules of the tree that no linter holds: the layer table of docs/structure.md, reachability, size, banned words.
 
 const root: string = join(import.meta.dirname, '..');
-const linesMax = 46_000; // docs/decisions/2026-11-25-line-budget-4.md; raised only by another record
+const linesMax = 47_500; // docs/decisions/2026-11-25-line-budget-5.md; raised only by another record
 
 /** A folder may import itself and what is listed for it. */
 const layers: Readonly<Record<string, readonly string[]>> = {
