@@ -8,8 +8,9 @@ import { type BatchRow, chooseBatchRanks, type RankOption } from './batch-ranks.
 import type { StepCosts } from './messages.ts';
 import { type Moment, promptTokenMs, type Runnable, rowMs } from './scheduler.ts';
 
-/** Steps between two looks at the batch: every one gains a little more in the simulator, and costs twice the time. */
-const governEvery = 2;
+/** Steps between two looks at a small batch, and at one where a look takes half a millisecond. */
+const governEvery = { few: 2, many: 4 } as const;
+const manyRows = 64;
 /** From one change of a row to its next rise. Guess. */
 const riseAfterSteps = 32;
 /** Share of the spare time that is given to ranks: costs are predictions. Guess. */
@@ -40,7 +41,8 @@ export function planRanks<T extends GovernedRow>(
   moment: Moment,
 ): RankOrder<T>[] {
   const { costs, nowMs, step } = moment;
-  if (costs === null || step % governEvery !== 0) return [];
+  const every = runnables.length > manyRows ? governEvery.many : governEvery.few;
+  if (costs === null || step % every !== 0) return [];
   const prompts = planPrompts(runnables, costs, nowMs);
   const rows = runnables.filter(({ promptTokensLeft }) => promptTokensLeft === 0);
   if (rows.every(({ ladder }) => ladder.length < 2)) return prompts.orders;
