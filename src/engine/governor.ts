@@ -8,8 +8,8 @@ import { type BatchRow, chooseBatchRanks, type RankOption } from './batch-ranks.
 import type { StepCosts } from './messages.ts';
 import { type Moment, promptTokenMs, type Runnable, rowMs } from './scheduler.ts';
 
-/** Steps between two looks at a small batch, and at one where a look takes half a millisecond. */
-const governEvery = { few: 2, many: 4 } as const;
+/** Steps between two looks at a small batch, and at one where a look takes a millisecond or two. */
+const governEvery = { few: 2, many: 8 } as const;
 const manyRows = 64;
 /** From one change of a row to its next rise. Guess. */
 const riseAfterSteps = 32;
