@@ -35,6 +35,7 @@ export interface Decision {
 /** How many may be admitted past one that waits for room. Guess: a few batches. */
 const passesMax = 32;
 /** Sequences looked at in a tick, and those of them that find no cells, which costs more. Guesses. */
+const looksFew = 4;
 const looksMax = 64;
 const missesMax = 16;
 
@@ -109,12 +110,23 @@ export class Admission {
     }
   }
 
-  /** Nothing else is loaded before one has what was loaded for it: however far behind it has fallen, it comes first. */
-  #inLine(queue: WaitingQueue<Sequence>): readonly Sequence[] {
-    const first = queue.first(looksMax);
+  /** Nothing else is loaded before one has what was loaded for it: however far behind it has fallen, it comes first. The rest
+   *  of the line is asked for when it is needed: mostly the first of it take all the room. */
+  *#inLine(queue: WaitingQueue<Sequence>): Generator<Sequence, void, void> {
+    const seen = new Set<Sequence>();
     const { loaded } = this.#options.loader;
     const one = loaded === null ? undefined : queue.wanting(keyOf(loaded));
-    return one === undefined ? first : [one, ...first.filter((other) => other !== one)];
+    if (one !== undefined) {
+      seen.add(one);
+      yield one;
+    }
+    for (const count of [looksFew, looksMax]) {
+      for (const sequence of queue.first(count)) {
+        if (seen.has(sequence)) continue;
+        seen.add(sequence);
+        yield sequence;
+      }
+    }
   }
 
   /** What it holds is as ever; the tokens from its position on have another rank. */
