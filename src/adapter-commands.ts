@@ -42,6 +42,24 @@ export function numberOf(flag: string | boolean | undefined, name: string): numb
   throw usageError(`${name}: not a number: ${given}`);
 }
 
+/** Throws what explains the usage, as the others do. */
+export function wanted({ flags }: Invocation, flag: string): string {
+  const value = text(flags[flag]);
+  if (value === undefined) throw usageError(`--${flag} is wanted`);
+  return value;
+}
+
+export function integerOf(
+  { flags }: Invocation,
+  flag: string,
+  [min, max]: readonly [number, number],
+): number | undefined {
+  const value = numberOf(flags[flag], `--${flag}`);
+  if (value === undefined || (Number.isInteger(value) && value >= min && value <= max))
+    return value;
+  throw usageError(`--${flag}: want an integer from ${min} up to ${max}, got ${value}`);
+}
+
 /** How a command calls the server that its flags or the environment name. */
 export function clientOf({ flags, terminal }: Invocation): (call: Call) => Promise<Response> {
   const defaults = clientDefaults(terminal.environment);

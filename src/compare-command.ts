@@ -7,10 +7,11 @@ import {
   type Command,
   clientOf,
   type Invocation,
+  integerOf,
   json,
-  numberOf,
   text,
   usageError,
+  wanted,
 } from './adapter-commands.ts';
 import { isGeneration, rankMaxLimit } from './adapters/adapter.ts';
 import { blobPath } from './adapters/blobs.ts';
@@ -38,15 +39,15 @@ export const compareCommand: Command = {
     const { flags, positionals, terminal } = invocation;
     const reward = rewardOf(invocation);
     const asked = {
-      dataPath: dataOf(invocation),
+      dataPath: wanted(invocation, 'data'),
       ranks: ranksOf(invocation),
-      examplesMax: countOf(invocation, 'examples', [1, 100_000]) ?? 256,
-      windowTokens: countOf(invocation, 'window', [8, 8192]) ?? 256,
-      seed: countOf(invocation, 'seed', [0, 2 ** 32 - 1]) ?? 0,
+      examplesMax: integerOf(invocation, 'examples', [1, 100_000]) ?? 256,
+      windowTokens: integerOf(invocation, 'window', [8, 8192]) ?? 256,
+      seed: integerOf(invocation, 'seed', [0, 2 ** 32 - 1]) ?? 0,
       scoring:
         reward === null
           ? null
-          : { reward, answerTokens: countOf(invocation, 'answer-tokens', [1, 1024]) ?? 32 },
+          : { reward, answerTokens: integerOf(invocation, 'answer-tokens', [1, 1024]) ?? 32 },
     };
     const config = loadConfig({ flags, environment: terminal.environment });
     const adapters = [
@@ -79,23 +80,6 @@ async function presentOf(name: string, invocation: Invocation): Promise<`sha256:
   const path = `/v1/adapters/${encodeURIComponent(name)}`;
   const answer = await clientOf(invocation)({ method: 'GET', path });
   return ((await answer.json()) as { generation: `sha256:${string}` }).generation;
-}
-
-function dataOf({ flags }: Invocation): string {
-  const path = text(flags.data);
-  if (path === undefined) throw usageError('--data is wanted');
-  return path;
-}
-
-function countOf(
-  { flags }: Invocation,
-  flag: keyof typeof own,
-  [min, max]: readonly [number, number],
-): number | undefined {
-  const count = numberOf(flags[flag], `--${flag}`);
-  if (count === undefined || (Number.isInteger(count) && count >= min && count <= max))
-    return count;
-  throw usageError(`--${flag}: want an integer from ${min} to ${max}, got ${count}`);
 }
 
 function ranksOf({ flags }: Invocation): number[] | null {

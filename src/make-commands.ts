@@ -1,17 +1,18 @@
-// `rankgate adapters extract` and `compensate`: what they are asked for, and what they print.
+// `rankgate adapters extract`, `squeeze` by a text, and `compensate`: what they are asked for, and what they print.
 
 import {
   adapterCommands,
   type Command,
   type Invocation,
+  integerOf,
   json,
   numberOf,
   text,
   usageError,
+  wanted,
 } from './adapter-commands.ts';
 import { rankMaxLimit } from './adapters/adapter.ts';
 import type { ExtractTarget } from './adapters/extract.ts';
-import type { SqueezeTarget } from './adapters/pack-pairs.ts';
 import { type Config, configFlags, loadConfig } from './config.ts';
 import type { MadeAdapter, MakeOptions } from './make-adapter.ts';
 import { fetchModel } from './serve.ts';
@@ -21,24 +22,6 @@ const making = {
   output: { type: 'string' },
   levels: { type: 'string' },
 } as const;
-
-function wanted({ flags }: Invocation, flag: string): string {
-  const value = text(flags[flag]);
-  if (value === undefined) throw usageError(`--${flag} is wanted`);
-  return value;
-}
-
-function countOf({ flags }: Invocation, flag: string, max: number): number | undefined {
-  const count = numberOf(flags[flag], `--${flag}`);
-  if (count === undefined || (Number.isInteger(count) && count >= 0 && count <= max)) return count;
-  throw usageError(`--${flag}: want an integer up to ${max}, got ${count}`);
-}
-
-function rankOf(invocation: Invocation): number | undefined {
-  const rank = countOf(invocation, 'rank', rankMaxLimit);
-  if (rank === 0) throw usageError('--rank: want at least 1');
-  return rank;
-}
 
 function makeOptions(invocation: Invocation): Omit<MakeOptions, 'basePath'> {
   const { flags, terminal } = invocation;
@@ -53,15 +36,31 @@ function makeOptions(invocation: Invocation): Omit<MakeOptions, 'basePath'> {
   return { output: wanted(invocation, 'output'), levels, onModule };
 }
 
-function targetOf(invocation: Invocation): ExtractTarget {
+function rankOf(invocation: Invocation): number | undefined {
+  const rank = integerOf(invocation, 'rank', [0, rankMaxLimit]);
+  if (rank === 0) throw usageError('--rank: want at least 1');
+  return rank;
+}
+
+/** By `--rank` or by a share of what there is; null: neither is given. */
+function targetOf<Share extends 'energy' | 'variance'>(
+  invocation: Invocation,
+  flag: Share,
+): { readonly rank: number } | Readonly<Record<Share, number>> | null {
   const rank = rankOf(invocation);
-  const energy = numberOf(invocation.flags.energy, '--energy');
-  if ((rank === undefined) === (energy === undefined))
-    throw usageError('one of --rank and --energy is wanted');
+  const share = numberOf(invocation.flags[flag], `--${flag}`);
+  if (rank !== undefined && share !== undefined)
+    throw usageError(`one of --rank and --${flag} is wanted`);
   if (rank !== undefined) return { rank };
-  if (!(energy! > 0 && energy! <= 1))
-    throw usageError(`--energy: want more than 0 and at most 1, got ${energy}`);
-  return { energy: energy! };
+  if (share === undefined) return null;
+  if (share > 0 && share <= 1) return { [flag]: share } as Record<Share, number>;
+  throw usageError(`--${flag}: want more than 0 and at most 1, got ${share}`);
+}
+
+function extractTargetOf(invocation: Invocation): ExtractTarget {
+  const target = targetOf(invocation, 'energy');
+  if (target === null) throw usageError('one of --rank and --energy is wanted');
+  return target;
 }
 
 /** `more` is of the JSON, `line` of the text. */
@@ -115,17 +114,6 @@ const textFlags = {
   'accept-base-name': { type: 'string' },
 } as const;
 
-function squeezeTargetOf(invocation: Invocation): SqueezeTarget | null {
-  const rank = rankOf(invocation);
-  const variance = numberOf(invocation.flags.variance, '--variance');
-  if (rank !== undefined && variance !== undefined)
-    throw usageError('one of --rank and --variance is wanted');
-  if (rank !== undefined) return { rank };
-  if (variance === undefined) return null;
-  if (variance > 0 && variance <= 1) return { variance };
-  throw usageError(`--variance: want more than 0 and at most 1, got ${variance}`);
-}
-
 async function squeezeByText(invocation: Invocation): Promise<void> {
   const { flags, positionals, terminal } = invocation;
   const options = {
@@ -133,7 +121,7 @@ async function squeezeByText(invocation: Invocation): Promise<void> {
     directory: positionals[0]!,
     calibrationPath: wanted(invocation, 'calib'),
     acceptBaseName: text(flags['accept-base-name']) ?? null,
-    target: squeezeTargetOf(invocation),
+    target: targetOf(invocation, 'variance'),
   };
   const config = configOf(invocation);
   const { path: basePath, label: baseLabel } = await fetchModel(config, terminal);
@@ -170,7 +158,7 @@ export const makeCommands: Readonly<Record<string, Command>> = {
         ...makeOptions(invocation),
         fromPath,
         basePath,
-        target: targetOf(invocation),
+        target: extractTargetOf(invocation),
       };
       const { makeExtraction } = await import('./make-adapter.ts'); // loads the kernels
       const made = await makeExtraction(options);
@@ -206,7 +194,7 @@ export const makeCommands: Readonly<Record<string, Command>> = {
         referencePath: wanted(invocation, 'reference'),
         calibrationPath: wanted(invocation, 'calib'),
         rank: rankOf(invocation) ?? 32,
-        seed: countOf(invocation, 'seed', 2 ** 32 - 1) ?? 0,
+        seed: integerOf(invocation, 'seed', [0, 2 ** 32 - 1]) ?? 0,
       };
       const config = configOf(invocation);
       const { path: basePath } = await fetchModel(config, terminal);
