@@ -12,7 +12,7 @@ import type { AdapterBase } from './adapters/peft.ts';
 import { readPeftDirectory } from './adapters/peft-directory.ts';
 import { GatewayError } from './errors.ts';
 import type { TrainerSpec } from './jobs/messages.ts';
-import { gainOf, playExamples } from './jobs/refresh-gate.ts';
+import { gainOf, mean, playExamples } from './jobs/refresh-gate.ts';
 import type { RewardRecipe } from './jobs/reward-recipe.ts';
 import { type GgufFile, openGguf } from './model/gguf.ts';
 import type { ModelFile } from './model/model-source.ts';
@@ -232,8 +232,4 @@ function reportOf({
 
 function smaller(of: readonly number[], than: readonly number[]): number {
   return of.filter((value, i) => value < than[i]!).length;
-}
-
-function mean(values: readonly number[]): number {
-  return values.reduce((sum, value) => sum + value, 0) / values.length;
 }

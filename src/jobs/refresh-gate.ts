@@ -199,6 +199,6 @@ export function bootstrapError(values: readonly number[]): number {
   return Math.sqrt(means.reduce((sum, one) => sum + (one - centre) ** 2, 0) / (resamples - 1));
 }
 
-function mean(values: readonly number[]): number {
+export function mean(values: readonly number[]): number {
   return values.reduce((sum, value) => sum + value, 0) / values.length;
 }
