@@ -34,9 +34,9 @@ export interface Decision {
 
 /** How many may be admitted past one that waits for room. Guess: a few batches. */
 const passesMax = 32;
-/** Sequences looked at in a tick, and those of them that find no cells, which costs more. Guesses. */
-const looksFew = 4;
-const looksMax = 64;
+/** Sequences looked at in a tick, at first and when those have not taken all the room; and those of them that find no cells,
+ *  which costs more. Guesses. */
+const [looksFew, looksMax] = [4, 64] as const;
 const missesMax = 16;
 
 export class Admission {

@@ -120,17 +120,13 @@ export class ThreadGovernor {
     const step: Step = { ms, cores: cpuMs / ms, work: estimate(work) };
     if (this.#trial === null) {
       this.#window = [...this.#window, step].slice(-windowSteps);
-      this.#trial = this.#begin(nowMs);
+      this.#trial = this.#fewer(nowMs) ?? this.#more(nowMs);
     } else {
       this.#trial.add(step);
       this.#end(this.#trial, nowMs);
     }
     this.threads = this.#trial?.isTrying ? this.#trial.threads : this.#kept;
     return this.threads;
-  }
-
-  #begin(nowMs: number): Trial | null {
-    return this.#fewer(nowMs) ?? this.#more(nowMs);
   }
 
   #fewer(nowMs: number): Trial | null {
