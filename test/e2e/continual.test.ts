@@ -1,15 +1,16 @@
-import { mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { type GatewayProcess, startGatewayProcess } from '../support/gateway-process.ts';
+import type { GatewayProcess } from '../support/gateway-process.ts';
 import type { Json } from '../support/http-harness.ts';
 import { createRng } from '../support/random.ts';
 import {
   clientOf,
   createJob,
   jobUntil,
-  modelPath,
+  jsonOf,
+  startRefreshing,
   type TrainedJob,
   trainWithKills,
 } from '../support/training-gateway.ts';
@@ -19,31 +20,15 @@ import {
 
 const continual = { kind: 'coso', sketch: 16, gap: 5, energy: 0.9999 };
 const stepsMax = 60;
-const settings = `
-refresh:
-  everyS: 0
-  freshMin: 16
-  trainingMin: 16
-  heldOutMin: 4
-  heldOutShare: 0.3
-  guardNatsMax: 2
-  recipe: {kind: lora, rank: 16, windowTokens: 128, batchWindows: 2, accumulation: 1, epochs: 40,
-    learningRate: 0.01, continual: {kind: coso, sketch: 16, gap: 5, energy: 0.9999}}
-`;
+const refreshRecipe = `{kind: lora, rank: 16, windowTokens: 128, batchWindows: 2, accumulation: 1, epochs: 40,
+  learningRate: 0.01, continual: {kind: coso, sketch: 16, gap: 5, energy: 0.9999}}`;
 
 let dataDir: string;
 let gateway: GatewayProcess;
 
 beforeAll(async () => {
   dataDir = mkdtempSync(join(tmpdir(), 'rankgate-continual-'));
-  const config = join(dataDir, 'rankgate.yaml');
-  writeFileSync(config, settings);
-  const flags = ['--config', config, '--threads', '1', '--adapter-pages', '16'];
-  gateway = await startGatewayProcess({
-    modelPath,
-    dataDir,
-    flags: [...flags, '--kv-cells', '512', '--trainer-nice', '0'],
-  });
+  gateway = await startRefreshing(dataDir, refreshRecipe);
 }, 240_000);
 afterAll(async () => {
   await gateway[Symbol.asyncDispose]();
@@ -55,9 +40,7 @@ async function trained(suffix: string, more: object): Promise<TrainedJob> {
   return jobUntil(clientOf(gateway), id, ({ status }) => status === 'succeeded');
 }
 
-async function json(path: string, init?: RequestInit): Promise<Json> {
-  return (await gateway.fetch(path, init)).json();
-}
+const json = (path: string, init?: RequestInit): Promise<Json> => jsonOf(gateway, path, init);
 
 /** What lies of a generation among the blobs. */
 function filesOf(generation: string): string[] {

@@ -1,27 +1,26 @@
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, it } from 'vitest';
-import { type GatewayProcess, startGatewayProcess } from '../support/gateway-process.ts';
+import type { GatewayProcess } from '../support/gateway-process.ts';
 import type { Json } from '../support/http-harness.ts';
 import { createRng } from '../support/random.ts';
-import { answer, clientOf, createJob, jobUntil, modelPath } from '../support/training-gateway.ts';
+import {
+  answer,
+  clientOf,
+  createJob,
+  jobUntil,
+  jsonOf,
+  startRefreshing,
+} from '../support/training-gateway.ts';
 
 // The refresh loop with no hands, over the built gateway and the tiny model: callers' corrections make a better adapter live; a
 // bad batch of them is turned away at the gate; and a generation that callers dislike is put back. Nothing here but traffic
 // and feedback, after capture has been switched on.
 
 const wanted = 'pink dog';
-const settings = `
-refresh:
-  everyS: 0
-  freshMin: 16
-  trainingMin: 16
-  heldOutMin: 4
-  heldOutShare: 0.3
-  guardNatsMax: 2
-  recipe: {windowTokens: 128, batchWindows: 2, accumulation: 1, epochs: 40, learningRate: 0.01}
-`;
+const refreshRecipe =
+  '{windowTokens: 128, batchWindows: 2, accumulation: 1, epochs: 40, learningRate: 0.01}';
 
 let dataDir: string;
 let gateway: GatewayProcess;
@@ -31,14 +30,7 @@ let second: string;
 
 beforeAll(async () => {
   dataDir = mkdtempSync(join(tmpdir(), 'rankgate-refresh-'));
-  const config = join(dataDir, 'rankgate.yaml');
-  writeFileSync(config, settings);
-  const flags = ['--config', config, '--threads', '1', '--adapter-pages', '16'];
-  gateway = await startGatewayProcess({
-    modelPath,
-    dataDir,
-    flags: [...flags, '--kv-cells', '512', '--trainer-nice', '0'],
-  });
+  gateway = await startRefreshing(dataDir, refreshRecipe);
   const { id } = await createJob(gateway, 'live');
   const job = await jobUntil(clientOf(gateway), id, ({ status }) => status === 'succeeded');
   model = job.fine_tuned_model!;
@@ -49,9 +41,7 @@ afterAll(async () => {
   rmSync(dataDir, { recursive: true, force: true });
 });
 
-async function json(path: string, init?: RequestInit): Promise<Json> {
-  return (await gateway.fetch(path, init)).json();
-}
+const json = (path: string, init?: RequestInit): Promise<Json> => jsonOf(gateway, path, init);
 
 const captured = (): Promise<Json> => json(`/v1/adapters/${model}/capture`);
 const live = async (): Promise<string> => (await json(`/v1/adapters/${model}`)).generation;

@@ -1,5 +1,6 @@
 // The tiny random Llama as a base to train on, and examples for it.
 
+import { expect } from 'vitest';
 import type { ExampleShape } from '../../src/jobs/example-lines.ts';
 import { parseRecipe, type Recipe } from '../../src/jobs/recipe.ts';
 import { GgmlKernels } from '../../src/kernels/ggml/ggml-kernels.ts';
@@ -8,12 +9,13 @@ import { readDecoderConfig } from '../../src/model/decoder-config.ts';
 import { sha256OfFile } from '../../src/model/file-hash.ts';
 import { openGguf } from '../../src/model/gguf.ts';
 import { loadWeights } from '../../src/model/weights.ts';
+import type { Checkpoint } from '../../src/trainer/checkpoint.ts';
 import {
   createExampleEncoder,
   type Example,
   type ExampleEncoder,
 } from '../../src/trainer/examples.ts';
-import type { RunRecipe, TrainingBase } from '../../src/trainer/session.ts';
+import type { RunRecipe, TrainingBase, TrainingSession } from '../../src/trainer/session.ts';
 import { baseModelPath } from './base-model.ts';
 import { tinyPath } from './open-test-decoder.ts';
 
@@ -77,4 +79,41 @@ export function decided(recipe: Recipe): RunRecipe {
 export function tinyRecipe(more: Readonly<Record<string, unknown>> = {}): RunRecipe {
   const sizes = { rank: 4, windowTokens: 48, batchWindows: 2, accumulation: 2, epochs: 100 };
   return decided(parseRecipe({ ...sizes, stepsMax: 20, recompute: false, ...more }, 'recipe'));
+}
+
+/** Losses of the steps. */
+export async function takeSteps(session: TrainingSession, until: number): Promise<number[]> {
+  const losses: number[] = [];
+  while (session.step < until) losses.push((await session.takeStep(async () => {})).loss);
+  return losses;
+}
+
+export interface Resumed extends Disposable {
+  readonly straight: TrainingSession;
+  /** From the checkpoint on. */
+  readonly second: TrainingSession;
+  readonly checkpoint: Checkpoint;
+}
+
+/** The same training in one go, and cut off after its checkpoint at `cut` and what a crash loses. */
+export async function resume(
+  open: () => TrainingSession,
+  { cut, lost, steps }: { readonly cut: number; readonly lost: number; readonly steps: number },
+): Promise<Resumed> {
+  const [straight, second] = [open(), open()];
+  await takeSteps(straight, steps);
+  using first = open();
+  await takeSteps(first, cut);
+  const checkpoint = first.checkpoint();
+  await takeSteps(first, cut + lost);
+  second.restore(checkpoint);
+  expect(second.step).toBe(cut);
+  await takeSteps(second, steps);
+  expect(second.checkpoint()).toEqual(straight.checkpoint());
+  expect(second.checkpoint().parameters).not.toEqual(checkpoint.parameters);
+  const close = (): void => {
+    straight[Symbol.dispose]();
+    second[Symbol.dispose]();
+  };
+  return { straight, second, checkpoint, [Symbol.dispose]: close };
 }

@@ -1,19 +1,42 @@
-import { readdirSync, readFileSync } from 'node:fs';
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import OpenAI, { toFile } from 'openai';
 import { type GatewayProcess, startGatewayProcess } from './gateway-process.ts';
+import type { Json } from './http-harness.ts';
 
 // A real gateway over the tiny model, a file of examples and a job that takes some seconds: what the e2e and the nightly tests
 // of training share.
 
 export const modelPath: string = join(import.meta.dirname, '../golden/tiny/tiny-f32.gguf');
 
-export const startTraining = (dataDir: string): Promise<GatewayProcess> =>
-  startGatewayProcess({
+export const startTraining = (
+  dataDir: string,
+  more: readonly string[] = [],
+): Promise<GatewayProcess> => {
+  const flags = ['--threads', '1', '--adapter-pages', '16', '--kv-cells', '512'];
+  return startGatewayProcess({
     modelPath,
     dataDir,
-    flags: ['--threads', '1', '--adapter-pages', '16', '--kv-cells', '512', '--trainer-nice', '0'],
+    flags: [...flags, '--trainer-nice', '0', ...more],
   });
+};
+
+/** Refreshes as soon as there is enough, by a recipe in YAML. */
+export const startRefreshing = (dataDir: string, recipe: string): Promise<GatewayProcess> => {
+  const config = join(dataDir, 'rankgate.yaml');
+  const enough = 'everyS: 0, freshMin: 16, trainingMin: 16, heldOutMin: 4';
+  const gate = 'heldOutShare: 0.3, guardNatsMax: 2';
+  writeFileSync(config, `refresh: {${enough}, ${gate}, recipe: ${recipe}}`);
+  return startTraining(dataDir, ['--config', config]);
+};
+
+export async function jsonOf(
+  gateway: GatewayProcess,
+  path: string,
+  init?: RequestInit,
+): Promise<Json> {
+  return (await gateway.fetch(path, init)).json();
+}
 
 export const clientOf = ({ url }: GatewayProcess): OpenAI =>
   new OpenAI({ baseURL: `${url}/v1`, apiKey: 'unused', maxRetries: 0 });

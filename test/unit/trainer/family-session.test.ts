@@ -2,7 +2,13 @@ import { afterAll, describe, expect, it } from 'vitest';
 import { generationOf, openPacked } from '../../../src/adapters/pack.ts';
 import { importPacked, packedConfig } from '../../../src/adapters/packed-import.ts';
 import { type RunRecipe, TrainingSession } from '../../../src/trainer/session.ts';
-import { openTinyBase, tinyExamples, tinyRecipe } from '../../support/training-base.ts';
+import {
+  openTinyBase,
+  resume,
+  takeSteps,
+  tinyExamples,
+  tinyRecipe,
+} from '../../support/training-base.ts';
 
 // Every family through the whole of training: it learns, what is published is what was learnt, and a crash changes no byte.
 
@@ -20,12 +26,6 @@ function open(recipe: RunRecipe): TrainingSession {
 function recipeOf(more: Readonly<Record<string, unknown>>, stepsMax = 40): RunRecipe {
   const step = { accumulation: 16, learningRate: 1e-2, schedule: 'constant' };
   return tinyRecipe({ rank: 8, stepsMax, ...step, ...more });
-}
-
-async function takeSteps(session: TrainingSession, until: number): Promise<number[]> {
-  const losses: number[] = [];
-  while (session.step < until) losses.push((await session.takeStep(breathe)).loss);
-  return losses;
 }
 
 const flexmore = {
@@ -78,20 +78,10 @@ describe('a training session', () => {
     flexmore,
   ])('goes on from a checkpoint with the bytes it would have had: $kind', async (more) => {
     const recipe = recipeOf(more, 12);
-    using straight = open(recipe);
-    await takeSteps(straight, 12);
-    using first = open(recipe);
-    await takeSteps(first, 5);
-    const checkpoint = first.checkpoint();
-    await takeSteps(first, 8); // what a crash loses
-    using second = open(recipe);
-    second.restore(checkpoint);
-    await takeSteps(second, 12);
-    expect(second.checkpoint()).toEqual(straight.checkpoint());
+    using run = await resume(() => open(recipe), { cut: 5, lost: 3, steps: 12 });
+    const { straight, second, checkpoint } = run;
     expect(second.publish().bytes).toEqual(straight.publish().bytes);
-    // fly's balance is part of it: it has moved.
-    const d = straight.checkpoint().parameters.length - checkpoint.parameters.length;
-    expect(d).toBe(0);
+    expect(straight.checkpoint().parameters).toHaveLength(checkpoint.parameters.length);
   });
 
   it('of eva spends exactly its budget, and unevenly', () => {

@@ -6,7 +6,13 @@ import {
   TrainingSession,
 } from '../../../src/trainer/session.ts';
 import { type Imported, importFiles } from '../../support/served-adapter.ts';
-import { openTinyBase, tinyExamples, tinyRecipe } from '../../support/training-base.ts';
+import {
+  openTinyBase,
+  resume,
+  takeSteps,
+  tinyExamples,
+  tinyRecipe,
+} from '../../support/training-base.ts';
 
 // Queryable adapters through the whole of training: with a bank of their own, over another's, and with more atoms for it.
 
@@ -25,12 +31,6 @@ function recipeOf(more: Readonly<Record<string, unknown>> = {}, stepsMax = 40): 
 
 function open(recipe: RunRecipe, more: Partial<SessionOptions> = {}): TrainingSession {
   return new TrainingSession({ base, recipe, training, heldOut: training, start: null, ...more });
-}
-
-async function takeSteps(session: TrainingSession, until: number): Promise<number[]> {
-  const losses: number[] = [];
-  while (session.step < until) losses.push((await session.takeStep(breathe)).loss);
-  return losses;
 }
 
 async function trained(
@@ -81,17 +81,8 @@ describe('a training session of queryable', () => {
       { bank: { ...bank, denseShare: 0.5 }, optimizer: { name: 'adamw' } },
       12,
     );
-    using straight = open(recipe);
-    await takeSteps(straight, 12);
-    using before = open(recipe);
-    await takeSteps(before, 5);
-    const checkpoint = before.checkpoint();
-    await takeSteps(before, 8); // what a crash loses
-    using after = open(recipe);
-    after.restore(checkpoint);
-    await takeSteps(after, 12);
-    expect(after.checkpoint()).toEqual(straight.checkpoint());
-    expect(after.files()).toEqual(straight.files());
+    using run = await resume(() => open(recipe), { cut: 5, lost: 3, steps: 12 });
+    expect(run.second.files()).toEqual(run.straight.files());
   });
 
   it('mixes all atoms at first, and then as many as are served', async () => {

@@ -5,7 +5,13 @@ import { importPacked, packedConfig } from '../../../src/adapters/packed-import.
 import type { Example } from '../../../src/trainer/examples.ts';
 import { type RunRecipe, TrainingSession } from '../../../src/trainer/session.ts';
 import { planSteps } from '../../../src/trainer/step-plan.ts';
-import { openTinyBase, tinyExamples, tinyRecipe } from '../../support/training-base.ts';
+import {
+  openTinyBase,
+  resume,
+  takeSteps,
+  tinyExamples,
+  tinyRecipe,
+} from '../../support/training-base.ts';
 
 const base = await openTinyBase();
 afterAll(() => base.kernels[Symbol.dispose]());
@@ -22,12 +28,6 @@ interface Opening {
 
 function open(recipe: RunRecipe, more: Opening = {}): TrainingSession {
   return new TrainingSession({ base, recipe, training, heldOut, start: null, ...more });
-}
-
-async function takeSteps(session: TrainingSession, until: number): Promise<number[]> {
-  const losses: number[] = [];
-  while (session.step < until) losses.push((await session.takeStep(breathe)).loss);
-  return losses;
 }
 
 function packedOf(session: TrainingSession): PackedAdapter {
@@ -54,19 +54,8 @@ describe('a training session', () => {
   it.each(cases)(
     'goes on from a checkpoint with the bytes it would have had: $name',
     async ({ recipe }) => {
-      using straight = open(tinyRecipe(recipe));
-      await takeSteps(straight, 20);
-      using first = open(tinyRecipe(recipe));
-      await takeSteps(first, 10);
-      const checkpoint = first.checkpoint();
-      await takeSteps(first, 13); // what a crash loses
-      using second = open(tinyRecipe(recipe));
-      second.restore(checkpoint);
-      expect(second.step).toBe(10);
-      await takeSteps(second, 20);
-      expect(second.checkpoint()).toEqual(straight.checkpoint());
-      expect(second.publish().bytes).toEqual(straight.publish().bytes);
-      expect(second.checkpoint().parameters).not.toEqual(checkpoint.parameters);
+      using run = await resume(() => open(tinyRecipe(recipe)), { cut: 10, lost: 3, steps: 20 });
+      expect(run.second.publish().bytes).toEqual(run.straight.publish().bytes);
     },
   );
 
